@@ -1,0 +1,128 @@
+"""The ledger: what was asked, what happened, and therefore what is left to do.
+
+One SQLite file per sweep folder, written by the driver alone, from the records that workers leave. Trials are keyed
+by the hash of their configuration and rows by (trial, step), so recording something twice changes nothing, and
+starting a sweep again means running what the ledger lacks.
+
+SQLite stores NaN as NULL, which would make a diverged run look like one that was never measured. Non-finite numbers
+are kept as the texts 'nan', 'inf' and '-inf' (a column of a REAL affinity keeps a text that is no number).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from altgrad.training.config import TrainConfig
+from altgrad.training.guards import GuardRule
+from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
+from altgrad.training.record import from_plain, to_plain
+
+ROW_SIGNALS = ("train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "loss_excess", "tokens_per_s",
+               "flips", "updates", "gradient_updates", "stall_ratio", "flip_yield", "stable_rank",
+               "overflow", "skipped_tensors", "nonfinite_weights")
+OUTCOME_FIELDS = ("kind", "signal", "layer", "step", "value", "limit_", "first_seen", "message",
+                  "train_loss", "val_loss", "bits_per_byte", "seconds")
+
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS trials (
+    trial_id TEXT PRIMARY KEY, config TEXT NOT NULL, task TEXT, format TEXT, arm TEXT, policy TEXT,
+    lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL);
+CREATE TABLE IF NOT EXISTS rows (
+    trial_id TEXT NOT NULL, step INTEGER NOT NULL, {', '.join(f'{name} REAL' for name in ROW_SIGNALS)},
+    layers TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS outcomes (
+    trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
+    limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
+    seconds REAL, recorded REAL);
+"""
+
+
+class Ledger:
+    """Opens or creates the ledger at `path`; a context manager. One process writes, any number may read."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.executescript(SCHEMA)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def add_trials(self, configs: Mapping[str, TrainConfig], data_sha256: str) -> None:
+        """Enters trials by id; a trial that is known keeps its first entry but takes the new configuration."""
+        now = time.time()
+        self._connection.executemany(
+            "INSERT INTO trials VALUES (?,?,?,?,?,?,?,?,?,?,?) "
+            "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config",
+            [(trial_id, config.model_dump_json(), config.task, config.format, config.arm, config.policy,
+              config.optimizer.lr, getattr(config.optimizer, "rung_clip", None), config.seed, data_sha256, now)
+             for trial_id, config in configs.items()])
+
+    def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Enters rows in one transaction; a step that is known is replaced."""
+        names = ("trial_id", "step", *ROW_SIGNALS, "layers")
+        values = [(trial_id, row["step"], *(to_plain(row.get(name)) for name in ROW_SIGNALS),
+                   json.dumps(to_plain(row["layers"])) if "layers" in row else None) for row in rows]
+        with self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.executemany(
+                f"INSERT OR REPLACE INTO rows ({','.join(names)}) VALUES ({','.join('?' * len(names))})", values)
+
+    def record_outcome(self, trial_id: str, outcome: Outcome) -> None:
+        """Enters how the trial ended; a later ending of the same trial replaces an earlier one."""
+        fields = {"limit_" if name == "limit" else name: to_plain(value)
+                  for name, value in outcome.to_dict().items()}
+        names = ("trial_id", *OUTCOME_FIELDS, "recorded")
+        self._connection.execute(
+            f"INSERT OR REPLACE INTO outcomes ({','.join(names)}) VALUES ({','.join('?' * len(names))})",
+            (trial_id, *(fields[name] for name in OUTCOME_FIELDS), time.time()))
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Every recorded ending by trial id."""
+        names = ",".join(OUTCOME_FIELDS)
+        found = self._connection.execute(f"SELECT trial_id,{names} FROM outcomes")
+        return {trial_id: Outcome.from_dict({"limit" if name == "limit_" else name: from_plain(value)
+                                             if name in ("value", "limit_", "train_loss", "val_loss",
+                                                         "bits_per_byte") else value
+                                             for name, value in zip(OUTCOME_FIELDS, values, strict=True)})
+                for trial_id, *values in found}
+
+    def row_counts(self) -> dict[str, int]:
+        """How many steps of each trial are recorded."""
+        return dict(self._connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))
+
+    def remaining(self, configs: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
+        """The trials that still have something to run, in the order given."""
+        outcomes = self.outcomes()
+        return {trial_id: config for trial_id, config in configs.items()
+                if not is_settled(outcomes.get(trial_id), config)}
+
+
+def is_settled(outcome: Outcome | None, config: TrainConfig) -> bool:
+    """Whether the ending leaves nothing to run: all steps done, pruned, or stopped by a guard still in force."""
+    if outcome is None:
+        return False
+    if outcome.kind is OutcomeKind.DONE:
+        return outcome.step >= config.steps
+    if outcome.kind in GUARD_KINDS:
+        return outcome.step >= config.steps or any(_same_rule(rule, outcome) for rule in config.guards)
+    return outcome.kind is OutcomeKind.PRUNED
+
+
+def _same_rule(rule: GuardRule, outcome: Outcome) -> bool:
+    return (rule.kind, rule.signal, rule.limit) == (str(outcome.kind), outcome.signal, outcome.limit)

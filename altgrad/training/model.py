@@ -1,0 +1,101 @@
+"""A small GPT, in the names that everyone's scripts expect (`transformer.h.0.mlp.c_fc`, `lm_head`).
+
+Pre-norm blocks, learned positions, no biases, the head tied to the embedding. It is written in plain float32
+modules: which of its layers compute in which format is decided afterwards, once, by `quantize_model`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from altgrad.training.config import ModelConfig
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, [batch, time, width] to the same."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.c_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        parts = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.c_proj(y.transpose(1, 2).reshape(batch, time, width))
+        return out
+
+
+class MLP(nn.Module):
+    """Four times the width, GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.c_proj = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, bias=False)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width, bias=False)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class GPT(nn.Module):
+    """Token ids [batch, time] to logits [batch, time, vocabulary]."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.block = config.block
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(vocabulary, config.width),
+            "wpe": nn.Embedding(config.block, config.width),
+            "h": nn.ModuleList(Block(config) for _ in range(config.layers)),
+            "ln_f": nn.LayerNorm(config.width, bias=False),
+        })
+        self.lm_head = nn.Linear(config.width, vocabulary, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+        self._initialise(config.layers)
+
+    def _initialise(self, layers: int) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # Residual branches start smaller, so that the stream's variance does not grow with depth (GPT-2).
+                std = 0.02 / math.sqrt(2 * layers) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
+        for block in self.transformer["h"]:  # type: ignore[union-attr]
+            x = block(x)
+        logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
+        return logits
+
+
+def build_model(config: ModelConfig, *, vocabulary: int, seed: int) -> GPT:
+    """The model with the weights of this seed; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT(config, vocabulary)

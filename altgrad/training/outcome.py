@@ -1,0 +1,65 @@
+"""How a trial ended. One word says which of three different answers it needs.
+
+Results (`done`, `pruned`, `nonfinite`, `diverged`, `stalled`, `rank_collapse`) are evidence: they are kept and never
+run again. Interruptions (`oom`, `node_lost`, `preempted`, `timeout`, `budget`, `cancelled`) say nothing about the
+format: the trial goes on from its checkpoint. A `bug` is ours or the user's, and needs a person.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class OutcomeKind(StrEnum):
+    """The kind of an ending; see the module."""
+
+    DONE = "done"
+    PRUNED = "pruned"
+    NONFINITE = "nonfinite"
+    DIVERGED = "diverged"
+    STALLED = "stalled"
+    RANK_COLLAPSE = "rank_collapse"
+    OOM = "oom"
+    NODE_LOST = "node_lost"
+    PREEMPTED = "preempted"
+    TIMEOUT = "timeout"
+    BUG = "bug"
+    BUDGET = "budget"
+    CANCELLED = "cancelled"
+
+
+GUARD_KINDS = frozenset({OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED,
+                         OutcomeKind.RANK_COLLAPSE})
+RESULT_KINDS = GUARD_KINDS | {OutcomeKind.DONE, OutcomeKind.PRUNED}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How and where a trial ended.
+
+    `step` is the last step trained; `signal`, `layer`, `value`, `limit` and `first_seen` are a guard's evidence and
+    None elsewhere. `train_loss`, `val_loss` are in nats per token, `bits_per_byte` in bits, `seconds` is the wall
+    time of all attempts.
+    """
+
+    kind: OutcomeKind
+    step: int
+    signal: str | None = None
+    layer: str | None = None
+    value: float | None = None
+    limit: float | None = None
+    first_seen: int | None = None
+    message: str = ""
+    train_loss: float | None = None
+    val_loss: float | None = None
+    bits_per_byte: float | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"kind": str(self.kind)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Outcome:
+        return cls(**(data | {"kind": OutcomeKind(data["kind"])}))
