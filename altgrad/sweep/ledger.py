@@ -102,6 +102,20 @@ class Ledger:
                                              for name, value in zip(OUTCOME_FIELDS, values, strict=True)})
                 for trial_id, *values in found}
 
+    def trials(self) -> dict[str, dict[str, Any]]:
+        """What tells the trials apart (format, arm, policy, lr, rung_clip, seed), by id, in order of entry."""
+        names = ("format", "arm", "policy", "lr", "rung_clip", "seed")
+        found = self._connection.execute(f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
+        return {trial_id: dict(zip(names, values, strict=True)) for trial_id, *values in found}
+
+    def signal(self, trial_id: str, name: str) -> list[tuple[int, float]]:
+        """(step, value) of one signal of a trial's rows, where it was measured."""
+        if name not in ROW_SIGNALS:
+            raise ValueError(f"signal={name!r} is not one of {', '.join(ROW_SIGNALS)}")
+        found = self._connection.execute(
+            f"SELECT step,{name} FROM rows WHERE trial_id = ? AND {name} IS NOT NULL ORDER BY step", (trial_id,))
+        return [(step, float(from_plain(value))) for step, value in found]
+
     def row_counts(self) -> dict[str, int]:
         """How many steps of each trial are recorded."""
         return dict(self._connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))

@@ -1,0 +1,260 @@
+"""Cells and what is said of each: does it train, how far is it from BF16, what did the geometry gain?
+
+A cell is one format, arm and policy with all its seeds. Where several learning rates (or rung clips) were
+run, the cell is represented by one of them: all seeds unstopped if there is such a one, then the fewest
+unresolved, then the least mean validation loss. The reference is chosen in the same way. Choosing and judging
+by the same validation loss flatters every cell slightly, and the cell with more learning rates more.
+
+A stopped run has no final loss. It is censored: never averaged in, and a cell with a stopped seed is "failed
+k of n" and ranks below every cell without one.
+
+Verdicts, against the reference's loss with a margin (10 %), seed by seed:
+
+    trains      every seed finishes within the margin
+    fails       every seed is stopped, or ends outside the margin
+    unclear     neither: the seeds disagree, or are too few to compare
+
+They are decided only with 2 seeds or more and none missing. `trains` must also leave room: the 95 % interval
+of the relative excess lies within the margin, or a further seed could lie as far out as the seeds' whole
+range is wide. `fails` must not overlap: the least loss of its finished seeds is above the greatest loss of
+the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from altgrad.analysis.load import FAILED, FINISHED
+from altgrad.analysis.stats import Paired, adjust, paired, t_interval
+from altgrad.quantization import get_format
+from altgrad.training.config import ARMS, UNQUANTIZED
+
+REFERENCE_FORMAT, REFERENCE_ARM, MAIN_POLICY = "BF16", "adamw", "uniform"
+MARGIN = 0.10
+ALPHA = 0.05
+SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest",
+                  "grid": "adamw_sr", "grid_literal": "adamw_sr"}
+"""For arms whose weights live on the grid: the plain arm that lives there too, so that only the step rule differs."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One format, arm and policy at its chosen learning rate.
+
+    `losses` holds the finished seeds' validation losses in nats, `stops` the failed seeds' signals and
+    layers, `missing` the unresolved seeds; `signals` the finished seeds' mean final flip_yield, stall_ratio,
+    stable_rank, bits_per_byte.
+    """
+
+    format: str
+    arm: str
+    policy: str
+    lr: float
+    rung_clip: float
+    geometry: bool
+    losses: Mapping[int, float]
+    stops: Mapping[int, tuple[str, str]]
+    missing: tuple[int, ...]
+    outcomes: Mapping[str, int]
+    signals: Mapping[str, float]
+    trial_ids: tuple[str, ...] = ()
+    choices: int = 1
+
+    @property
+    def n(self) -> int:
+        """Seeds with a result."""
+        return len(self.losses) + len(self.stops)
+
+    @property
+    def mean(self) -> float:
+        """Mean validation loss of an unstopped cell, nats; NaN where a seed was stopped or none has finished."""
+        return sum(self.losses.values()) / len(self.losses) if self.losses and not self.stops else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return t_interval(list(self.losses.values())) if not self.stops else (math.nan, math.nan)
+
+    @property
+    def rank(self) -> tuple[float, int, float]:
+        """Sort key, best first: share stopped, seeds missing, mean loss of the finished."""
+        if not self.n:
+            return 2.0, len(self.missing), math.inf
+        loss = sum(self.losses.values()) / len(self.losses) if self.losses else math.inf
+        return len(self.stops) / self.n, len(self.missing), loss
+
+    def main_stop(self) -> tuple[str, str]:
+        """The commonest (signal, layer) of the stopped seeds."""
+        return Counter(self.stops.values()).most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell against another, seed by seed: `differences` cell - other in nats, over seeds finished in both."""
+
+    cell: Cell
+    other: Cell
+    differences: Mapping[int, float]
+    paired: Paired | None
+    p_adjusted: float = math.nan
+
+    @property
+    def kind(self) -> str:
+        """measured, rescued (only the other was stopped, in every seed), lost (only this one), or stopped."""
+        if self.cell.stops or self.other.stops:
+            if not self.cell.stops and not self.other.losses and self.cell.losses:
+                return "rescued"
+            if not self.other.stops and not self.cell.losses and self.other.losses:
+                return "lost"
+            return "stopped"
+        return "measured" if self.paired else "no result"
+
+    @property
+    def decided(self) -> bool:
+        """Whether the difference is significant, or one side failed in all of at least 2 seeds and the other in none."""
+        if self.kind in ("rescued", "lost"):
+            return min(self.cell.n, self.other.n) >= 2 and not (self.cell.missing or self.other.missing)
+        return self.kind == "measured" and self.p_adjusted <= ALPHA
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict on a cell and whether the seeds suffice for it; `excess` is the mean relative excess over BF16."""
+
+    verdict: str
+    decided: bool = False
+    excess: float = math.nan
+
+
+@dataclass(frozen=True)
+class Study:
+    """Every comparison that a report shows."""
+
+    cells: list[Cell]
+    reference: Cell | None
+    against_reference: dict[tuple[str, str, str], Comparison] = field(default_factory=dict)
+    judgements: dict[tuple[str, str, str], Judgement] = field(default_factory=dict)
+    geometry: list[Comparison] = field(default_factory=list)
+    correction: str = "Holm"
+    geometry_correction: str = "Holm"
+
+    def comparison(self, cell: Cell) -> Comparison | None:
+        return self.against_reference.get(key_of(cell))
+
+    def judgement(self, cell: Cell) -> Judgement:
+        return self.judgements.get(key_of(cell), Judgement("no reference"))
+
+
+def key_of(cell: Cell) -> tuple[str, str, str]:
+    return cell.format, cell.arm, cell.policy
+
+
+def format_order(name: str) -> tuple[int, int, str]:
+    """Sort key: total bits, then exponent bits; FP32 last."""
+    if name == UNQUANTIZED:
+        return 32, 8, name
+    fmt = get_format(name)
+    return fmt.total_bits, fmt.exponent_bits, name
+
+
+def arm_order(name: str) -> tuple[int, str]:
+    """Sort key: the order of the registry, unknown arms last by name."""
+    known = list(ARMS)
+    return (known.index(name) if name in known else len(known)), name
+
+
+def is_eight_bit(name: str) -> bool:
+    return format_order(name)[0] == 8
+
+
+def build_study(trials: pd.DataFrame) -> Study:
+    """Cells, their differences from the reference, and geometry against plain arms, corrected for multiplicity."""
+    cells = build_cells(trials)
+    reference = find_reference(cells)
+    compared = [] if reference is None else [compare(cell, reference) for cell in cells if cell is not reference]
+    compared, correction = _with_adjusted(compared)
+    judged = {} if reference is None else {key_of(cell): judge(cell, reference) for cell in cells}
+    geometry, geometry_correction = _with_adjusted(geometry_comparisons(cells))
+    return Study(cells, reference, {key_of(item.cell): item for item in compared}, judged, geometry,
+                 correction, geometry_correction)
+
+
+def build_cells(trials: pd.DataFrame) -> list[Cell]:
+    """One cell per format, arm and policy, in the order of formats, each at its best parameters."""
+    cells = []
+    for _, group in trials.groupby(["format", "optimizer", "policy"], sort=False):
+        choices = [_cell(choice) for _, choice in group.groupby("options", sort=False)]
+        best = min(choices, key=lambda cell: cell.rank)
+        cells.append(Cell(**(vars(best) | {"choices": len(choices)})))
+    return sorted(cells, key=lambda cell: (format_order(cell.format), cell.policy != MAIN_POLICY, cell.policy,
+                                           arm_order(cell.arm)))
+
+
+def _cell(group: pd.DataFrame) -> Cell:
+    finished, failed = group[group["state"] == FINISHED], group[group["state"] == FAILED]
+    missing = group[~group["state"].isin((FINISHED, FAILED))]
+    first = group.iloc[0]
+    signals = ("flip_yield", "stall_ratio", "stable_rank", "bits_per_byte")
+    return Cell(
+        format=str(first["format"]), arm=str(first["optimizer"]), policy=str(first["policy"]),
+        lr=float(first["lr"]), rung_clip=float(first["rung_clip"]), geometry=bool(first["geometry"]),
+        losses={int(seed): float(loss) for seed, loss in zip(finished["seed"], finished["val_loss"], strict=True)},
+        stops={int(row["seed"]): (row["signal"] or "val_loss", row["layer"] or "") for _, row in failed.iterrows()},
+        missing=tuple(int(seed) for seed in missing["seed"]),
+        outcomes={str(kind): int(count) for kind, count in group["outcome"].value_counts().items()},
+        signals={name: float(finished[name].mean()) for name in signals}, trial_ids=tuple(group["trial_id"]))
+
+
+def find_reference(cells: Sequence[Cell]) -> Cell | None:
+    """The BF16 AdamW cell, of the policy `uniform` where there are several; None where no seed of it finished."""
+    found = [cell for cell in cells
+             if (cell.format, cell.arm) == (REFERENCE_FORMAT, REFERENCE_ARM) and cell.losses]
+    return min(found, key=lambda cell: (cell.policy != MAIN_POLICY, cell.policy)) if found else None
+
+
+def compare(cell: Cell, other: Cell) -> Comparison:
+    """The paired differences over the seeds that both have finished; no pairs where either has a stopped seed."""
+    common = [] if cell.stops or other.stops else sorted(set(cell.losses) & set(other.losses))
+    differences = {seed: cell.losses[seed] - other.losses[seed] for seed in common}
+    return Comparison(cell, other, differences, paired(list(differences.values())) if common else None)
+
+
+def judge(cell: Cell, reference: Cell, margin: float = MARGIN) -> Judgement:
+    """Whether the cell trains within `margin` of the reference's loss; see the module."""
+    common = sorted(set(cell.losses) & set(reference.losses))
+    excesses = [cell.losses[seed] / reference.losses[seed] - 1 for seed in common]
+    mean = sum(excesses) / len(excesses) if excesses else math.nan
+    enough = cell.n >= 2 and not cell.missing and len(common) == len(cell.losses)
+    if not cell.n:
+        return Judgement("no result")
+    if not cell.stops and excesses and max(excesses) <= margin:
+        room = max(excesses) + max(excesses) - min(excesses) <= margin or t_interval(excesses)[1] <= margin
+        return Judgement("trains", enough and room, mean)
+    if len(common) == len(cell.losses) and all(excess > margin for excess in excesses):
+        apart = not cell.losses or min(cell.losses.values()) > max(reference.losses.values())
+        return Judgement("fails", enough and apart, mean)
+    return Judgement("unclear", False, mean)
+
+
+def geometry_comparisons(cells: Sequence[Cell]) -> list[Comparison]:
+    """Each geometry-aware arm against AdamW, and against the plain arm of its residence, in its format and policy."""
+    by_key = {key_of(cell): cell for cell in cells}
+    compared = []
+    for cell in cells:
+        for arm in filter(None, (REFERENCE_ARM, SAME_RESIDENCE.get(cell.arm))) if cell.geometry else ():
+            other = by_key.get((cell.format, arm, cell.policy))
+            if other is not None:
+                compared.append(compare(cell, other))
+    return compared
+
+
+def _with_adjusted(compared: Sequence[Comparison]) -> tuple[list[Comparison], str]:
+    tested = [item for item in compared if item.paired]
+    p_values, method = adjust([dict(item.differences) for item in tested])
+    adjusted = dict(zip(map(id, tested), p_values, strict=True))
+    return [Comparison(item.cell, item.other, item.differences, item.paired, adjusted.get(id(item), math.nan))
+            for item in compared], method

@@ -1,0 +1,304 @@
+"""The command line: `altgrad plan|run|status|why|report|formats|test-matrix|doctor`, and what a sweep file calls.
+
+Flags and configuration files say the same things as a `SweepSpec`; nothing is interpreted here that the spec does not
+validate. Bad input ends with exit code 2 and one line that names the flag or path, the value, what is allowed and the
+nearest match, before Ray starts and before any folder is touched. Exit code 1 means that trials are left unfinished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from altgrad.sweep.folder import PACKAGES, FolderError, cores, has_driver, installed
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.progress import ending_name
+from altgrad.sweep.resolve import SpecError, resolve
+from altgrad.sweep.run import RunOptions, SweepResult, preflight, run_sweep
+from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
+from altgrad.training.outcome import OutcomeKind
+
+SPEC_FLAGS = {
+    "formats": ("formats", "E5M2,E4M3 or all: the eight 8-bit splits, BF16 and FP16; FP32 is the reference"),
+    "optimizers": ("optimizers", "adamw,manifold,grid or all"),
+    "rung-clip": ("rung_clip", "1,3,10: rungs, for arms that have them"),
+    "policies": ("policies", "uniform,attention_bf16,head_bf16,classic or all"),
+    "lrs": ("lrs", "1e-3,3e-3: learning rates; left out: each arm's own"),
+    "seeds": ("seeds", "paired replicates, at least 1"),
+    "steps": ("steps", "training steps of a trial"),
+    "task": ("task", "lm"),
+    "data": ("data.source", "pydoc, or a text, JSONL or parquet file, a folder or a glob"),
+    "scheduler": ("scheduler", "none, or asha: races learning rates within a cell"),
+    "guards": ("guards", "on or off"),
+}
+ADDRESS = re.compile(r"local|auto|(?!ray://)[\w.\-\[\]:]+:\d+")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are one line, raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `altgrad` command; returns the exit code."""
+    return _answer(_parser(), sys.argv[1:] if argv is None else list(argv))
+
+
+def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
+    """The command line of a sweep file: `spec` as it stands, changed by flags. Returns the exit code."""
+    parser = Parser(description=f"Runs the sweep {spec.name!r}.", allow_abbrev=False)
+    _add_sweep_flags(parser)
+    parser.set_defaults(handler=_run, base=spec, file=None)
+    return _answer(parser, sys.argv[1:] if argv is None else list(argv))
+
+
+def _answer(parser: Parser, argv: list[str]) -> int:
+    try:
+        request, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise SpecError(_unknown_argument(parser, request, unknown[0]))
+        return int(request.handler(request))
+    except FolderError as error:
+        return _complain(f"--out: {error}")
+    except SpecError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; what is recorded stays, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _complain(message: str) -> int:
+    print(f"altgrad: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _unknown_argument(parser: Parser, request: argparse.Namespace, word: str) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    known = sorted(f for action in getattr(request, "parser", parser)._actions for f in action.option_strings
+                   if f.startswith("--"))
+    return f"unknown flag {word.split('=')[0]}; allowed: {', '.join(known)}{nearest(word.split('=')[0], known)}"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="altgrad", allow_abbrev=False,
+                    description="Which 8-bit floating-point format can a model be trained in?")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Any, help: str) -> Parser:
+        added: Parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(handler=handler, parser=added)
+        return added
+
+    for name, handler, help in (("plan", _plan, "what a sweep would run, and what it leaves out and why"),
+                                ("run", _run, "run what a sweep's ledger lacks, then write its report")):
+        added = command(name, handler, help)
+        added.add_argument("file", nargs="?", type=Path, help="a sweep as YAML or JSON")
+        added.set_defaults(base=PRESETS["quick"])
+        _add_sweep_flags(added)
+    for name, handler, help in (("status", _status, "how far a sweep is"),
+                                ("report", _report, "write a sweep's report from its ledger")):
+        command(name, handler, help).add_argument("out", type=Path, help="the sweep's folder")
+    why = command("why", _why, "why trials stopped")
+    why.add_argument("out", type=Path, help="the sweep's folder")
+    why.add_argument("trial", nargs="?", help="a trial's id, or how it begins")
+    command("formats", _formats, "the formats and their numbers")
+    matrix = command("test-matrix", _test_matrix, "write TEST_MATRIX.md from the registries")
+    matrix.add_argument("--check", action="store_true", help="write nothing; exit 1 where the file differs")
+    command("doctor", _doctor, "versions, kernels and cores of this machine")
+    return parser
+
+
+def _add_sweep_flags(parser: Parser) -> None:
+    parser.add_argument("--preset", help=", ".join(PRESETS))
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it")
+    for flag, (key, help) in SPEC_FLAGS.items():
+        parser.add_argument(f"--{flag}", dest=f"spec:{key}", metavar="X", help=help)
+    parser.add_argument("--out", type=Path, help="the sweep's folder; default runs/<name>")
+    parser.add_argument("--max-concurrent", metavar="N", help="trials at a time; default one per core")
+    parser.add_argument("--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head")
+    parser.add_argument("--fresh", action="store_true", help="move an old sweep in OUT aside and start again")
+    parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
+
+
+def _spec(request: argparse.Namespace) -> SweepSpec:
+    if request.file is not None and request.config is not None:
+        raise SpecError(f"{request.file} and --config {request.config}: one file, please")
+    try:
+        base = request.base if request.preset is None else PRESETS[check_choice(request.preset, PRESETS, "preset")]
+    except ValueError as error:
+        raise SpecError(f"--preset: {error}") from None
+    flags = {name.removeprefix("spec:"): value for name, value in vars(request).items()
+             if name.startswith("spec:") and value is not None}
+    return resolve(base, flags, request.file or request.config)
+
+
+def _options(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
+    concurrent = request.max_concurrent
+    if concurrent is not None and not (concurrent.isdigit() and int(concurrent) >= 1):
+        raise SpecError(f"--max-concurrent: {concurrent!r} is not allowed: a whole number of at least 1 is expected")
+    if not ADDRESS.fullmatch(request.address):
+        raise SpecError(f"--address: {request.address!r} is not allowed: local, auto, or the HOST:PORT of a head "
+                        f"(for ray:// submit the command as a job){nearest(request.address, ('local', 'auto'))}")
+    return RunOptions(out=request.out or Path("runs") / spec.name, address=request.address, fresh=request.fresh,
+                      max_concurrent=int(concurrent) if concurrent else None)
+
+
+def _checked_corpus(spec: SweepSpec) -> Any:
+    """The corpus, or a SpecError that names the source and, where it is a file, the nearest name beside it."""
+    try:
+        return preflight(spec)
+    except ValueError as error:
+        path = Path(spec.data.source)
+        beside = [] if path.exists() or not path.parent.is_dir() else [item.name for item in path.parent.iterdir()]
+        raise SpecError(f"--{str(error).removeprefix('--')}{nearest(path.name, ['pydoc', *beside])}") from None
+
+
+def _run(request: argparse.Namespace) -> int:
+    if request.plan:
+        return _plan(request)
+    spec = _spec(request)
+    options = _options(request, spec)
+    _checked_corpus(spec)
+    try:
+        result = run_sweep(spec, options)
+    except ConnectionError as error:
+        print(f"altgrad: --address {options.address}: no Ray cluster answers ({str(error).splitlines()[0]})",
+              file=sys.stderr)
+        return 1
+    return _conclude(result)
+
+
+def _conclude(result: SweepResult) -> int:
+    from altgrad.analysis.report import write_report
+    finding = write_report(result.out)
+    print(finding.headline)
+    print(finding.certainty)
+    endings = ", ".join(f"{count} {name}" for name, count in result.endings.most_common())
+    print(f"{result.trials} trials: {endings}" + ("" if result.ran else "; nothing was left to run"))
+    print(f"report: {finding.path}")
+    if result.broken is not None:
+        print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
+    if result.left:
+        print(f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
+              "command goes on", file=sys.stderr)
+    return 1 if result.left else 0
+
+
+def _plan(request: argparse.Namespace) -> int:
+    spec = _spec(request)
+    options = _options(request, spec)
+    trials = spec.trials(_checked_corpus(spec).sha256)
+    cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
+    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, {spec.seeds} seeds")
+    _print_table([("format", "arm", "policy", "trials"), *((*cell, str(count)) for cell, count in cells.items())])
+    for exclusion in spec.exclusions():
+        print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
+    ledger_path = options.out / "ledger.sqlite"
+    if ledger_path.exists() and not options.fresh:
+        with Ledger(ledger_path) as ledger:
+            print(f"{options.out} lacks {len(ledger.remaining(trials))} of them")
+    return 0
+
+
+def _open_ledger(out: Path) -> Ledger:
+    path = out / "ledger.sqlite"
+    if not path.exists():
+        beside = [item.parent.name for item in out.absolute().parent.glob("*/ledger.sqlite")]
+        raise SpecError(f"{out}: no sweep in this folder (no ledger.sqlite){nearest(out.name, beside)}")
+    return Ledger(path)
+
+
+def _status(request: argparse.Namespace) -> int:
+    with _open_ledger(request.out) as ledger:
+        trials, outcomes, rows = ledger.trials(), ledger.outcomes(), ledger.row_counts()
+    driver = "a driver is running" if has_driver(request.out) else "no driver is running"
+    print(f"{request.out}: {len(outcomes)} of {len(trials)} trials ended, {sum(rows.values())} steps recorded; {driver}")
+    started = sum(1 for trial_id in trials if trial_id not in outcomes and trial_id in rows)
+    counts = Counter(ending_name(outcome) for outcome in outcomes.values())
+    counts |= Counter({"started": started, "waiting": len(trials) - len(outcomes) - started})
+    _print_table([(name, str(count)) for name, count in counts.items() if count])
+    return 0
+
+
+def _why(request: argparse.Namespace) -> int:
+    with _open_ledger(request.out) as ledger:
+        trials, outcomes = ledger.trials(), ledger.outcomes()
+    wanted = [trial_id for trial_id in trials if trial_id.startswith(request.trial or "")]
+    if not wanted:
+        raise SpecError(f"{request.trial!r} is no trial of {request.out}{nearest(str(request.trial), trials)}")
+    table = [("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")]
+    for trial_id in wanted:
+        trial, outcome = trials[trial_id], outcomes.get(trial_id)
+        if outcome is None and request.trial:
+            table.append((trial_id, *_named(trial), "unfinished", "", "", ""))
+        elif outcome is not None and (request.trial or outcome.kind is not OutcomeKind.DONE):
+            table.append((trial_id, *_named(trial), ending_name(outcome), outcome.layer or "", str(outcome.step),
+                          outcome.message))
+    if len(table) == 1:
+        print(f"no trial was stopped; {len(outcomes)} of {len(trials)} have ended")
+        return 0
+    _print_table(table)
+    return 0
+
+
+def _named(trial: dict[str, Any]) -> tuple[str, str, str, str]:
+    return trial["format"], trial["arm"], trial["policy"], str(trial["seed"])
+
+
+def _report(request: argparse.Namespace) -> int:
+    _open_ledger(request.out).close()
+    from altgrad.analysis.report import write_report
+    finding = write_report(request.out)
+    print(f"{finding.headline}\n{finding.certainty}\nreport: {finding.path}")
+    return 0
+
+
+def _formats(request: argparse.Namespace) -> int:
+    from altgrad.quantization import FORMATS
+    table = [("format", "bits", "exponent", "mantissa", "bias", "max", "min normal", "min subnormal", "inf", "nan")]
+    table += [(name, str(fmt.total_bits), str(fmt.exponent_bits), str(fmt.mantissa_bits), str(fmt.bias),
+               f"{fmt.max:.6g}", f"{fmt.min_normal:.6g}", f"{fmt.min_subnormal:.6g}",
+               "yes" if fmt.has_inf else "no", "yes" if fmt.has_nan else "no") for name, fmt in FORMATS.items()]
+    _print_table(table)
+    return 0
+
+
+def _test_matrix(request: argparse.Namespace) -> int:
+    from altgrad.analysis.test_matrix import render
+    path, text = Path("TEST_MATRIX.md"), render()
+    if request.check:
+        same = path.exists() and path.read_text() == text
+        print(f"{path} is {'current' if same else 'not current: run altgrad test-matrix'}")
+        return 0 if same else 1
+    path.write_text(text)
+    print(f"{path} written")
+    return 0
+
+
+def _doctor(request: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from altgrad.quantization.ops import kernel_in_use
+    versions = [(name, installed(name) or "missing") for name in PACKAGES]
+    _print_table([("python", platform.python_version()), *versions, ("cores", str(cores())),
+                  ("kernel", kernel_in_use(torch.zeros(1))), ("cuda", "yes" if torch.cuda.is_available() else "no")])
+    missing = [name for name, version in versions if version == "missing"]
+    if missing:
+        print(f"altgrad: missing: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

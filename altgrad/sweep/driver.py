@@ -1,0 +1,137 @@
+"""Ray Tune as the engine: a flat list of trials, reused one-CPU actors, and a callback that keeps the ledger.
+
+Tune gets no search space to be clever about, only the trials that the ledger lacks, and keeps no record that anyone
+reads: its own files stand in a scratch folder that is removed afterwards. A trial whose actor dies is started again
+up to twice and resumes from its checkpoint; after that it is `node_lost` and waits for the next run. The same error in
+three trials is a bug that more trials will not cure, and ends the sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import tune
+
+from altgrad.sweep.executors import TrialActor, run_request
+from altgrad.sweep.folder import cores
+from altgrad.sweep.progress import Progress
+from altgrad.sweep.racing import Race
+from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
+from altgrad.training.config import TrainConfig
+from altgrad.training.outcome import Outcome, OutcomeKind
+
+OBJECT_STORE_BYTES = 200_000_000
+RETRIES = 2
+EQUAL_BUGS = 3
+
+
+class Follower(tune.Callback):  # type: ignore[misc]
+    """Keeps the ledger and the display up with Tune's events."""
+
+    def __init__(self, recorder: Recorder, progress: Progress, scheduler: HealthScheduler, breaker: Breaker) -> None:
+        self._recorder = recorder
+        self._progress = progress
+        self._scheduler = scheduler
+        self._breaker = breaker
+
+    def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+        """Tune pickles callbacks for a restore that is never used; an open ledger can't go along."""
+        return tune.Callback, ()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any],
+                        **info: Any) -> None:
+        self._recorder.follow(trial_id_of(trial))
+        self._progress.reached(trial_id_of(trial), int(result["step"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id = trial_id_of(trial)
+        outcome = self._recorder.finish(trial_id, self._scheduler.verdicts.get(trial_id))
+        if outcome is not None and outcome.kind is OutcomeKind.BUG:
+            self._breaker.count(outcome.message)
+        self._progress.ended(trial_id, outcome)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id = trial_id_of(trial)
+        outcome = self._recorder.finish(trial_id)
+        if outcome is None:
+            outcome = _fault(trial)
+            self._recorder.ledger.record_outcome(trial_id, outcome)
+        self._progress.ended(trial_id, outcome)
+
+
+class Breaker(tune.Stopper):  # type: ignore[misc]
+    """Ends the sweep when the same error has come back often enough."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def count(self, message: str) -> None:
+        self._seen[message] += 1
+
+    @property
+    def reason(self) -> str | None:
+        """The error that came back, or None."""
+        return next((message for message, times in self._seen.items() if times >= EQUAL_BUGS), None)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.reason is not None
+
+
+def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progress, race: Race | None, *,
+          address: str, concurrent: int) -> str | None:
+    """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did."""
+    scratch = recorder.folder.parent.absolute() / ".tune"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scheduler, breaker = HealthScheduler(trials, race), Breaker()
+    follower = Follower(recorder, progress, scheduler, breaker)
+    requests = [run_request(trial_id, config, recorder.folder.absolute() / trial_id)
+                for trial_id, config in trials.items()]
+    _start(address)
+    try:
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        tune.Tuner(
+            tune.with_resources(TrialActor, {"cpu": 1}),
+            param_space={"trial": tune.grid_search(requests)},
+            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=True,
+                                        trial_name_creator=trial_id_of, trial_dirname_creator=trial_id_of),
+            run_config=tune.RunConfig(
+                name="sweep", storage_path=str(scratch), callbacks=[follower], stop=breaker, verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)),
+        ).fit()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+    return breaker.reason
+
+
+def _start(address: str) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        ray.init(address="local", num_cpus=cores(), object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False,
+                 **quiet)
+    else:
+        ray.init(address=address, **quiet)
+
+
+def _fault(trial: Any) -> Outcome:
+    """What ended a trial that could not end itself, from Ray's own words."""
+    text = str(trial.get_error() or "the actor died").strip()
+    kind = OutcomeKind.NODE_LOST
+    if "OutOfMemory" in text:
+        kind = OutcomeKind.OOM
+    elif "TimeoutError" in text:
+        kind = OutcomeKind.TIMEOUT
+    step = int((trial.last_result or {}).get("step", 0))
+    return Outcome(kind=kind, step=step, message=text.splitlines()[-1][:500])
+
+

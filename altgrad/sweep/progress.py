@@ -1,0 +1,126 @@
+"""What a person sees while a sweep runs: how far it is, what ended and why, and when it will be over.
+
+On a terminal a small table is redrawn in place; into a pipe or a file goes a plain line, at most every ten seconds.
+The estimate is measured, not modelled: the time so far over the share of the work that it has settled. A trial that a
+guard ended counts as whole, so the estimate learns from early endings, and what an earlier run did counts for nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from altgrad.training.config import TrainConfig
+from altgrad.training.outcome import Outcome, OutcomeKind
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LINE_EVERY_SECONDS = 10.0
+
+
+class Progress:
+    """A context manager that shows the course of `trials`, the trials that this run has to do."""
+
+    def __init__(self, trials: Mapping[str, TrainConfig], total: int, *, live: bool | None = None) -> None:
+        self._trials = trials
+        self._total = total
+        self._running: dict[str, int] = {}
+        self._ended: dict[str, Outcome] = {}
+        self._started = time.monotonic()
+        self._first_result: float | None = None
+        self._last_line = self._started
+        self._live = None
+        if sys.stdout.isatty() if live is None else live:
+            from rich.live import Live
+            self._live = Live(get_renderable=self._table, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+
+    def reached(self, trial_id: str, step: int) -> None:
+        """A running trial has done `step` steps."""
+        if self._first_result is None:
+            self._first_result = time.monotonic()
+        self._running[trial_id] = step
+        self._line_if_due()
+
+    def ended(self, trial_id: str, outcome: Outcome | None) -> None:
+        """A trial has left the machine; without an outcome it was only interrupted."""
+        self._running.pop(trial_id, None)
+        if outcome is not None:
+            self._ended[trial_id] = outcome
+        self._line_if_due()
+
+    def settled_share(self) -> float:
+        """The share of this run's work that is behind it, in [0, 1]."""
+        steps = sum(step / self._trials[trial_id].steps for trial_id, step in self._running.items())
+        return (len(self._ended) + steps) / max(1, len(self._trials))
+
+    def seconds_left(self) -> float | None:
+        """Measured time per settled share over the share that is left; None before there is a measurement."""
+        share = self.settled_share()
+        if self._first_result is None or share <= 0:
+            return None
+        return (time.monotonic() - self._started) * (1 - share) / share
+
+    def line(self) -> str:
+        """The state in one line."""
+        left = self.seconds_left()
+        endings = ", ".join(f"{count} {name}" for name, count in self._endings().most_common())
+        eta = "measuring" if left is None else f"about {_duration(left)} left"
+        return (f"{self._before() + len(self._ended)}/{self._total} trials ended"
+                f"{f' ({endings})' if endings else ''}, {len(self._running)} running, "
+                f"{len(self._trials) - len(self._ended) - len(self._running)} waiting; {eta}")
+
+    def _before(self) -> int:
+        return self._total - len(self._trials)
+
+    def _endings(self) -> Counter[str]:
+        return Counter(ending_name(outcome) for outcome in self._ended.values())
+
+    def _line_if_due(self) -> None:
+        now = time.monotonic()
+        if self._live is None and now - self._last_line >= LINE_EVERY_SECONDS:
+            self._last_line = now
+            print(self.line(), flush=True)
+
+    def _table(self) -> Table:
+        from rich.table import Table
+        table = Table.grid(padding=(0, 2))
+        table.add_row("ended", f"{self._before() + len(self._ended)} of {self._total}",
+                      ", ".join(f"{count} {name}" for name, count in self._endings().most_common()))
+        for trial_id, step in list(self._running.items()):
+            trial = self._trials[trial_id]
+            table.add_row("running", f"{step}/{trial.steps}",
+                          f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}")
+        left = self.seconds_left()
+        table.add_row("left", "measuring" if left is None else _duration(left),
+                      "starting workers" if self._first_result is None else "")
+        return table
+
+
+def ending_name(outcome: Outcome) -> str:
+    """'done', or the kind with the signal that decided it."""
+    if outcome.signal is None or outcome.kind is OutcomeKind.DONE:
+        return str(outcome.kind)
+    return f"{outcome.kind} by {outcome.signal}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

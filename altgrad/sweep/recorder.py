@@ -1,0 +1,79 @@
+"""From the workers' files to the ledger. Only the driver does this, so SQLite has one writer.
+
+A worker appends to `metrics.jsonl` and renames `outcome.json` into place; the recorder follows each file from where it
+last read. A worker that resumes replaces `metrics.jsonl` by a shorter one (the steps behind its checkpoint will be
+trained again), so a new inode, or a file shorter than what was read, means reading from its start. Rows are keyed by
+(trial, step), and training is deterministic: reading a step twice changes nothing.
+
+`ingest` does the same for everything that an earlier driver left behind when it was killed before recording it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from altgrad.sweep.ledger import Ledger
+from altgrad.training.outcome import Outcome
+from altgrad.training.record import from_plain, read_rows, to_plain, write_json
+
+
+class Recorder:
+    """Follows the trials under `folder` and keeps the ledger up with them."""
+
+    def __init__(self, ledger: Ledger, folder: Path) -> None:
+        self.ledger = ledger
+        self.folder = folder
+        self._read: dict[str, tuple[int, int]] = {}
+        """trial -> (inode, offset) up to which its metrics are in the ledger"""
+
+    def follow(self, trial_id: str) -> None:
+        """Records the rows that have been written since the last call."""
+        path = self.folder / trial_id / "metrics.jsonl"
+        if not path.exists():
+            return
+        status = path.stat()
+        inode, offset = self._read.get(trial_id, (status.st_ino, 0))
+        if inode != status.st_ino or status.st_size < offset:
+            offset = 0
+        rows, offset = read_rows(path, offset)
+        if rows:
+            self.ledger.record_rows(trial_id, rows)
+        self._read[trial_id] = (status.st_ino, offset)
+
+    def finish(self, trial_id: str, stopped: Outcome | None = None) -> Outcome | None:
+        """Records the last rows and the ending: the worker's own, else `stopped`, why the driver stopped it."""
+        self.follow(trial_id)
+        outcome = self._left(trial_id)
+        if outcome is None and stopped is not None:
+            outcome = stopped
+            write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
+        if outcome is not None:
+            self.ledger.record_outcome(trial_id, outcome)
+        return outcome
+
+    def ingest(self, trial_ids: Iterable[str]) -> int:
+        """Records what earlier runs left and the ledger lacks; returns for how many trials there was something."""
+        known, counts = self.ledger.outcomes(), self.ledger.row_counts()
+        found = 0
+        for trial_id in trial_ids:
+            path = self.folder / trial_id / "metrics.jsonl"
+            lines = path.read_bytes().count(b"\n") if path.exists() else 0
+            outcome = self._left(trial_id)
+            new_outcome = outcome is not None and _plain(outcome) != _plain(known.get(trial_id))
+            if lines > counts.get(trial_id, 0) or new_outcome:
+                found += 1
+                self.follow(trial_id)
+                if outcome is not None:
+                    self.ledger.record_outcome(trial_id, outcome)
+        return found
+
+    def _left(self, trial_id: str) -> Outcome | None:
+        path = self.folder / trial_id / "outcome.json"
+        return Outcome.from_dict(from_plain(json.loads(path.read_text()))) if path.exists() else None
+
+
+def _plain(outcome: Outcome | None) -> Any:
+    return None if outcome is None else to_plain(outcome.to_dict())

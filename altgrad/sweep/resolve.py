@@ -1,0 +1,111 @@
+"""From a preset, a file and flags to one SweepSpec, or to one sentence that says what is wrong and where.
+
+Layers are merged key by key, later ones win: the base (a preset or the sweep file's own value), the configuration
+file, the flags. Each key remembers where it came from, so that an error names the flag or the file and path that a
+person wrote, the value, what is allowed and the nearest match.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from altgrad.sweep.spec import SweepSpec, nearest
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+class SpecError(ValueError):
+    """A request that can't be met as it stands; the message is one line for the person who made it."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; a spec without a name takes the file's."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise SpecError(f"{path}: allowed are {', '.join(SUFFIXES)} files")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise SpecError(f"{path}: no such file{nearest(path.name, beside)}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: not readable as {path.suffix[1:]}: {_one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise SpecError(f"{path}: a mapping of keys is expected, found {type(found).__name__}")
+    return {"name": path.stem} | found
+
+
+def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None = None) -> SweepSpec:
+    """The spec that the layers make; `flags` is keyed by dotted path ('data.source') and holds only what was given.
+
+    Raises SpecError.
+    """
+    values = {name: getattr(base, name) for name in SweepSpec.model_fields}
+    from_file: dict[str, Any] = read_config(config_file) if config_file is not None else {}
+    for name, value in from_file.items():
+        inherited = values.get(name)
+        if isinstance(inherited, BaseModel) and isinstance(value, dict):
+            value = dict(inherited) | value
+        values[name] = value
+    for path, value in flags.items():
+        head, _, tail = path.partition(".")
+        values[head] = dict(values[head]) | {tail: value} if tail else value
+    try:
+        return SweepSpec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError(_explain(error, flags, config_file)) from None
+
+
+def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path | None) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    flag = next((name for name in flags if path[:len(name.split("."))] == name.split(".")), None)
+    if flag is not None:
+        where = "--" + ("data" if flag == "data.source" else flag.replace("_", "-"))
+    else:
+        where = ": ".join(part for part in (str(config_file or ""), ".".join(path)) if part)
+    text = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        allowed = list(_fields_at(path[:-1]))
+        text = f"unknown key with value {first['input']!r}; allowed: {', '.join(allowed)}{nearest(path[-1], allowed)}"
+    elif first["type"] != "value_error":
+        close = nearest(str(first["input"]), _literals_at(path))
+        text = f"{_short(first['input'])} is not allowed: {text[:1].lower()}{text[1:]}{close}"
+    return f"{where}: {text}" if where else text
+
+
+def _fields_at(path: list[str]) -> Mapping[str, Any]:
+    """The fields of the model that stands at a path of names and indices."""
+    model: Any = SweepSpec
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        model = next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)
+        if model is None:
+            return {}
+    return model.model_fields
+
+
+def _literals_at(path: list[str]) -> list[str]:
+    fields = _fields_at(path[:-1])
+    field = fields.get(path[-1]) if path else None
+    return [item for item in get_args(field.annotation) if isinstance(item, str)] if field is not None else []
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+

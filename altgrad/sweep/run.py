@@ -1,0 +1,126 @@
+"""From a spec to a ledger that lacks nothing: check, own the folder, find what is left, run it.
+
+Everything that can be wrong is found before Ray starts and before the folder is touched. Then the ledger takes in
+what earlier drivers left, and only what it still lacks goes to Ray. If that is nothing, Ray is not even imported, so
+asking again for a finished sweep costs seconds. Interrupting at any moment, politely or with kill -9, loses at most
+the steps since the last checkpoints: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from altgrad.sweep.folder import check_folder, cores, manifest, owned
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.progress import Progress, ending_name
+from altgrad.sweep.racing import Race
+from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.spec import SweepSpec
+from altgrad.training.config import TrainConfig
+from altgrad.training.data import Corpus, load_corpus, train_batch, val_batches
+from altgrad.training.outcome import RESULT_KINDS
+from altgrad.training.record import write_json
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "30",
+}
+"""Ray reads these at import: no telemetry, no chatter, no second record beside ours. A user's own values win."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a sweep is run; nothing here can change a result."""
+
+    out: Path
+    max_concurrent: int | None = None
+    address: str = "local"
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What stands in the ledger after a run, over the trials of the spec."""
+
+    out: Path
+    trials: int
+    ran: int
+    left: int
+    endings: Counter[str]
+    broken: str | None
+    """the error that ended the sweep early, where one came back three times"""
+
+
+def preflight(spec: SweepSpec) -> Corpus:
+    """The corpus, once it is known to be long enough for the model's context. Raises ValueError."""
+    corpus = load_corpus(spec.data)
+    train_batch(corpus, block=spec.model.block, batch=1, seed=0, step=1)
+    next(val_batches(corpus, block=spec.model.block, batch=1, count=1))
+    return corpus
+
+
+def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
+    """Runs what the ledger in `options.out` lacks of the spec.
+
+    Raises ValueError for data that can't be used and FolderError for a folder that can't, before anything is
+    changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises nothing: it is
+    an outcome.
+    """
+    corpus = preflight(spec)
+    check_folder(options.out)
+    anchored = spec.model_copy(update={"data": spec.data.model_copy(update={"source": anchor(spec.data.source)})})
+    trials = anchored.trials(corpus.sha256)
+    with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
+        write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), **manifest(),
+                                        "data": {"source": spec.data.source, "sha256": corpus.sha256,
+                                                 "description": corpus.describe()}})
+        ledger.add_trials(trials, corpus.sha256)
+        recorder = Recorder(ledger, out / "trials")
+        recorder.ingest(ledger.trials())
+        left = ledger.remaining(trials)
+        broken = _drive(anchored, options, trials, left, recorder) if left else None
+        outcomes = ledger.outcomes()
+        return SweepResult(out, len(trials), len(left), len(ledger.remaining(trials)), Counter(
+            ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished" for trial_id in trials), broken)
+
+
+def anchor(source: str) -> str:
+    """The data source as workers can find it: an absolute path or glob, where it names files."""
+    path = Path(source)
+    is_files = path.exists() or any(mark in source for mark in "*?[")
+    return str(path.absolute()) if is_files else source
+
+
+def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfig],
+           left: Mapping[str, TrainConfig], recorder: Recorder) -> str | None:
+    race = _race(spec, trials, recorder.ledger) if spec.scheduler == "asha" else None
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with Progress(left, len(trials)) as progress:
+        from altgrad.sweep.driver import drive
+        return drive(left, recorder, progress, race, address=options.address,
+                     concurrent=options.max_concurrent or cores())
+
+
+def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) -> Race:
+    """The race as it stands after what the ledger already holds."""
+    race = Race(trials, spec.race)
+    outcomes = ledger.outcomes()
+    for trial_id in trials:
+        for step, loss in ledger.signal(trial_id, "val_loss"):
+            race.observe(trial_id, step, loss)
+        outcome = outcomes.get(trial_id)
+        if outcome is not None and outcome.kind in RESULT_KINDS:
+            race.ended(trial_id, outcome.kind, outcome.step)
+    return race

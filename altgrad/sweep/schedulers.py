@@ -1,0 +1,106 @@
+"""What ends a trial from outside: lost races, and a backstop for a worker that fails to deliver its own verdict.
+
+Guards run inside the worker: only there can a trial still write its checkpoint and its reason before it ends, since
+Ray's STOP ends an actor hard. The scheduler therefore stops a trial in two cases only, each with a typed record of the
+reason: it lost its race (altgrad.sweep.racing), or its loss has been non-finite for longer than its own guard would
+have waited, by one whole interval. A sweep with guards off asked for neither, and its diverged trials run on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from altgrad.sweep.racing import SCORE, Race
+from altgrad.training.config import TrainConfig
+from altgrad.training.guards import GuardRule
+from altgrad.training.outcome import Outcome, OutcomeKind
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
+
+
+class HealthScheduler(FIFOScheduler):
+    """Runs trials in their order; stops what has lost its race or keeps reporting a non-finite loss.
+
+    `trials` are all trials of the sweep by id; `race` is None for no racing. `verdicts` holds why each trial that this
+    scheduler stopped was stopped.
+    """
+
+    def __init__(self, trials: Mapping[str, TrainConfig], race: Race | None = None) -> None:
+        super().__init__()
+        self.verdicts: dict[str, Outcome] = {}
+        self._trials = trials
+        self._race = race
+        self._nonfinite: dict[str, list[int]] = {}
+
+    def on_trial_result(self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]) -> str:
+        trial_id = trial_id_of(trial)
+        verdict = self._backstop(trial_id, result) or self._raced(trial_id, result)
+        if verdict is None:
+            return TrialScheduler.CONTINUE
+        self.verdicts[trial_id] = verdict
+        if self._race is not None and verdict.kind is not OutcomeKind.PRUNED:
+            self._race.ended(trial_id, verdict.kind, verdict.step)
+        return TrialScheduler.STOP
+
+    def on_trial_complete(self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]) -> None:
+        trial_id = trial_id_of(trial)
+        if self._race is None or trial_id in self.verdicts or "outcome" not in result:
+            return
+        kind = OutcomeKind(result["outcome"])
+        if kind in (OutcomeKind.BUG, OutcomeKind.OOM):
+            self._race.lost(trial_id)
+        else:
+            self._race.ended(trial_id, kind, int(result["step"]))
+
+    def on_trial_error(self, tune_controller: TuneController | None, trial: Trial) -> None:
+        if self._race is not None:
+            self._race.lost(trial_id_of(trial))
+
+    def debug_string(self) -> str:
+        return f"HealthScheduler: {len(self.verdicts)} stopped"
+
+    def _raced(self, trial_id: str, result: Mapping[str, Any]) -> Outcome | None:
+        if self._race is None:
+            return None
+        if result.get(SCORE) is not None:
+            self._race.observe(trial_id, int(result["step"]), float(result[SCORE]))
+        verdict = self._race.verdict(trial_id)
+        return None if verdict is None else _at(verdict, result)
+
+    def _backstop(self, trial_id: str, result: Mapping[str, Any]) -> Outcome | None:
+        rule = _loss_guard(self._trials[trial_id])
+        loss = result.get("train_loss")
+        if rule is None or loss is None or math.isfinite(loss):
+            self._nonfinite.pop(trial_id, None)
+            return None
+        steps = self._nonfinite.setdefault(trial_id, [])
+        steps.append(int(result["step"]))
+        if len(steps) <= rule.checks:
+            return None
+        return _at(Outcome(kind=OutcomeKind(rule.kind), step=steps[-1], signal=rule.signal, value=loss,
+                           limit=rule.limit, first_seen=steps[0],
+                           message=f"train_loss has not been finite since step {steps[0]}; stopped by the scheduler"),
+                   result)
+
+
+def trial_id_of(trial: Trial) -> str:
+    """Our id of a Tune trial (Tune's own can't be set)."""
+    return str(trial.config["trial"]["trial_id"])
+
+
+def _loss_guard(config: TrainConfig) -> GuardRule | None:
+    return next((rule for rule in config.guards if (rule.signal, rule.test) == ("train_loss", "nonfinite")), None)
+
+
+def _at(outcome: Outcome, result: Mapping[str, Any]) -> Outcome:
+    """The outcome with the losses and the time of the result at which the trial was stopped."""
+    return replace(outcome, step=int(result["step"]), train_loss=result.get("train_loss"),
+                   val_loss=result.get("val_loss"), bits_per_byte=result.get("bits_per_byte"),
+                   seconds=float(result.get("seconds", 0.0)))

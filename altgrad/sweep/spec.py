@@ -1,0 +1,230 @@
+"""The sweep as a value: axes, replicates and rules, from which the list of trials follows.
+
+A `SweepSpec` is a product of formats, policies, arms and their parameters, repeated over paired seeds: seed k means
+the same initial weights and the same batches in every cell, so cells are compared by paired differences. A spec that
+exists is valid as a whole: every trial in it has been built and checked.
+
+Three things are not a plain product. The references (BF16 AdamW, and FP32 AdamW where FP32 is asked for) do not
+depend on the policy; they stand first, so that every later result has something to be compared with. `rung_clip`
+multiplies only the arms that have rungs. And combinations that cannot mean anything are left out by a named rule and
+counted (`exclusions`), so that nothing disappears silently.
+
+The members of a seed group (one cell and one set of parameters, all seeds) are adjacent: they run at about the same
+time, which is what racing groups against each other needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from itertools import product
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
+
+from altgrad.quantization import FORMATS, POLICIES, get_format, named_policy
+from altgrad.training.config import (
+    ARMS,
+    UNQUANTIZED,
+    DataConfig,
+    Frozen,
+    GridOptimConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
+
+BASELINE = "BF16"
+ALL_FORMATS = tuple(FORMATS)
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class RaceConfig(Frozen):
+    """When groups of one cell are compared, and how many go on."""
+
+    first_rung: int = Field(30, ge=1, description="steps before the first comparison")
+    reduction: int = Field(3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart")
+
+
+class Rule(NamedTuple):
+    """Why a combination is left out."""
+
+    name: str
+    reason: str
+    applies: Callable[[str, str, str], bool]
+    """of (format, arm, policy)"""
+
+
+class Exclusion(NamedTuple):
+    """How many trials a rule left out."""
+
+    rule: str
+    reason: str
+    trials: int
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("fp32_is_the_reference", "FP32 is not quantized: it runs as the AdamW reference only",
+         lambda format, arm, policy: format == UNQUANTIZED and (arm, policy) != ("adamw", "uniform")),
+    Rule("bf16_has_no_exceptions", "keeping some layers in BF16 changes nothing where the format is BF16",
+         lambda format, arm, policy: format == BASELINE and policy != "uniform"
+         and named_policy(policy, BASELINE) != named_policy(policy, "E5M2")
+         and policy in ("attention_bf16", "head_bf16")),
+)
+RAW_LR = "raw_unit_has_its_own_lr"
+RAW_LR_REASON = "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
+
+
+class SweepSpec(Frozen):
+    """A whole sweep; its defaults are the quick preset. Unknown keys are errors."""
+
+    name: str = Field("format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder")
+    task: Literal["lm"] = "lm"
+    formats: tuple[str, ...] = Field(("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"), min_length=1,
+                                     description="format names, or 'all'; FP32 is the unquantized reference")
+    optimizers: tuple[str, ...] = Field(("adamw", "manifold", "grid"), min_length=1,
+                                        description="arm names, or 'all'")
+    policies: tuple[str, ...] = Field(("uniform",), min_length=1, description="mixed-precision policies, or 'all'")
+    lrs: tuple[Positive, ...] = Field((), description="learning rates; empty for each arm's own")
+    rung_clip: tuple[Positive, ...] = Field((), description="rungs, for arms that have them; empty for the default")
+    seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
+    steps: int = Field(100, ge=1, description="training steps of a trial")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip_grad_norm: Positive | None = 1.0
+    guards: tuple[GuardRule, ...] = Field(DEFAULT_GUARDS, description="'on', 'off' or a list of rules")
+    scheduler: Literal["none", "asha"] = "none"
+    race: RaceConfig = RaceConfig()
+    log_interval: int = Field(10, ge=1, description="steps")
+    eval_interval: int = Field(20, ge=1, description="steps, a multiple of log_interval")
+    checkpoint_interval: int = Field(50, ge=1, description="steps, a multiple of log_interval")
+
+    @field_validator("formats", "optimizers", "policies", "lrs", "rung_clip", mode="before")
+    @classmethod
+    def _commas_separate(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(item for part in value.split(",") if (item := part.strip()))
+        return (value,) if isinstance(value, int | float) else value
+
+    @field_validator("formats")
+    @classmethod
+    def _known_formats(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name if name == UNQUANTIZED else get_format(name).name for name in _all_of(names, ALL_FORMATS))
+
+    @field_validator("optimizers")
+    @classmethod
+    def _known_arms(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_choice(name, ARMS, "arm") for name in _all_of(names, tuple(ARMS)))
+
+    @field_validator("policies")
+    @classmethod
+    def _known_policies(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_choice(name, POLICIES, "policy") for name in _all_of(names, tuple(POLICIES)))
+
+    @field_validator("guards", mode="before")
+    @classmethod
+    def _guards_on_or_off(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = check_choice(value, ("on", "off"), "setting of the guards") == "on"
+        return (DEFAULT_GUARDS if value else ()) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _every_trial_is_valid(self) -> SweepSpec:
+        try:
+            self.expand()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return self
+
+    def expand(self) -> list[TrainConfig]:
+        """Every trial once: references first, then cells with their seeds adjacent."""
+        combinations = [*self._references(), *self._cells()]
+        trials = (self._trial(*combination, seed) for combination in combinations for seed in range(self.seeds))
+        return list({trial.trial_id(""): trial for trial in trials}.values())
+
+    def trials(self, data_sha256: str) -> dict[str, TrainConfig]:
+        """The trials by id, in the order in which they run."""
+        return {config.trial_id(data_sha256): config for config in self.expand()}
+
+    def exclusions(self) -> list[Exclusion]:
+        """What the product of the axes would hold and `expand` leaves out, by rule."""
+        found = {rule.name: Exclusion(rule.name, rule.reason, 0) for rule in RULES}
+        for format, policy, arm in product(self.formats, self.policies, self.optimizers):
+            rule = _excluded_by(format, arm, policy)
+            if rule is not None:
+                trials = found[rule.name].trials + self.seeds * len(self._variants(arm))
+                found[rule.name] = Exclusion(rule.name, rule.reason, trials)
+        raw = sum(1 for arm in self.optimizers if self.lrs and _has_raw_lr(ARMS[arm]))
+        found[RAW_LR] = Exclusion(RAW_LR, RAW_LR_REASON, raw * self.seeds * len(self.lrs) * len(self.formats))
+        return [exclusion for exclusion in found.values() if exclusion.trials]
+
+    def _references(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
+        for format in ((UNQUANTIZED,) if UNQUANTIZED in self.formats else ()) + (BASELINE,):
+            for optimizer in self._variants("adamw"):
+                yield format, "uniform", optimizer
+
+    def _cells(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
+        for format, policy, arm in product(self.formats, self.policies, self.optimizers):
+            if _excluded_by(format, arm, policy) is None:
+                for optimizer in self._variants(arm):
+                    yield format, policy, optimizer
+
+    def _variants(self, arm: str) -> list[OptimizerConfig]:
+        base = ARMS[arm]
+        lrs = (base.lr,) if _has_raw_lr(base) else self.lrs or (base.lr,)
+        if not isinstance(base, GridOptimConfig):
+            return [base.model_copy(update={"lr": lr}) for lr in lrs]
+        return [base.model_copy(update={"lr": lr, "rung_clip": rung_clip})
+                for lr, rung_clip in product(lrs, self.rung_clip or (base.rung_clip,))]
+
+    def _trial(self, format: str, policy: str, optimizer: OptimizerConfig, seed: int) -> TrainConfig:
+        shared = {name: getattr(self, name) for name in (
+            "task", "model", "data", "schedule", "clip_grad_norm", "guards", "steps", "log_interval",
+            "eval_interval", "checkpoint_interval")}
+        return TrainConfig(format=format, policy=policy, optimizer=optimizer, seed=seed, **shared)
+
+
+def is_reference(config: TrainConfig) -> bool:
+    """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
+    return config.format in (UNQUANTIZED, BASELINE) and (config.arm, config.policy) == ("adamw", "uniform")
+
+
+def check_choice(name: str, allowed: Any, what: str) -> str:
+    """The name if it is allowed, else a ValueError that says what is, and which is nearest."""
+    if name in allowed:
+        return name
+    raise ValueError(f"{name!r} is no {what}; allowed: {', '.join(allowed)}{nearest(name, allowed)}")
+
+
+def nearest(name: str, allowed: Any) -> str:
+    """'; nearest: …' for the closest allowed name, or nothing where none is close."""
+    close = get_close_matches(name, list(allowed), n=1, cutoff=0.4)
+    return f"; nearest: {close[0]}" if close else ""
+
+
+def _all_of(names: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item for name in names for item in (every if name == "all" else (name,))))
+
+
+def _excluded_by(format: str, arm: str, policy: str) -> Rule | None:
+    return next((rule for rule in RULES if rule.applies(format, arm, policy)), None)
+
+
+def _has_raw_lr(optimizer: OptimizerConfig) -> bool:
+    return getattr(optimizer, "step_unit", "weight") != "weight"
+
+
+PRESETS: dict[str, SweepSpec] = {
+    "quick": SweepSpec(),
+    "standard": SweepSpec(
+        formats=(UNQUANTIZED, *ALL_FORMATS),
+        optimizers=("adamw", "adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid"),
+        seeds=3, steps=300, eval_interval=50),
+    "study": SweepSpec(
+        formats=(UNQUANTIZED, *ALL_FORMATS), optimizers=("all",), lrs=(1e-3, 2e-3, 4e-3, 8e-3), seeds=6, steps=2000,
+        log_interval=20, eval_interval=100, checkpoint_interval=200),
+}
+"""Whole sweeps by name: three minutes on a laptop, an afternoon on a workstation, a cluster."""

@@ -1,0 +1,76 @@
+"""Imports run down only, and importing the package is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "altgrad"
+FLOORS = ("quantization", "training", "sweep", "analysis", "cli")
+HEAVY = ("ray", "wandb", "datasets", "matplotlib")
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor_of(path: Path) -> int:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return FLOORS.index(part) if part in FLOORS else len(FLOORS)
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down_only(path: Path):
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "altgrad" and len(parts) > 1 and parts[1] in FLOORS:
+            assert FLOORS.index(parts[1]) <= floor_of(path), f"{path.name} imports {name} from a floor above"
+
+
+def test_only_the_sweep_floor_imports_ray():
+    users = {path.relative_to(PACKAGE).parts[0] for path in SOURCES
+             if any(name.split(".")[0] == "ray" for name in imported(path))}
+    assert users <= {"sweep"}
+
+
+def test_analysis_imports_no_training_loop():
+    for path in SOURCES:
+        if path.relative_to(PACKAGE).parts[0] == "analysis":
+            assert not any(name.startswith("altgrad.training.trainer") for name in imported(path)), path
+
+
+@pytest.mark.parametrize("module", ["altgrad", "altgrad.training", "altgrad.sweep", "altgrad.cli"])
+def test_importing_is_light(module: str):
+    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_lower_floors_run_without_ray_and_without_numba():
+    code = ("import sys; sys.modules['ray'] = None; sys.modules['numba'] = None\n"
+            "from altgrad.training import Trainer, TrainConfig\n"
+            "config = TrainConfig(steps=2, log_interval=1, eval_interval=2, checkpoint_interval=2,"
+            " model={'layers': 1, 'heads': 1, 'width': 16, 'block': 16},"
+            " data={'batch': 2, 'eval_batches': 1}, optimizer={'kind': 'grid'}, format='E3M4')\n"
+            "print(Trainer(config).run().kind)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_says_why_it_exists_and_stays_short(path: Path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert text.count("\n") <= 400, f"{path} is too long"

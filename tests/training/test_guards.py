@@ -1,0 +1,90 @@
+"""A guard fires on its planted fault, with its evidence, and stays silent on a healthy run."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from altgrad.training.guards import DEFAULT_GUARDS, GuardPanel, GuardRule
+from altgrad.training.outcome import OutcomeKind
+
+
+def interval(end: int, **last: object) -> list[dict]:
+    rows = [{"step": step, "train_loss": 5.0 - 0.02 * step, "grad_norm": 1.0, "loss_excess": -0.02 * step}
+            for step in range(end - 9, end + 1)]
+    rows[-1] |= {"flip_yield": 0.95, "nonfinite_weights": 0} | last
+    return rows
+
+
+def run(panel: GuardPanel, intervals: list[list[dict]]):
+    for rows in intervals:
+        verdict = panel.check(rows)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def test_the_defaults_are_silent_on_a_healthy_run():
+    assert run(GuardPanel(DEFAULT_GUARDS), [interval(end) for end in range(10, 210, 10)]) is None
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_non_finite_loss_inside_an_interval_is_caught_at_its_own_step(poison):
+    rows = interval(30)
+    rows[3]["train_loss"] = poison
+    verdict = run(GuardPanel(DEFAULT_GUARDS), [interval(10), interval(20), rows])
+    assert (verdict.kind, verdict.signal, verdict.step, verdict.limit) == (OutcomeKind.NONFINITE, "train_loss", 24, None)
+
+
+def test_non_finite_weights_name_their_layer():
+    verdict = run(GuardPanel(DEFAULT_GUARDS), [interval(10, nonfinite_weights=3, nonfinite_layer="lm_head.weight")])
+    assert (verdict.kind, verdict.layer, verdict.value) == (OutcomeKind.NONFINITE, "lm_head.weight", 3)
+
+
+def test_a_low_flip_yield_must_last_and_names_the_worst_layer():
+    layers = {"a": {"flip_yield": 0.15}, "b": {"flip_yield": 0.05}, "c": {"flip_yield": math.nan}}
+    low = [interval(end, flip_yield=0.1, layers=layers) for end in (30, 40, 50)]
+    panel = GuardPanel(DEFAULT_GUARDS)
+    assert run(panel, low[:2]) is None
+    verdict = panel.check(low[2])
+    assert (verdict.kind, verdict.signal, verdict.layer) == (OutcomeKind.STALLED, "flip_yield", "b")
+    assert (verdict.value, verdict.limit, verdict.first_seen, verdict.step) == (0.1, 0.2, 30, 50)
+
+
+def test_one_good_check_starts_the_count_again():
+    low, good = {"flip_yield": 0.1}, {"flip_yield": 0.9}
+    course = [interval(30, **low), interval(40, **low), interval(50, **good), interval(60, **low), interval(70, **low)]
+    assert run(GuardPanel(DEFAULT_GUARDS), course) is None
+
+
+def test_a_nan_signal_is_neither_above_nor_below():
+    course = [interval(end, flip_yield=math.nan) for end in range(30, 90, 10)]
+    assert run(GuardPanel(DEFAULT_GUARDS), course) is None
+
+
+def test_divergence_is_judged_against_the_first_loss():
+    course = [interval(end) for end in (10, 20, 30)]
+    for rows in course:
+        for row in rows:
+            row["loss_excess"] = 1.2
+    verdict = run(GuardPanel(DEFAULT_GUARDS), course)
+    assert (verdict.kind, verdict.step, verdict.first_seen) == (OutcomeKind.DIVERGED, 30, 1)
+
+
+def test_a_restored_panel_reaches_the_same_verdict_at_the_same_step():
+    course = [interval(end, flip_yield=0.1) for end in (30, 40, 50, 60)]
+    straight = run(GuardPanel(DEFAULT_GUARDS), course)
+    first = GuardPanel(DEFAULT_GUARDS)
+    assert run(first, course[:2]) is None
+    second = GuardPanel(DEFAULT_GUARDS)
+    second.load_state_dict(first.state_dict())
+    assert run(second, course[2:]) == straight
+
+
+def test_a_rule_with_an_unknown_signal_or_a_misplaced_limit_is_refused():
+    with pytest.raises(ValidationError, match="not one of"):
+        GuardRule(kind="stalled", signal="flip_yeild", test="below", limit=0.2)
+    with pytest.raises(ValidationError, match="limit"):
+        GuardRule(kind="stalled", signal="flip_yield", test="below")
+    with pytest.raises(ValidationError, match="limit"):
+        GuardRule(kind="nonfinite", signal="train_loss", test="nonfinite", limit=1.0)
