@@ -265,10 +265,14 @@ def _formats(request: argparse.Namespace) -> int:
     from altgrad.quantization import FORMATS
     table = [("format", "bits", "exponent", "mantissa", "bias", "max", "min normal", "min subnormal", "inf", "nan")]
     table += [(name, str(fmt.total_bits), str(fmt.exponent_bits), str(fmt.mantissa_bits), str(fmt.bias),
-               f"{fmt.max:.6g}", f"{fmt.min_normal:.6g}", f"{fmt.min_subnormal:.6g}",
+               *(_number(value) for value in (fmt.max, fmt.min_normal, fmt.min_subnormal)),
                "yes" if fmt.has_inf else "no", "yes" if fmt.has_nan else "no") for name, fmt in FORMATS.items()]
     _print_table(table)
     return 0
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _test_matrix(request: argparse.Namespace) -> int:

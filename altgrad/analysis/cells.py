@@ -39,7 +39,7 @@ MARGIN = 0.10
 ALPHA = 0.05
 SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest",
                   "grid": "adamw_sr", "grid_literal": "adamw_sr"}
-"""For arms whose weights live on the grid: the plain arm that lives there too, so that only the step rule differs."""
+"""For arms whose weights live on the grid, the plain arm that lives there too: only the step rule differs."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Cell:
 
     @property
     def mean(self) -> float:
-        """Mean validation loss of an unstopped cell, nats; NaN where a seed was stopped or none has finished."""
+        """Mean validation loss of an unstopped cell, nats; NaN where a seed was stopped or none finished."""
         return sum(self.losses.values()) / len(self.losses) if self.losses and not self.stops else math.nan
 
     @property
@@ -94,7 +94,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell against another, seed by seed: `differences` cell - other in nats, over seeds finished in both."""
+    """One cell against another: `differences` by seed, cell - other in nats, where both have finished."""
 
     cell: Cell
     other: Cell
@@ -115,7 +115,7 @@ class Comparison:
 
     @property
     def decided(self) -> bool:
-        """Whether the difference is significant, or one side failed in all of at least 2 seeds and the other in none."""
+        """Whether the difference is significant, or one side failed in each of 2 or more seeds."""
         if self.kind in ("rescued", "lost"):
             return min(self.cell.n, self.other.n) >= 2 and not (self.cell.missing or self.other.missing)
         return self.kind == "measured" and self.p_adjusted <= ALPHA
@@ -123,7 +123,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict on a cell and whether the seeds suffice for it; `excess` is the mean relative excess over BF16."""
+    """A verdict on a cell, whether the seeds suffice for it, and the mean relative `excess` over BF16."""
 
     verdict: str
     decided: bool = False
@@ -172,10 +172,11 @@ def is_eight_bit(name: str) -> bool:
 
 
 def build_study(trials: pd.DataFrame) -> Study:
-    """Cells, their differences from the reference, and geometry against plain arms, corrected for multiplicity."""
+    """Cells, their differences from the reference, geometry against plain arms; p values corrected."""
     cells = build_cells(trials)
     reference = find_reference(cells)
-    compared = [] if reference is None else [compare(cell, reference) for cell in cells if cell is not reference]
+    others = [] if reference is None else [cell for cell in cells if cell is not reference]
+    compared = [compare(cell, reference) for cell in others if reference is not None]
     compared, correction = _with_adjusted(compared)
     judged = {} if reference is None else {key_of(cell): judge(cell, reference) for cell in cells}
     geometry, geometry_correction = _with_adjusted(geometry_comparisons(cells))
@@ -195,6 +196,7 @@ def build_cells(trials: pd.DataFrame) -> list[Cell]:
 
 
 def _cell(group: pd.DataFrame) -> Cell:
+    group = group.sort_values("seed")
     finished, failed = group[group["state"] == FINISHED], group[group["state"] == FAILED]
     missing = group[~group["state"].isin((FINISHED, FAILED))]
     first = group.iloc[0]
@@ -202,22 +204,22 @@ def _cell(group: pd.DataFrame) -> Cell:
     return Cell(
         format=str(first["format"]), arm=str(first["optimizer"]), policy=str(first["policy"]),
         lr=float(first["lr"]), rung_clip=float(first["rung_clip"]), geometry=bool(first["geometry"]),
-        losses={int(seed): float(loss) for seed, loss in zip(finished["seed"], finished["val_loss"], strict=True)},
-        stops={int(row["seed"]): (row["signal"] or "val_loss", row["layer"] or "") for _, row in failed.iterrows()},
+        losses=dict(zip(map(int, finished["seed"]), map(float, finished["val_loss"]), strict=True)),
+        stops={int(row["seed"]): (row["signal"] or "val_loss", row["layer"]) for _, row in failed.iterrows()},
         missing=tuple(int(seed) for seed in missing["seed"]),
         outcomes={str(kind): int(count) for kind, count in group["outcome"].value_counts().items()},
         signals={name: float(finished[name].mean()) for name in signals}, trial_ids=tuple(group["trial_id"]))
 
 
 def find_reference(cells: Sequence[Cell]) -> Cell | None:
-    """The BF16 AdamW cell, of the policy `uniform` where there are several; None where no seed of it finished."""
+    """The BF16 AdamW cell, of policy `uniform` where there are several; None where no seed of it finished."""
     found = [cell for cell in cells
              if (cell.format, cell.arm) == (REFERENCE_FORMAT, REFERENCE_ARM) and cell.losses]
     return min(found, key=lambda cell: (cell.policy != MAIN_POLICY, cell.policy)) if found else None
 
 
 def compare(cell: Cell, other: Cell) -> Comparison:
-    """The paired differences over the seeds that both have finished; no pairs where either has a stopped seed."""
+    """The differences over the seeds that both have finished; no pairs where either has a stopped seed."""
     common = [] if cell.stops or other.stops else sorted(set(cell.losses) & set(other.losses))
     differences = {seed: cell.losses[seed] - other.losses[seed] for seed in common}
     return Comparison(cell, other, differences, paired(list(differences.values())) if common else None)
@@ -241,7 +243,7 @@ def judge(cell: Cell, reference: Cell, margin: float = MARGIN) -> Judgement:
 
 
 def geometry_comparisons(cells: Sequence[Cell]) -> list[Comparison]:
-    """Each geometry-aware arm against AdamW, and against the plain arm of its residence, in its format and policy."""
+    """Each geometry-aware arm against AdamW and the plain arm of its residence, in its format and policy."""
     by_key = {key_of(cell): cell for cell in cells}
     compared = []
     for cell in cells:
@@ -250,6 +252,20 @@ def geometry_comparisons(cells: Sequence[Cell]) -> list[Comparison]:
             if other is not None:
                 compared.append(compare(cell, other))
     return compared
+
+
+def twin_control(cells: Sequence[Cell]) -> tuple[int, float] | None:
+    """How many pairs of runs differ only in E0M7 against E1M6, and their largest difference, nats; or None.
+
+    The two are one grid up to a power of two, which the scale takes up: a difference is a fault.
+    The literal gradient mode is exempt, its stiffness differs by definition.
+    """
+    by_key = {key_of(cell): cell for cell in cells}
+    found = [abs(loss - twin.losses[seed]) for (name, arm, policy), cell in by_key.items()
+             if name == "E0M7" and arm != "manifold_gradient"
+             and (twin := by_key.get(("E1M6", arm, policy))) is not None
+             and (twin.lr == cell.lr) for seed, loss in cell.losses.items() if seed in twin.losses]
+    return (len(found), max(found)) if found else None
 
 
 def _with_adjusted(compared: Sequence[Comparison]) -> tuple[list[Comparison], str]:

@@ -14,13 +14,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.analysis.cells import ALPHA, MAIN_POLICY, MARGIN, REFERENCE_ARM, Cell, Comparison, Study, is_eight_bit
+from altgrad.analysis.cells import (
+    ALPHA,
+    MAIN_POLICY,
+    MARGIN,
+    REFERENCE_ARM,
+    Cell,
+    Comparison,
+    Study,
+    is_eight_bit,
+)
 from altgrad.analysis.stats import p_floor, paired, signed
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`headline` is the finding, `certainty` how sure it is; `results` of `trials` have one; `path` is the report."""
+    """The finding, how sure it is, how many of the trials have a result, and the report's `path`."""
 
     headline: str
     certainty: str
@@ -47,9 +56,10 @@ def find(study: Study, results: int, trials: int) -> Finding:
     verdicts = _format_verdicts(study, cells)
     gain = best_gain(study, policy)
     if study.reference is None:
-        return Finding(_without_reference(cells), _certainty(study, verdicts, None, results, trials), results, trials)
-    parts = [_training_part(study, verdicts), _failing_part(study, verdicts), _stopped_arms_part(cells, verdicts)]
-    parts.append(_gain_part(gain, study, policy))
+        certainty = _certainty(study, verdicts, None, results, trials)
+        return Finding(_without_reference(cells), certainty, results, trials)
+    parts = [_training_part(study, verdicts), _failing_part(study, verdicts),
+             _stopped_arms_part(cells, verdicts), _gain_part(gain, study, policy)]
     if policy != MAIN_POLICY:
         parts[0] = f"Under policy {policy}: {parts[0]}"
     headline = " ".join(part for part in parts if part)
@@ -63,7 +73,7 @@ def main_policy(cells: Sequence[Cell]) -> str:
 
 
 def best_gain(study: Study, policy: str) -> Comparison | None:
-    """The largest gain of a geometry-aware arm over AdamW in an 8-bit format: a rescue, else the least difference."""
+    """The largest gain of a geometry-aware arm over AdamW in 8 bits: a rescue, else the least difference."""
     found = [item for item in _gains(study, policy) if item.kind in ("measured", "rescued")]
     if not found:
         return None
@@ -161,7 +171,7 @@ def _training_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
                else f"{names} {verb} {within}")
     comparison = study.comparison(best.best)
     distance = f": {interval_text(comparison)} from BF16" if comparison and comparison.paired else ""
-    leader = f"best is {best.format} with {best.best.arm}" if len(trains) > 1 else f"best with {best.best.arm}"
+    leader = f"best {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
     return f"{subject}; {leader}{distance}."
 
 
@@ -172,7 +182,8 @@ def _failing_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
         if item.verdict == "unclear":
             pieces.append(f"{item.format} is unclear ({_seeds_text(item.best)})")
         elif item.verdict == "fails" and item.best.losses:
-            pieces.append(f"{item.format} fails ({item.best.arm}, its best arm, ends {judgement.excess:.0%} above BF16)")
+            pieces.append(f"{item.format} fails ({item.best.arm}, its best arm, ends {judgement.excess:.0%} "
+                          "above BF16)")
         elif item.verdict == "fails":
             pieces.append(f"{item.format} fails in every arm (stopped by {stop_text(item.best)})")
     return "; ".join(pieces) + "." if pieces else ""
@@ -196,12 +207,14 @@ def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
         rescued = [item for item in _gains(study, policy) if item.kind == "rescued"]
         names = _listed(dict.fromkeys(item.cell.format for item in rescued))
         arms = _listed(dict.fromkeys(item.cell.arm for item in rescued))
-        return (f"Geometry-aware steps gain most in {names}, where AdamW is stopped by {stop_text(gain.other)} and "
-                f"{arms} {'finishes' if len({item.cell.arm for item in rescued}) == 1 else 'finish'}.")
+        verb = "finishes" if len({item.cell.arm for item in rescued}) == 1 else "finish"
+        return (f"Geometry-aware steps gain most in {names}, where AdamW is stopped by "
+                f"{stop_text(gain.other)} and {arms} {verb}.")
     assert gain.paired is not None
     name = f"{_listed(twins(study, gain))} with {gain.cell.arm}"
     if gain.paired.mean >= 0:
-        return f"Geometry-aware steps gain nothing over AdamW in any 8-bit format (at best {name}: {interval_text(gain)})."
+        return ("Geometry-aware steps gain nothing over AdamW in any 8-bit format "
+                f"(at best {name}: {interval_text(gain)}).")
     control = [item.paired.mean for item in study.geometry if item.paired and item.cell.format == "BF16"
                and (item.cell.arm, item.other.arm) == (gain.cell.arm, REFERENCE_ARM)]
     beside = f"; the same arm in BF16: {signed(control[0])}" if control else ""
@@ -212,15 +225,17 @@ def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Compariso
                trials: int) -> str:
     parts = [] if results == trials else [f"Incomplete: {results} of {trials} trials have a result."]
     if study.reference is None:
-        return " ".join([*parts, "Nothing is decided: without a BF16 AdamW reference there is nothing to compare with."])
+        return " ".join([*parts, "Nothing is decided: there is no BF16 AdamW reference to compare with."])
     seeds = min((cell.n for cell in study.cells if cell.n), default=0)
     count = f"{seeds} seed{'s' if seeds != 1 else ''}"
-    decided = [f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}" for verdict in ("trains", "fails")
+    decided = [f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}"
+               for verdict in ("trains", "fails")
                if (names := [item.format for item in verdicts if item.decided and item.verdict == verdict])]
     if decided:
         parts.append(f"Decided ({count}): {_listed(decided)}.")
     if open_ := [item.format for item in verdicts if not item.decided]:
-        parts.append(f"Not decided ({count}): whether {_listed(open_)} {'trains' if len(open_) == 1 else 'train'}.")
+        verb = "trains" if len(open_) == 1 else "train"
+        parts.append(f"Not decided ({count}): whether {_listed(open_)} {verb}.")
     if gain is not None:
         parts.append(_gain_certainty(study, gain))
     if seeds and p_floor(seeds) > ALPHA:
@@ -256,7 +271,8 @@ def _reference_loss(study: Study) -> str:
 
 
 def _seeds_text(cell: Cell) -> str:
-    return f"{cell.arm}: {len(cell.stops)} of {cell.n} seeds stopped" if cell.stops else f"{cell.arm}: seeds disagree"
+    stopped = f"{len(cell.stops)} of {cell.n} seeds stopped"
+    return f"{cell.arm}: {stopped if cell.stops else 'seeds disagree'}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ distinction was for:
 
     finished      all steps trained, and a finite validation loss: the only trials whose loss is ever averaged
     failed        stopped by a guard, or trained to the end with a loss that is no number: censored, a result
-    unresolved    not run yet, interrupted, pruned, or ended without an evaluation: says nothing about the format
+    unresolved    not run yet, interrupted, pruned, or ended without an evaluation: says nothing of the format
 
 `setting` is everything two trials must share to be comparable (task, model, data, schedule, clipping, steps):
 a folder used for two different studies holds two settings, and they are never mixed.
@@ -60,8 +60,9 @@ def load(out_dir: Path) -> Records:
         connection.row_factory = sqlite3.Row
         entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
         endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
-        steps = connection.execute(f"SELECT trial_id, step, {', '.join(ROW_SIGNALS)} FROM rows ORDER BY trial_id, step")
-        rows = _rows_frame([tuple(row) for row in steps])
+        names = ", ".join(("trial_id", "step", *ROW_SIGNALS))
+        found = connection.execute(f"SELECT {names} FROM rows ORDER BY trial_id, step")
+        rows = _rows_frame([tuple(row) for row in found])
     records = [_trial(entry, endings.get(entry["trial_id"])) for entry in entries]
     trials = pd.DataFrame(records, columns=list(records[0]) if records else list(RESULT_COLUMNS))
     return Records(_with_final_signals(trials, rows), rows)
@@ -105,8 +106,8 @@ def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None) -> dict[str, Any]:
         "trial_id": entry["trial_id"], "task": config.task, "format": config.format, "optimizer": config.arm,
         "policy": config.policy, "lr": config.optimizer.lr,
         "rung_clip": getattr(config.optimizer, "rung_clip", math.nan), "seed": config.seed,
-        "outcome": PENDING if outcome is None else str(outcome.kind), "signal": known.get("signal"),
-        "layer": known.get("layer"), "step": known.get("step", math.nan),
+        "outcome": PENDING if outcome is None else str(outcome.kind), "signal": known.get("signal") or "",
+        "layer": known.get("layer") or "", "step": known.get("step", math.nan),
         "value": _number(known.get("value")), "limit": _number(known.get("limit")),
         "message": known.get("message") or "", "train_loss": _number(known.get("train_loss")),
         "val_loss": _number(known.get("val_loss")), "bits_per_byte": _number(known.get("bits_per_byte")),
@@ -142,4 +143,6 @@ def _with_final_signals(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFram
     """Adds the last measured value of each of FINAL_SIGNALS."""
     final = rows.groupby("trial_id")[list(FINAL_SIGNALS)].last()
     joined = trials.drop(columns=list(FINAL_SIGNALS), errors="ignore")
-    return joined.join(final, on="trial_id") if len(final) else joined.assign(**dict.fromkeys(FINAL_SIGNALS, math.nan))
+    if final.empty:
+        return joined.assign(**dict.fromkeys(FINAL_SIGNALS, math.nan))
+    return joined.join(final, on="trial_id")

@@ -30,7 +30,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Paired:
-    """n paired differences: mean, 95 % t-interval (NaN below 2), exact sign-flip p and the least p that n allows."""
+    """n paired differences: mean, 95 % t-interval (NaN below 2), exact sign-flip p, its least value."""
 
     n: int
     mean: float
@@ -54,7 +54,8 @@ def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tup
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2:
         return math.nan, math.nan
-    half = float(special.stdtrit(len(sample) - 1, (1 + level) / 2)) * sample.std(ddof=1) / math.sqrt(len(sample))
+    quantile = float(special.stdtrit(len(sample) - 1, (1 + level) / 2))
+    half = quantile * sample.std(ddof=1) / math.sqrt(len(sample))
     return float(sample.mean() - half), float(sample.mean() + half)
 
 
@@ -91,7 +92,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def max_t(differences: np.ndarray) -> list[float]:
-    """Joint sign-flip max-T adjusted p values of a table (seeds x cells), exact over all 2^n flips of whole seeds."""
+    """Joint max-T adjusted p of a table (seeds x cells), exact over all 2^n sign flips of whole seeds."""
     n, cells = differences.shape
     if n not in JOINT_SEEDS:
         raise ValueError(f"n={n} seeds: the joint test takes {JOINT_SEEDS.start} to {JOINT_SEEDS.stop - 1}")
@@ -132,7 +133,7 @@ def _signed_sums(values: np.ndarray) -> np.ndarray:
 
 
 def _abs_t(sums: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
-    """|t| of columns with these sums and sums of squares; infinite where the values are all equal and not zero."""
+    """|t| of columns with these sums and sums of squares; infinite where all values are equal, not zero."""
     spread = squares - sums**2 / n
     equal = spread <= TOLERANCE * squares
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,19 +1,19 @@
 """Small floating-point formats, as data.
 
-A format is a sign bit, E exponent bits, M mantissa bits and a convention (its *variant*) for the top codes. With
-bias = 2^(E-1) - 1 and emin = 1 - bias, the magnitude code c in [0, 2^(E+M)) stands for
+A format is a sign bit, E exponent bits, M mantissa bits and a convention (its *variant*) for the top codes.
+With bias = 2^(E-1) - 1 and emin = 1 - bias, the magnitude code c in [0, 2^(E+M)) stands for
 
     c * 2^(emin - M)                                   below 2^M          (subnormals, evenly spaced)
     (2^M + c mod 2^M) * 2^(emin - M + (c >> M) - 1)    from 2^M upwards   (normals, one binade per 2^M codes)
 
-so the spacing at x is 2^(max(floor(log2|x|), emin) - M), and order of codes is order of values. A format without
-exponent bits is the same formula with emin = 0 and no normals: value = c * 2^-M. A format without mantissa bits has
-no subnormals: code 0 is zero and code 1 is 2^emin.
+so the spacing at x is 2^(max(floor(log2|x|), emin) - M), and order of codes is order of values. A format
+without exponent bits is the same formula with emin = 0 and no normals: value = c * 2^-M. A format without
+mantissa bits has no subnormals: code 0 is zero and code 1 is 2^emin.
 
-Variants: `ieee` keeps the top exponent for inf (mantissa 0) and NaN (the rest); `fn` keeps only the all-ones code,
-for NaN; `finite` uses every code for a number. Defaults follow what others ship: E5M2 and E3M4 are ieee and E4M3 is
-fn (OCP 8-bit specification, torch.float8_*, ml_dtypes), FP16 and BF16 are ieee, as are the other formats wider than
-8 bits with two or more exponent bits; every other format is finite.
+Variants: `ieee` keeps the top exponent for inf (mantissa 0) and NaN (the rest); `fn` keeps only the all-ones
+code, for NaN; `finite` uses every code for a number. Defaults follow what others ship: E5M2 and E3M4 are ieee
+and E4M3 is fn (OCP 8-bit specification, torch.float8_*, ml_dtypes), FP16 and BF16 are ieee, as are the other
+formats wider than 8 bits with two or more exponent bits; every other format is finite.
 
 All values must be exact in float32, the carrier of every computation here; hence E <= 8.
 """
@@ -24,7 +24,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Literal, cast
 
 import torch
@@ -50,7 +50,7 @@ def default_variant(exponent_bits: int, mantissa_bits: int) -> Variant:
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A format of 4 to 16 bits; equal when its bits and variant are equal. Raises ValueError where none exists."""
+    """A format of 4 to 16 bits; equal when its bits and variant are equal. ValueError where none exists."""
 
     exponent_bits: int
     mantissa_bits: int
@@ -60,15 +60,17 @@ class FloatFormat:
         split = f"E{self.exponent_bits}M{self.mantissa_bits}"
         if self.exponent_bits > 8:
             raise ValueError(
-                f"{split}: {self.exponent_bits} exponent bits reach beyond float32, which carries all values here; "
+                f"{split}: {self.exponent_bits} exponent bits reach beyond float32, the carrier here; "
                 "at most 8 are possible"
             )
         if self.exponent_bits < 0 or self.mantissa_bits < 0 or not 4 <= self.total_bits <= 16:
             raise ValueError(f"{split} has {self.total_bits} bits; formats of 4 to 16 bits are possible")
         if self.variant not in VARIANTS:
-            raise ValueError(_unknown("variant", self.variant, VARIANTS))
+            raise ValueError(unknown_message("variant", self.variant, VARIANTS))
         if self.exponent_bits == 0 and self.variant != "finite":
-            raise ValueError(f"{split}/{self.variant}: without exponent bits every code is a number, use {split}/finite")
+            raise ValueError(
+                f"{split}/{self.variant}: without exponent bits every code is a number, use {split}/finite"
+            )
         if self.max > _FLOAT32_MAX:
             raise ValueError(
                 f"{split}/{self.variant} has values above float32's largest, which carries all values here; "
@@ -165,7 +167,8 @@ class FloatFormat:
         return sign * math.inf if is_inf else math.nan
 
     def to_bits(self, value: float) -> int:
-        """Bit pattern of the nearest value, ties to the even code, beyond the largest value that value's code.
+        """Bit pattern of the nearest value, ties to the even code, beyond the largest value that value's
+        code.
 
         The sign of zero is kept. NaN gives the NaN code, ValueError where the format has none.
         """
@@ -199,26 +202,29 @@ class FloatFormat:
         return index + (steps - below > 0.5 or (steps - below == 0.5 and is_odd))
 
 
-def _unknown(what: str, given: object, allowed: tuple[str, ...]) -> str:
+def unknown_message(what: str, given: object, allowed: tuple[str, ...]) -> str:
+    """Text of an error over a name that is none of those allowed, with the nearest of them."""
     near = difflib.get_close_matches(str(given), allowed, n=3, cutoff=0.3)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     return f"unknown {what} {given!r}; allowed: {', '.join(allowed)}{hint}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(name: str) -> FloatFormat:
     canonical = name.strip().upper()
     match = _NAME.fullmatch(_ALIASES.get(canonical, canonical).upper())
     if match is None:
         known = tuple(FORMATS)
-        raise ValueError(f"{_unknown('format', name, known)}; any ExMy of 4 to 16 bits may carry /ieee, /fn or /finite")
+        raise ValueError(
+            f"{unknown_message('format', name, known)}; any ExMy of 4 to 16 bits takes /ieee, /fn, /finite"
+        )
     exponent_bits, mantissa_bits = int(match[1]), int(match[2])
     variant = match[3].lower() if match[3] else default_variant(exponent_bits, mantissa_bits)
     return FloatFormat(exponent_bits, mantissa_bits, cast(Variant, variant))
 
 
 def get_format(name: str | FloatFormat) -> FloatFormat:
-    """The format of that name ("E5M2", "E4M3/ieee", "BF16"); a FloatFormat passes through, else ValueError."""
+    """The format of a name ("E5M2", "E4M3/ieee", "BF16"); a FloatFormat passes through, else ValueError."""
     return name if isinstance(name, FloatFormat) else _parse(name)
 
 

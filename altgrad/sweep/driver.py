@@ -95,7 +95,7 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
     follower = Follower(recorder, progress, scheduler, breaker)
     requests = [run_request(trial_id, config, recorder.folder.absolute() / trial_id)
                 for trial_id, config in trials.items()]
-    _start(address)
+    progress.watch(_start(address))
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
@@ -114,13 +114,13 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
     return breaker.reason
 
 
-def _start(address: str) -> None:
+def _start(address: str) -> str | None:
+    """Starts a local Ray, or connects to a running one; returns where its dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        ray.init(address="local", num_cpus=cores(), object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False,
-                 **quiet)
-    else:
-        ray.init(address=address, **quiet)
+        quiet |= {"num_cpus": cores(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
+    found = ray.init(address=address, **quiet).dashboard_url
+    return f"http://{found}" if found else None
 
 
 def _fault(trial: Any) -> Outcome:

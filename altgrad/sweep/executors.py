@@ -26,6 +26,7 @@ from altgrad.training.record import write_json
 from altgrad.training.trainer import Trainer
 
 REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s")
+TRACEBACK = "traceback.txt"
 
 
 def run_request(trial_id: str, config: TrainConfig, folder: Path) -> dict[str, str]:
@@ -83,6 +84,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
             self._reached = row["step"]
             return {name: row[name] for name in REPORTED if name in row}
         self._release()
+        (self._folder / TRACEBACK).unlink(missing_ok=True)
         return _ending(outcome)
 
     def _failed(self, kind: OutcomeKind, error: BaseException) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         outcome = Outcome(kind=kind, step=self._reached, message=f"{message} {_place(error)}")
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+        (self._folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
         write_json(self._folder / "outcome.json", outcome.to_dict())
         return _ending(outcome)
 

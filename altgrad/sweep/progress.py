@@ -1,8 +1,8 @@
 """What a person sees while a sweep runs: how far it is, what ended and why, and when it will be over.
 
 On a terminal a small table is redrawn in place; into a pipe or a file goes a plain line, at most every ten seconds.
-The estimate is measured, not modelled: the time so far over the share of the work that it has settled. A trial that a
-guard ended counts as whole, so the estimate learns from early endings, and what an earlier run did counts for nothing.
+The estimate is measured, not modelled: the time since the first result over the share of the work settled since then.
+A trial that a guard ended counts as whole, so the estimate learns from early endings; starting Ray is not extrapolated.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Progress:
         self._total = total
         self._running: dict[str, int] = {}
         self._ended: dict[str, Outcome] = {}
-        self._started = time.monotonic()
-        self._first_result: float | None = None
-        self._last_line = self._started
+        self._base: tuple[float, float] | None = None
+        """time and settled share at the first result"""
+        self._last_line = time.monotonic()
+        self._dashboard: str | None = None
         self._live = None
         if sys.stdout.isatty() if live is None else live:
             from rich.live import Live
@@ -49,11 +50,16 @@ class Progress:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
+    def watch(self, dashboard: str | None) -> None:
+        """Ray is up, and can be watched at `dashboard`."""
+        self._dashboard = dashboard
+        print(f"{len(self._trials)} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""), flush=True)
+
     def reached(self, trial_id: str, step: int) -> None:
         """A running trial has done `step` steps."""
-        if self._first_result is None:
-            self._first_result = time.monotonic()
         self._running[trial_id] = step
+        if self._base is None:
+            self._base = time.monotonic(), self.settled_share()
         self._line_if_due()
 
     def ended(self, trial_id: str, outcome: Outcome | None) -> None:
@@ -69,11 +75,11 @@ class Progress:
         return (len(self._ended) + steps) / max(1, len(self._trials))
 
     def seconds_left(self) -> float | None:
-        """Measured time per settled share over the share that is left; None before there is a measurement."""
+        """Seconds per share, measured since the first result, times the share that is left; None before that."""
         share = self.settled_share()
-        if self._first_result is None or share <= 0:
+        if self._base is None or share <= self._base[1]:
             return None
-        return (time.monotonic() - self._started) * (1 - share) / share
+        return (time.monotonic() - self._base[0]) * (1 - share) / (share - self._base[1])
 
     def line(self) -> str:
         """The state in one line."""
@@ -107,7 +113,7 @@ class Progress:
                           f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}")
         left = self.seconds_left()
         table.add_row("left", "measuring" if left is None else _duration(left),
-                      "starting workers" if self._first_result is None else "")
+                      f"dashboard {self._dashboard}" if self._dashboard else "starting Ray")
         return table
 
 

@@ -15,6 +15,7 @@ time, which is what racing groups against each other needs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from itertools import product
@@ -48,13 +49,22 @@ class RaceConfig(Frozen):
     reduction: int = Field(3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart")
 
 
+class Combination(NamedTuple):
+    """One point of the product of the axes, before its arm's parameters and seeds."""
+
+    format: str
+    policy: str
+    arm: str
+    lead: str
+    """the first 8-bit format asked for, or the first format: it stands for policies that name their own"""
+
+
 class Rule(NamedTuple):
     """Why a combination is left out."""
 
     name: str
     reason: str
-    applies: Callable[[str, str, str], bool]
-    """of (format, arm, policy)"""
+    applies: Callable[[Combination], bool]
 
 
 class Exclusion(NamedTuple):
@@ -64,14 +74,18 @@ class Exclusion(NamedTuple):
     reason: str
     trials: int
 
+    def plus(self, trials: int) -> Exclusion:
+        return self._replace(trials=self.trials + trials)
+
 
 RULES: tuple[Rule, ...] = (
     Rule("fp32_is_the_reference", "FP32 is not quantized: it runs as the AdamW reference only",
-         lambda format, arm, policy: format == UNQUANTIZED and (arm, policy) != ("adamw", "uniform")),
-    Rule("bf16_has_no_exceptions", "keeping some layers in BF16 changes nothing where the format is BF16",
-         lambda format, arm, policy: format == BASELINE and policy != "uniform"
-         and named_policy(policy, BASELINE) != named_policy(policy, "E5M2")
-         and policy in ("attention_bf16", "head_bf16")),
+         lambda point: point.format == UNQUANTIZED and (point.arm, point.policy) != ("adamw", "uniform")),
+    Rule("policy_names_its_own_formats", "it does not depend on the format: it runs once, under the first 8-bit one",
+         lambda point: _names_its_own_formats(point.policy) and point.format != point.lead),
+    Rule("bf16_everywhere_is_uniform", "where the format is BF16, this policy and uniform are the same training",
+         lambda point: point.format == BASELINE and point.policy != "uniform"
+         and not _names_its_own_formats(point.policy)),
 )
 RAW_LR = "raw_unit_has_its_own_lr"
 RAW_LR_REASON = "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
@@ -112,7 +126,7 @@ class SweepSpec(Frozen):
     @field_validator("formats")
     @classmethod
     def _known_formats(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name if name == UNQUANTIZED else get_format(name).name for name in _all_of(names, ALL_FORMATS))
+        return tuple(dict.fromkeys(_format_name(name) for name in _all_of(names, ALL_FORMATS)))
 
     @field_validator("optimizers")
     @classmethod
@@ -152,13 +166,13 @@ class SweepSpec(Frozen):
     def exclusions(self) -> list[Exclusion]:
         """What the product of the axes would hold and `expand` leaves out, by rule."""
         found = {rule.name: Exclusion(rule.name, rule.reason, 0) for rule in RULES}
-        for format, policy, arm in product(self.formats, self.policies, self.optimizers):
-            rule = _excluded_by(format, arm, policy)
+        found[RAW_LR] = Exclusion(RAW_LR, RAW_LR_REASON, 0)
+        for point in self._combinations():
+            rule = _excluded_by(point)
             if rule is not None:
-                trials = found[rule.name].trials + self.seeds * len(self._variants(arm))
-                found[rule.name] = Exclusion(rule.name, rule.reason, trials)
-        raw = sum(1 for arm in self.optimizers if self.lrs and _has_raw_lr(ARMS[arm]))
-        found[RAW_LR] = Exclusion(RAW_LR, RAW_LR_REASON, raw * self.seeds * len(self.lrs) * len(self.formats))
+                found[rule.name] = found[rule.name].plus(self.seeds * len(self._variants(point.arm)))
+            elif _has_raw_lr(ARMS[point.arm]):
+                found[RAW_LR] = found[RAW_LR].plus(self.seeds * len(self._variants(point.arm)) * len(self.lrs))
         return [exclusion for exclusion in found.values() if exclusion.trials]
 
     def _references(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
@@ -167,10 +181,16 @@ class SweepSpec(Frozen):
                 yield format, "uniform", optimizer
 
     def _cells(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
+        for point in self._combinations():
+            if _excluded_by(point) is None:
+                for optimizer in self._variants(point.arm):
+                    yield point.format, point.policy, optimizer
+
+    def _combinations(self) -> Iterator[Combination]:
+        quantized = [name for name in self.formats if name != UNQUANTIZED]
+        lead = next((name for name in quantized if get_format(name).total_bits == 8), self.formats[0])
         for format, policy, arm in product(self.formats, self.policies, self.optimizers):
-            if _excluded_by(format, arm, policy) is None:
-                for optimizer in self._variants(arm):
-                    yield format, policy, optimizer
+            yield Combination(format, policy, arm, lead)
 
     def _variants(self, arm: str) -> list[OptimizerConfig]:
         base = ARMS[arm]
@@ -205,12 +225,28 @@ def nearest(name: str, allowed: Any) -> str:
     return f"; nearest: {close[0]}" if close else ""
 
 
+def _format_name(name: str) -> str:
+    if name.upper() == UNQUANTIZED:
+        return UNQUANTIZED
+    try:
+        return get_format(name).name
+    except ValueError as error:
+        allowed = (UNQUANTIZED, *ALL_FORMATS)
+        reason = f" ({error})" if re.match(r"E\d+M\d+", name) else ""
+        raise ValueError(f"{name!r} is no usable format{reason}; allowed: {', '.join(allowed)} and other ExMy of 4 to "
+                         f"16 bits{nearest(name, allowed)}") from error
+
+
 def _all_of(names: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item for name in names for item in (every if name == "all" else (name,))))
 
 
-def _excluded_by(format: str, arm: str, policy: str) -> Rule | None:
-    return next((rule for rule in RULES if rule.applies(format, arm, policy)), None)
+def _excluded_by(point: Combination) -> Rule | None:
+    return next((rule for rule in RULES if rule.applies(point)), None)
+
+
+def _names_its_own_formats(policy: str) -> bool:
+    return named_policy(policy, "E5M2") == named_policy(policy, "E7M0")
 
 
 def _has_raw_lr(optimizer: OptimizerConfig) -> bool:

@@ -58,6 +58,14 @@ def grid_velocity(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
     return velocity.clone()
 
 
+def local_gap(index: Tensor, fmt: FloatFormat, scale: Tensor) -> Tensor:
+    """Half the distance between a grid point's two neighbours: the mean length of a rung up and a rung down.
+
+    Where a binade begins the rung down is half as long as the rung up, so the spacing alone would overstate steps.
+    """
+    return (index_to_value(index + 1, fmt, scale) - index_to_value(index - 1, fmt, scale)) / 2
+
+
 def split_rungs(rungs: Tensor, seed: int) -> Tensor:
     """floor(rungs + u), u uniform in [0, 1) by counter hash; whole rungs stay, zero never moves."""
     whole = rungs.floor()
@@ -222,7 +230,7 @@ class GridOptim(GridAwareOptimizer):
                 fmt: FloatFormat, seed: int) -> StepCounts:
         scale = state["grid_scale"]
         index = code_index(weight, fmt, scale)
-        rungs = self._rungs(weight, grad, state, group, fmt, scale)
+        rungs = self._rungs(weight, index, grad, state, group, fmt, scale)
         wanted = self._move(index, rungs, state, group, fmt, seed)
         new = wanted.clamp(-fmt.max_index, fmt.max_index)
         # A NaN has no code; it must stay visible to the guards.
@@ -233,18 +241,17 @@ class GridOptim(GridAwareOptimizer):
                                                     mix_seed(seed, 1))
         return counts
 
-    def _rungs(self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], fmt: FloatFormat,
-               scale: Tensor) -> Tensor:
-        velocity = grid_velocity(grad, state, group)
-        if group["step_unit"] == "weight":
-            spacing = ulp(weight, fmt, scale)
-            rungs = velocity.mul_(group["lr"]).div_(spacing.mean())
+    def _rungs(self, weight: Tensor, index: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any],
+               fmt: FloatFormat, scale: Tensor) -> Tensor:
+        rungs = grid_velocity(grad, state, group).mul_(group["lr"])
+        if group["step_unit"] == "weight" or group["weight_decay"]:
+            gap = local_gap(index, fmt, scale)
+            in_weights = group["step_unit"] == "weight"
+            if in_weights:
+                rungs.div_(gap.mean())
             if group["weight_decay"]:
-                rungs.addcdiv_(weight, spacing, value=group["lr"] * group["weight_decay"])
-        else:
-            rungs = velocity.mul_(group["lr"])
-            if group["weight_decay"]:
-                rungs.addcdiv_(weight, ulp(weight, fmt, scale), value=group["weight_decay"])
+                decay = group["weight_decay"] * (group["lr"] if in_weights else 1.0)
+                rungs.addcdiv_(weight, gap, value=decay)
         return rungs.clamp_(-group["rung_clip"], group["rung_clip"])
 
     def _move(self, index: Tensor, rungs: Tensor, state: dict[str, Any], group: dict[str, Any], fmt: FloatFormat,

@@ -22,7 +22,7 @@ DATA = "0" * 64
 
 @dataclass
 class Plan:
-    """A sweep to invent: `offset(format, arm, seed)` nats above BF16, or a stop, or None for a trial not yet run."""
+    """A sweep to invent: `offset(format, arm, seed)` is nats above BF16, a stop, or None for no run."""
 
     formats: Sequence[str]
     arms: Sequence[str]
@@ -45,12 +45,14 @@ class Plan:
 
 def stall(step: int = 30, value: float = 0.05, layer: str = "lm_head") -> Outcome:
     """A stop by the flip-yield guard."""
-    return Outcome(OutcomeKind.STALLED, step, "flip_yield", layer, value, 0.2, step - 20, f"flip_yield was {value}")
+    message = f"flip_yield was {value}"
+    return Outcome(OutcomeKind.STALLED, step, "flip_yield", layer, value, 0.2, step - 20, message)
 
 
 def explode(step: int = 12, value: float = math.inf) -> Outcome:
     """A stop by a loss that is no number."""
-    return Outcome(OutcomeKind.NONFINITE, step, "train_loss", None, value, None, step, "train_loss is not finite")
+    message = "train_loss is not finite"
+    return Outcome(OutcomeKind.NONFINITE, step, "train_loss", None, value, None, step, message)
 
 
 def write_ledger(out_dir: Path, plan: Plan, manifest: dict[str, Any] | None = None) -> Path:
@@ -77,17 +79,20 @@ def _done(config: TrainConfig, offset: float) -> Outcome:
 
 def _rows(config: TrainConfig, result: float | Outcome) -> list[dict[str, Any]]:
     offset = 0.6 if isinstance(result, Outcome) else result
-    count = result.step if isinstance(result, Outcome) else config.steps
+    count = min(result.step, config.steps) if isinstance(result, Outcome) else config.steps
     noise = np.random.default_rng(config.seed).normal(0, 0.05, config.steps)
-    own = np.random.default_rng(zlib.crc32(f"{config.format}{config.arm}".encode())).normal(0, 0.02, config.steps)
+    cell = zlib.crc32(f"{config.format}{config.arm}".encode())
+    own = np.random.default_rng(cell).normal(0, 0.02, config.steps)
     rows = []
     for step in range(1, count + 1):
-        fallen = 3.1 * math.exp(-6 * step / config.steps)
-        loss = BASE_LOSS + fallen + offset * (1 - math.exp(-3 * step / config.steps)) + noise[step - 1] + own[step - 1]
+        done = step / config.steps
+        course = 3.1 * math.exp(-6 * done) + offset * (1 - math.exp(-3 * done))
+        loss = BASE_LOSS + course + noise[step - 1] + own[step - 1]
         healthy = 0.95 - 0.02 * config.seed + own[step - 1]
         stalled = isinstance(result, Outcome) and result.signal == "flip_yield"
-        rows.append({"step": step, "train_loss": loss, "flip_yield": 0.9 * math.exp(-step / 8) if stalled else healthy,
-                     "stall_ratio": 0.9, "stable_rank": 12.0, "layers": {}})
+        flip_yield = 0.9 * math.exp(-step / 8) if stalled else healthy
+        rows.append({"step": step, "train_loss": loss, "flip_yield": flip_yield, "stall_ratio": 0.9,
+                     "stable_rank": 12.0, "layers": {}})
     if isinstance(result, Outcome) and result.signal == "train_loss":
         rows[-1]["train_loss"] = result.value
     return rows

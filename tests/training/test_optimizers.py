@@ -69,8 +69,9 @@ def test_the_update_mode_steps_in_proportion_to_the_spacing_over_twelve_binades(
 @pytest.mark.parametrize("name", ["E3M4", "E5M2", "E7M0", "BF16"])
 @pytest.mark.parametrize("kind", ["manifold", "grid"])
 def test_one_learning_rate_is_one_mean_step(kind, name):
-    reference, weight = parameter(), parameter()
-    grads = gradients(5)
+    shape = (512, 512)  # rungs are drawn: the mean over fewer weights would be noise
+    reference, weight = parameter(shape=shape), parameter(shape=shape)
+    grads = gradients(5, shape)
     optimizer = (ManifoldAdamW([weight], lr=1e-4, format=name) if kind == "manifold"
                  else GridOptim([weight], lr=1e-4, format=name, rung_clip=1e9, beta2=0.999))
     adamw = torch.optim.AdamW([reference], lr=1e-4, weight_decay=0.0)
@@ -181,11 +182,12 @@ def test_flips_of_a_master_arm_are_code_changes_under_one_scale(arm):
 
 def test_nearest_rounding_swallows_small_steps_and_stochastic_does_not():
     yields = {}
+    shape = (256, 256)
     for rounding in ("nearest", "stochastic"):
-        weight = parameter()
-        optimizer = RoundedAdamW([weight], lr=1e-4, format="E5M2", rounding=rounding)
+        weight = parameter(shape=shape)
+        optimizer = RoundedAdamW([weight], lr=2e-5, format="E3M4", rounding=rounding)
         flips = expected = 0.0
-        for grad in gradients(20):
+        for grad in gradients(20, shape):
             train(optimizer, weight, [grad])
             flips += float(optimizer.counts[weight].flips)
             expected += float(optimizer.counts[weight].expected)
@@ -234,10 +236,11 @@ def test_sustained_overflow_doubles_the_scale_once_and_is_an_event():
     optimizer = RoundedAdamW([weight], lr=0.2, format="E0M7", rounding="stochastic")
     before = float(weight.grid_scale)
     events = 0
-    for _ in range(8):
+    for _ in range(14):
         train(optimizer, weight, [-torch.ones(4096)])
         events += optimizer.counts[weight].rescaled
-    assert float(weight.grid_scale) == before * 2**events and events >= 1
+    assert events == 1
+    assert float(weight.grid_scale) == 2 * before
     assert torch.equal(weight.detach(), quantize(weight.detach(), "E0M7", weight.grid_scale))
 
 
@@ -277,5 +280,5 @@ def test_randomness_depends_on_the_seed_and_not_on_the_format_or_the_object():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="rung_clip"):
         GridOptim([parameter()], rung_clip=-1)
-    with pytest.raises(ValueError, match="E4M3"):
-        RoundedAdamW([parameter()], format="E4M9")
+    with pytest.raises(ValueError, match="E9M9"):
+        RoundedAdamW([parameter()], format="E9M9")

@@ -1,0 +1,230 @@
+"""Pictures of signals over steps: one panel per arm, one line per format, so that formats compare within an
+arm.
+
+Seeds are drawn as their mean and their range. Axes are shared between the panels and cut to where runs
+differ. What leaves the axis is not hidden: a stopped run ends in a cross, at the upper edge if that is where
+it went.
+
+Each function writes one file and returns True, or returns False and writes nothing where there is nothing to
+show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import blended_transform_factory
+
+from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, arm_order, format_order
+from altgrad.analysis.figures import LINEAR, colour_of, drawn
+from altgrad.analysis.load import FAILED
+from altgrad.training.guards import DEFAULT_GUARDS
+
+LINE = 0.165
+"""Inches between two names beside lines."""
+Label = tuple[float, str, str, bool]
+"""Where a line ends, its name, its colour, and whether it reaches the last step."""
+
+
+def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
+    """Training loss by format, one panel per arm, BF16 AdamW dashed in each; False (no file) without rows."""
+    curves, window = _curves(trials, rows, "train_loss")
+    if not curves:
+        return False
+    reference = _reference_curve(trials, curves)
+    last = max(int(curve.index[-1]) for curve in curves.values())
+    low, high = _loss_limits(curves, reference, last)
+
+    def panel(axes: Axes, arm: str) -> list[Label]:
+        labels: list[Label] = []
+        if reference is not None:
+            axes.plot(reference.index, reference, color="black", lw=1.6, ls=(0, (4, 2)), zorder=4)
+            end = float(reference.iloc[-1])
+            labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", "black", True))
+        for name, members in _by_format(trials[trials["optimizer"] == arm]):
+            if reference is None or (arm, name) != (REFERENCE_ARM, REFERENCE_FORMAT):
+                labels += _draw_format(axes, name, members, curves, high)
+        return labels
+
+    _draw_panels(trials, path, f"training loss, nats ({_mean_of(window)})", (low, high), last, panel)
+    return True
+
+
+def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
+    """Training loss minus BF16 AdamW's at the same step and seed, one panel per arm; False without such
+    pairs.
+
+    The batches are the same, so their noise cancels. The axis is linear to ±0.02 nats and logarithmic beyond.
+    """
+    curves, window = _curves(trials, rows, "train_loss")
+    found = trials[(trials["format"] == REFERENCE_FORMAT) & (trials["optimizer"] == REFERENCE_ARM)]
+    found = found[found["trial_id"].isin(set(curves))]
+    references = {seed: curves[trial_id]
+                  for seed, trial_id in zip(found["seed"], found["trial_id"], strict=True)}
+    others = trials[~trials["trial_id"].isin(set(found["trial_id"])) & trials["seed"].isin(set(references))
+                    & trials["trial_id"].isin(set(curves))]
+    excess = {trial_id: (curves[trial_id] - references[seed]).dropna()
+              for seed, trial_id in zip(others["seed"], others["trial_id"], strict=True)}
+    excess = {trial_id: curve for trial_id, curve in excess.items() if len(curve)}
+    if not excess:
+        return False
+    last = max(int(curve.index[-1]) for curve in excess.values())
+    late = pd.concat([curve[curve.index >= min(last / 8, curve.index[-1])] for curve in excess.values()])
+    limits = (min(1.2 * float(late.min()), -LINEAR), max(1.2 * float(late.max()), LINEAR))
+
+    def panel(axes: Axes, arm: str) -> list[Label]:
+        axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.plot([0, last], [0, 0], color="black", lw=1.4, ls=(0, (4, 2)), zorder=4)
+        return [label for name, members in _by_format(others[others["optimizer"] == arm])
+                for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")]
+
+    _draw_panels(others, path, f"training loss minus BF16's, nats ({_mean_of(window)})", limits, last, panel)
+    return True
+
+
+def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
+    """Flip yield over steps by format, one panel per arm, with the guard's limit; False where none is."""
+    curves, window = _curves(trials, rows, "flip_yield")
+    if not curves:
+        return False
+    measured = trials[trials["trial_id"].isin(set(curves))]
+    last = max(int(curve.index[-1]) for curve in curves.values())
+    limit = next((rule.limit for rule in DEFAULT_GUARDS if rule.signal == "flip_yield"), None)
+    top = float(np.clip(1.1 * pd.concat(list(curves.values())).quantile(0.99), 1.05, 1.6))
+
+    def panel(axes: Axes, arm: str) -> list[Label]:
+        if limit is not None:
+            axes.fill_between([0, last], 0, limit, color="#B00020", alpha=0.07, lw=0)
+            axes.plot([0, last], [limit, limit], color="#B00020", lw=1.2, ls=":")
+            axes.text(0, limit, f" stalled below {limit:g}", color="#B00020", fontsize=8, va="bottom")
+        return [label for name, members in _by_format(measured[measured["optimizer"] == arm])
+                for label in _draw_format(axes, name, members, curves, top)]
+
+    _draw_panels(measured, path, f"flip yield ({_mean_of(window)})", (0.0, top), last, panel)
+    return True
+
+
+def _draw_panels(trials: pd.DataFrame, path: Path, ylabel: str, limits: tuple[float, float], last: int,
+                 panel: Callable[[Axes, str], list[Label]]) -> None:
+    """One panel per arm, two to a row, axes shared; `panel` draws one and returns the names of its lines."""
+    arms = sorted(trials["optimizer"].unique(), key=arm_order)
+    columns = min(2, len(arms))
+    inner = max(2.2, LINE * (trials["format"].nunique() + 2))
+    count = -(-len(arms) // columns)
+    with drawn(path, (inner + 0.75) * count) as figure:
+        grid = figure.subplots(count, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, arm in zip(grid.flat, arms, strict=False):
+            labels = panel(axes, arm)
+            axes.set(title=arm, xlabel="step", ylim=limits, xlim=(0, last * (1.2 + 0.12 * columns)))
+            axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+            axes.tick_params(labelbottom=True)
+            _label_ends(axes, last, labels, LINE / inner)
+        for axes in grid.flat[len(arms):]:
+            axes.set_visible(False)
+        figure.supylabel(ylabel, fontsize=10)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _tick(value: float, _: int | None) -> str:
+    return _minus(f"{value:+.2g}") if value else "0"
+
+
+def _mean_of(window: int) -> str:
+    return f"mean of {window} steps" if window > 1 else "each step"
+
+
+def _by_format(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    groups = [(str(name), group) for name, group in trials.groupby("format")]
+    return sorted(groups, key=lambda item: format_order(item[0]))
+
+
+def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict[str, pd.Series], int]:
+    """The finite values by trial and step, as running means over a twentieth of the steps, with it."""
+    kept = rows[rows["trial_id"].isin(set(trials["trial_id"])) & np.isfinite(rows[signal])]
+    window = max(1, int(kept["step"].max()) // 20) if len(kept) else 1
+    return {str(trial_id): own.set_index("step")[signal].rolling(window, min_periods=1).mean()
+            for trial_id, own in kept.groupby("trial_id")}, window
+
+
+def _reference_curve(trials: pd.DataFrame, curves: Mapping[str, pd.Series]) -> pd.Series | None:
+    found = trials[(trials["format"] == REFERENCE_FORMAT) & (trials["optimizer"] == REFERENCE_ARM)]
+    own = [curves[trial_id] for trial_id in found["trial_id"] if trial_id in curves]
+    return pd.concat(own, axis=1).mean(axis=1) if own else None
+
+
+def _draw_format(axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[str, pd.Series],
+                 top: float, form: str = ".2f") -> list[Label]:
+    """Draws the seeds' range and mean, and each stopped run alone with a cross; returns the lines' names."""
+    colour = colour_of(name)
+    known = members[members["trial_id"].isin(set(curves))]
+    stopped = known[known["state"] == FAILED]
+    running = [curves[trial_id] for trial_id in known[known["state"] != FAILED]["trial_id"]]
+    labels: list[Label] = []
+    for trial_id, step in zip(stopped["trial_id"], stopped["step"], strict=True):
+        curve = curves[trial_id]
+        end = min(float(curve.iloc[-1]), top)
+        axes.plot(curve.index, curve, color=colour, lw=1.1, alpha=0.8)
+        axes.plot(curve.index[-1], end, "X", color=colour, ms=8, mec="white", mew=0.7, clip_on=False,
+                  zorder=5)
+        labels = [(end, f"× {name} at {step:.0f}", colour, False)]
+    if running:
+        table = pd.concat(running, axis=1).sort_index()
+        mean = table.mean(axis=1)
+        axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.15, lw=0)
+        axes.plot(mean.index, mean, color=colour, lw=1.5)
+        labels.append((float(mean.iloc[-1]), _minus(f"{name} {mean.iloc[-1]:{form}}"), colour, True))
+    return labels
+
+
+def _loss_limits(curves: Mapping[str, pd.Series], reference: pd.Series | None,
+                 last: int) -> tuple[float, float]:
+    """From below the least loss to a little above the ends of the runs, but no higher than 1.35 times the
+    reference's end.
+
+    The reference's own last two thirds are always in view (the median run's, where there is no reference).
+    """
+    guide = reference if reference is not None else pd.concat(list(curves.values()), axis=1).median(axis=1)
+    after = guide[guide.index >= last / 3]
+    low = min(float(curve.min()) for curve in curves.values())
+    ends = max((float(curve.iloc[-1]) for curve in curves.values() if curve.index[-1] == last), default=low)
+    end = float(guide.iloc[-1])
+    early = float(after.iloc[0] if len(after) else guide.iloc[0])
+    high = max(min(1.04 * ends, 1.35 * end), early, 1.02 * low)
+    return low - 0.04 * (high - low), high
+
+
+def _label_ends(axes: Axes, last: int, labels: Sequence[Label], gap: float) -> None:
+    """Writes names beside the ends of the lines, at least `gap` (a share of the axis) apart and within it."""
+    low, high = axes.get_ylim()
+    to_share = axes.transData + axes.transAxes.inverted()
+    ordered = sorted(labels, key=lambda label: (min(max(label[0], low), high), label[1]))
+    shares = [float(to_share.transform((0, min(max(value, low), high)))[1]) for value, *_ in ordered]
+    blend = blended_transform_factory(axes.transData, axes.transAxes)
+    places = spread(shares, gap, 1.0)
+    for (_, text, colour, reaches), share, place in zip(ordered, shares, places, strict=True):
+        if reaches:
+            axes.plot([last * 1.005, last * 1.045], [share, place], color=colour, lw=0.7, alpha=0.7,
+                      clip_on=False, transform=blend)
+        axes.text(last * 1.055, place, text, color=colour, fontsize=8, va="center", clip_on=False,
+                  transform=blend)
+
+
+def spread(values: Sequence[float], gap: float, high: float) -> list[float]:
+    """Ascending places near ascending `values`, at least `gap` apart, none above `high`."""
+    places: list[float] = []
+    for value in values:
+        places.append(max(value, places[-1] + gap) if places else value)
+    ceiling = high
+    for index in range(len(places) - 1, -1, -1):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - gap
+    return places

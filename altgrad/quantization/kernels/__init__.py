@@ -1,0 +1,104 @@
+"""What every kernel shares: a format's constants, and the keys of the random stream.
+
+Every kernel rounds y = x / scale by one rule. With |y| split into the code below it and the fraction of the
+way to the next code, in 31-bit fixed point,
+
+    index = code_below + ((fraction + u) >> 31)
+
+where u decides the rounding: 0 is toward zero, 2^30 - 1 + (code_below is odd) is nearest with ties to the
+even code, and a uniform draw from [0, 2^31) is stochastic, unbiased to 2^-31 of the spacing and never moving
+what is on the grid. For normals both parts are bit fields of the float32; for subnormals they are the integer
+and fractional part of y in units of the smallest spacing. Neither needs a logarithm or a branch.
+
+The draw for element i is a hash of (seed, i) and of nothing else, so it depends neither on the format nor on
+where the tensor lies. `reference` says this in torch, `cpu` in numba; they agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import cache
+from typing import Literal, NamedTuple
+
+from altgrad.quantization.formats import FloatFormat
+
+Rounding = Literal["nearest", "stochastic", "toward_zero"]
+Overflow = Literal["saturate", "inf"]
+
+NEAREST_U = (1 << 30) - 1
+MAX_HASHED_ELEMENTS = 1 << 32
+
+_MASK64 = (1 << 64) - 1
+
+
+class Grid(NamedTuple):
+    """A format's constants as float32 arithmetic wants them."""
+
+    shift: int  # float32 mantissa bits below the format's, 23 - M
+    offset: int  # (float32 bits >> shift) - offset is the code of a normal
+    min_normal: float  # 2^emin
+    spacing: float  # 2^(emin - M), the spacing below 2^emin
+    unscale: float  # unscale * unscale_rest = 1 / spacing, in two factors as one may exceed float32
+    unscale_rest: float
+    max_index: int
+    max_value: float
+    min_exponent_bits: int  # float32 bits of 2^emin
+    max_exponent_bits: int  # float32 bits of 2^(exponent of the top binade)
+    mantissa_step: float  # 2^-M
+
+
+@cache
+def grid_of(fmt: FloatFormat) -> Grid:
+    """The constants of a format."""
+    emin, mantissa = fmt.min_exponent, fmt.mantissa_bits
+    first = min(mantissa - emin, 100)
+    emax = max(math.frexp(fmt.max)[1] - 1, emin)
+    return Grid(
+        shift=23 - mantissa,
+        offset=(emin + 126) << mantissa,
+        min_normal=math.ldexp(1.0, emin),
+        spacing=math.ldexp(1.0, emin - mantissa),
+        unscale=math.ldexp(1.0, first),
+        unscale_rest=math.ldexp(1.0, mantissa - emin - first),
+        max_index=fmt.max_index,
+        max_value=fmt.max,
+        min_exponent_bits=_bits(math.ldexp(1.0, emin)),
+        max_exponent_bits=_bits(math.ldexp(1.0, emax)),
+        mantissa_step=math.ldexp(1.0, -mantissa),
+    )
+
+
+def mix_seed(*parts: int) -> int:
+    """One 64-bit seed from several integers, order mattering (splitmix64 over each in turn)."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = _splitmix64(state ^ _splitmix64(part & _MASK64))
+    return state
+
+
+def hash_keys(seed: int) -> tuple[int, int]:
+    """The two 32-bit keys of the counter hash for a seed of up to 64 bits."""
+    mixed = _splitmix64(seed & _MASK64)
+    return mixed & 0xFFFFFFFF, mixed >> 32
+
+
+def overflow_values(grid: Grid, rounding: Rounding, overflow: Overflow) -> tuple[float, float]:
+    """What stands for a finite and for an infinite magnitude beyond the largest value.
+
+    Rounding toward zero takes no finite number to infinity.
+    """
+    if overflow == "saturate":
+        return grid.max_value, grid.max_value
+    return (grid.max_value if rounding == "toward_zero" else math.inf), math.inf
+
+
+def _splitmix64(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return state ^ (state >> 31)
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])

@@ -1,0 +1,323 @@
+"""Fake quantization, codes and spacings of tensors, under one law.
+
+`quantize(x, fmt, scale)` is round(x / scale) * scale, every step in float32, with the straight-through
+gradient. Rounding is to nearest with ties to the even code unless asked otherwise; beyond the largest value
+it saturates, or becomes infinite where asked and the format has an infinity, and infinite inputs follow the
+same policy; NaN stays NaN even where the format has none, for a NaN turned into a number hides the signal
+that training has failed; the sign of zero is kept and so are subnormals. A scale other than a power of two
+rounds in the division and in the product, as hardware does; so do values whose quotient falls below float32's
+normals (2^-126).
+
+The same law holds on every path. Contiguous float32 CPU tensors under a scalar scale go to the numba kernels,
+everything else to the torch reference; the environment variable ALTGRAD_KERNEL=reference|numba chooses for
+them. Under torch.compile the reference is traced, and fuses into one loop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
+from altgrad.quantization.kernels import (
+    MAX_HASHED_ELEMENTS,
+    Grid,
+    Overflow,
+    Rounding,
+    grid_of,
+    mix_seed,
+    reference,
+)
+
+__all__ = [
+    "code_index",
+    "decode",
+    "encode",
+    "hash_uniform",
+    "index_to_value",
+    "kernel_in_use",
+    "mix_seed",
+    "quantize",
+    "ulp",
+]
+
+Scale = float | Tensor
+StraightThrough = Literal["identity", "clipped"]
+
+
+def quantize(
+    x: Tensor,
+    fmt: str | FloatFormat,
+    scale: Scale = 1.0,
+    *,
+    rounding: Rounding = "nearest",
+    overflow: Overflow = "saturate",
+    seed: int | None = None,
+    ste: StraightThrough = "identity",
+    out: Tensor | None = None,
+) -> Tensor:
+    """x rounded to scale * (values of fmt), same shape and dtype; gradient straight through, none for the
+    scale.
+
+    `scale`: positive, a float or a tensor that broadcasts to x. `rounding`: nearest | stochastic |
+    toward_zero; stochastic takes the draw of flat element i from (seed, i) alone. `overflow`: saturate | inf.
+    `ste`: "clipped" zeroes the gradient where |x / scale| exceeds the largest value. `out` (may be x)
+    receives the result without gradient. ValueError: unknown names, a scale that is no positive float32, no
+    seed, inf without an infinity.
+    """
+    fmt = get_format(fmt)
+    _check_choice("rounding", rounding, get_args(Rounding))
+    _check_choice("overflow", overflow, get_args(Overflow))
+    _check_choice("ste", ste, get_args(StraightThrough))
+    _check_floating(x)
+    if overflow == "inf" and not fmt.has_inf:
+        raise ValueError(
+            f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'"
+        )
+    if rounding == "stochastic":
+        _check_seed(x.numel(), seed)
+    scale = _as_scale(scale)
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    if out is not None:
+        return _quantize_into(x, fmt, scale, rounding, overflow, seed, out, wants_gradient)
+    if wants_gradient:
+        return cast(Tensor, _StraightThrough.apply(x, fmt, scale, rounding, overflow, seed, ste == "clipped"))
+    return _rounded(x, fmt, scale, rounding, overflow, seed)
+
+
+def encode(
+    x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate"
+) -> Tensor:
+    """Bit patterns of the values nearest to x / scale: uint8, or int16 (same bits) for formats wider than 8
+    bits.
+
+    ValueError where x / scale holds a NaN and the format has no code for it.
+    """
+    fmt = get_format(fmt)
+    _check_choice("overflow", overflow, get_args(Overflow))
+    _check_floating(x)
+    if overflow == "inf" and not fmt.has_inf:
+        raise ValueError(
+            f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'"
+        )
+    y = x.detach().to(torch.float32) / _as_scale(scale)
+    is_nan = torch.isnan(y)
+    if not fmt.has_nan and bool(is_nan.any()):
+        raise ValueError(f"{int(is_nan.sum())} NaN to encode, and {fmt.name} has no code for NaN")
+    beyond = fmt.max_index + (1 if overflow == "inf" else 0)
+    code = reference.rounded_magnitude(y, grid_of(fmt), "nearest").clamp(max=beyond)
+    if fmt.has_nan:
+        code = torch.where(is_nan, fmt.nan_code, code)
+    code = code + torch.signbit(y) * (fmt.num_codes // 2)
+    return code.to(torch.uint8) if fmt.total_bits <= 8 else code.to(torch.int16)
+
+
+def decode(codes: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
+    """Values of bit patterns times scale, float32; inverse of `encode` on the grid."""
+    fmt = get_format(fmt)
+    patterns = codes.to(torch.int64)
+    if codes.dtype == torch.int16:
+        patterns = patterns & 0xFFFF
+    is_exact_width = fmt.total_bits == (16 if codes.dtype == torch.int16 else 8)
+    if not is_exact_width and bool(((patterns < 0) | (patterns >= fmt.num_codes)).any()):
+        raise ValueError(f"{fmt.name} has the codes 0 to {fmt.num_codes - 1}; got {int(patterns.max())}")
+    return _decode_table(fmt).to(codes.device)[patterns] * _as_scale(scale)
+
+
+def code_index(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
+    """Place of x on the ordered grid: sign times magnitude code of the nearest value, int32; both zeros and
+    NaN are 0.
+
+    Differences of indices count grid steps; values beyond the largest have its index.
+    """
+    grid = grid_of(get_format(fmt))
+    _check_floating(x)
+    x, scale = x.detach(), _as_scale(scale)
+    kernel = _numba_for(x)
+    if kernel is None:
+        return reference.code_index(x.to(torch.float32), scale, grid)
+    out = torch.empty(x.shape, dtype=torch.int32)
+    kernel.code_index(*_scalar_scaled(x, scale), grid, out)
+    return out
+
+
+def index_to_value(index: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
+    """Value at a signed place of the ordered grid times scale, float32; clamped to its ends."""
+    grid = grid_of(get_format(fmt))
+    scale = _as_scale(scale)
+    kernel = _numba_for(index, torch.int32)
+    number = _scalar(scale)
+    if kernel is None or number is None:
+        return reference.index_to_value(index, scale, grid)
+    out = torch.empty(index.shape, dtype=torch.float32)
+    kernel.index_to_value(index, number, grid, out)
+    return out
+
+
+def ulp(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
+    """Spacing the scaled grid has at x, max(2^floor(log2|x/scale|), 2^emin) * 2^-M * scale, float32.
+
+    Zeros and subnormals have the smallest spacing, values beyond the largest that of the top binade, NaN has
+    NaN.
+    """
+    grid = grid_of(get_format(fmt))
+    _check_floating(x)
+    x, scale = x.detach(), _as_scale(scale)
+    kernel = _numba_for(x)
+    number = _scalar(scale)
+    if kernel is None or number is None:
+        return reference.ulp(x.to(torch.float32), scale, grid)
+    out = torch.empty(x.shape, dtype=torch.float32)
+    kernel.ulp(x, number, grid, out)
+    return out
+
+
+def hash_uniform(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draws in [0, 1), float32 of 24 bits, hashed from (seed, flat index) as stochastic rounding does."""
+    size, device = torch.Size(shape), torch.device(device)
+    _check_seed(size.numel(), seed)
+    out = torch.empty(size, device=device)
+    kernel = _numba_for(out)
+    if kernel is None:
+        return reference.uniform(size, seed, device)
+    kernel.uniform(seed, out)
+    return out
+
+
+def kernel_in_use(tensor: Tensor) -> Literal["numba", "reference"]:
+    """Which kernel a tensor of this device, layout and dtype gets."""
+    return "reference" if _numba_for(tensor) is None else "numba"
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow,
+        seed: int | None, clipped: bool,
+    ) -> Tensor:  # fmt: skip
+        if clipped:
+            ctx.save_for_backward((x.to(torch.float32) / scale).abs() <= fmt.max)
+        return _rounded(x, fmt, scale, rounding, overflow, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        gradient = gradients[0]
+        if ctx.saved_tensors:
+            gradient = torch.where(ctx.saved_tensors[0], gradient, 0.0)
+        return (gradient, None, None, None, None, None, None)
+
+
+def _quantize_into(
+    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None,
+    out: Tensor, wants_gradient: bool,
+) -> Tensor:  # fmt: skip
+    if wants_gradient:
+        raise ValueError("out= has no gradient; detach x, or call under torch.no_grad()")
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"out must be {x.dtype} {tuple(x.shape)} on {x.device}; "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    kernel = _numba_for(x)
+    number = _scalar(scale)
+    if kernel is not None and number is not None and out.is_contiguous():
+        kernel.quantize(x, number, grid_of(fmt), rounding, overflow, seed, out)
+        return out
+    return out.copy_(_rounded(x, fmt, scale, rounding, overflow, seed))
+
+
+def _rounded(
+    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None
+) -> Tensor:
+    grid: Grid = grid_of(fmt)
+    carrier = x.detach().to(torch.float32)
+    kernel = _numba_for(carrier)
+    if kernel is None:
+        return reference.quantize(carrier, scale, grid, rounding, overflow, seed).to(x.dtype)
+    result = torch.empty_like(carrier)
+    scaled, number = _scalar_scaled(carrier, scale)
+    kernel.quantize(scaled, number, grid, rounding, overflow, seed, result)
+    if scaled is not carrier:
+        result.mul_(scale)
+    return result.to(x.dtype)
+
+
+def _scalar_scaled(x: Tensor, scale: Scale) -> tuple[Tensor, float]:
+    """x with a number to divide it by; where the scale is no single number, x already divided and 1."""
+    number = _scalar(scale)
+    return (x, number) if number is not None else ((x / scale).contiguous(), 1.0)
+
+
+def _scalar(scale: Scale) -> float | None:
+    if not isinstance(scale, Tensor):
+        return scale
+    return float(scale.item()) if scale.numel() == 1 and scale.device.type == "cpu" else None
+
+
+def _as_scale(scale: Scale) -> Scale:
+    """The scale rounded to float32; a float is checked, a tensor is not (that would wait for its device)."""
+    if isinstance(scale, Tensor):
+        return scale.detach().to(torch.float32)
+    rounded = _float32(float(scale))
+    if not 0.0 < rounded < math.inf:
+        raise ValueError(f"scale must be a positive number within float32's range; got {scale!r}")
+    return rounded
+
+
+@lru_cache(maxsize=256)
+def _float32(number: float) -> float:
+    return float(torch.tensor(number, dtype=torch.float32).item())
+
+
+def _numba_for(x: Tensor, dtype: torch.dtype = torch.float32) -> ModuleType | None:
+    if x.device.type != "cpu" or x.dtype != dtype or not x.is_contiguous() or torch.compiler.is_compiling():
+        return None
+    return _numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
+
+
+@cache
+def _numba_kernels(forced: str) -> ModuleType | None:
+    """The numba kernels, or None where numba is not installed or the reference is asked for."""
+    if forced not in ("", "numba", "reference"):
+        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, ("numba", "reference")))
+    is_installed = importlib.util.find_spec("numba") is not None
+    if forced == "numba" and not is_installed:
+        raise ModuleNotFoundError(
+            "ALTGRAD_KERNEL=numba asks for numba, which is not installed: pip install numba"
+        )
+    if forced == "reference" or not is_installed:
+        return None
+    return importlib.import_module("altgrad.quantization.kernels.cpu")
+
+
+@cache
+def _decode_table(fmt: FloatFormat) -> Tensor:
+    return torch.tensor([fmt.to_real(code) for code in range(fmt.num_codes)], dtype=torch.float32)
+
+
+def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(unknown_message(what, given, allowed))
+
+
+def _check_floating(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"expected a floating-point tensor, got {x.dtype}")
+
+
+def _check_seed(elements: int, seed: int | None) -> None:
+    if seed is None:
+        raise ValueError("stochastic rounding needs a seed, an integer of up to 64 bits; got None")
+    if elements > MAX_HASHED_ELEMENTS:
+        raise ValueError(
+            f"stochastic rounding takes up to {MAX_HASHED_ELEMENTS} elements a call; got {elements}"
+        )

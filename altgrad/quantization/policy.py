@@ -1,0 +1,125 @@
+"""Which layer gets which formats: an ordered list of regular expressions over layer names.
+
+The first rule whose pattern is found in a layer's name (`re.search`) decides; a layer that no rule matches is
+left as it is. Master weights are float32 here, so a layer that "keeps BF16" computes with weights rounded to
+BF16.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from altgrad.quantization.formats import get_format
+
+HEAD_NAMES = ("lm_head", "classifier", "score", "head")
+"""Last parts of the names that an output layer goes by."""
+
+HEAD_PATTERN = rf"(^|\.)({'|'.join(HEAD_NAMES)})$"
+ATTENTION_PATTERN = r"(^|\.)(attn|attention|self_attn|self_attention)\."
+
+
+class LayerRule(BaseModel):
+    """Formats for the layers whose name matches; a format is a name `get_format` knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str = Field(description="regular expression searched in the layer's name")
+    weight: str | None = Field(default=None, description="format of the weight; none keeps BF16")
+    activation: str | None = Field(
+        default="BF16", description="format of input and output; none leaves them in float32"
+    )
+    gradient: str | None = Field(
+        default="BF16", description="format of the output's gradient; none leaves it in float32"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
+
+    @field_validator("weight", "activation", "gradient")
+    @classmethod
+    def _exists(cls, name: str | None) -> str | None:
+        return None if name is None else get_format(name).name
+
+    def matches(self, layer_name: str) -> bool:
+        """Whether the pattern is found in the name."""
+        return re.search(self.pattern, layer_name) is not None
+
+
+class PrecisionPolicy(BaseModel):
+    """Rules in order of precedence; no rules convert nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rules: tuple[LayerRule, ...] = ()
+
+    def resolve(self, layer_name: str) -> LayerRule | None:
+        """The first rule that matches, or None."""
+        return next((rule for rule in self.rules if rule.matches(layer_name)), None)
+
+
+def _everywhere(fmt: str, activation: str = "BF16", gradient: str = "BF16") -> LayerRule:
+    return LayerRule(pattern="", weight=fmt, activation=activation, gradient=gradient)
+
+
+def _uniform(fmt: str) -> tuple[LayerRule, ...]:
+    return (_everywhere(fmt),)
+
+
+def _uniform_act(fmt: str) -> tuple[LayerRule, ...]:
+    return (_everywhere(fmt, activation=fmt),)
+
+
+def _uniform_full(fmt: str) -> tuple[LayerRule, ...]:
+    is_e4m3 = (get_format(fmt).exponent_bits, get_format(fmt).mantissa_bits) == (4, 3)
+    return (_everywhere(fmt, activation=fmt, gradient="E5M2" if is_e4m3 else fmt),)
+
+
+def _attention_bf16(fmt: str) -> tuple[LayerRule, ...]:
+    return (LayerRule(pattern=ATTENTION_PATTERN), _everywhere(fmt))
+
+
+def _head_bf16(fmt: str) -> tuple[LayerRule, ...]:
+    return (LayerRule(pattern=HEAD_PATTERN), _everywhere(fmt))
+
+
+def _classic(fmt: str) -> tuple[LayerRule, ...]:
+    """Formats by layer type, whatever format is asked: the head and c_proj BF16, qkv E5M2, the MLP E3M4."""
+    return (
+        LayerRule(pattern=HEAD_PATTERN),
+        LayerRule(pattern=r"(^|\.)c_proj$"),
+        LayerRule(pattern=ATTENTION_PATTERN, weight="E5M2"),
+        LayerRule(pattern=r"(^|\.)mlp\.", weight="E3M4"),
+        LayerRule(pattern=""),
+    )
+
+
+POLICIES: dict[str, Callable[[str], tuple[LayerRule, ...]]] = {
+    "uniform": _uniform,
+    "uniform_act": _uniform_act,
+    "uniform_full": _uniform_full,
+    "attention_bf16": _attention_bf16,
+    "head_bf16": _head_bf16,
+    "classic": _classic,
+}
+"""Named policies: name to rules for a format."""
+
+
+def named_policy(name: str, fmt: str) -> PrecisionPolicy:
+    """The named policy for a format; FP32 converts nothing. ValueError for an unknown policy or format."""
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=2, cutoff=0.3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"unknown policy {name!r}; allowed: {', '.join(POLICIES)}{hint}")
+    if fmt.upper() == "FP32":
+        return PrecisionPolicy()
+    return PrecisionPolicy(rules=POLICIES[name](get_format(fmt).name))

@@ -1,0 +1,169 @@
+"""The report of synthetic ledgers: complete, self-contained, and readable in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic import Plan, explode, stall, write_ledger
+
+from altgrad.analysis.curves import spread
+from altgrad.analysis.report import write_report
+from altgrad.training.config import ARMS
+
+EIGHT_BIT = ["E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0"]
+
+
+def mixed(name: str, arm: str, seed: int):
+    if name == "E7M0":
+        return explode() if arm == "grid" else stall()
+    return 0.02 * EIGHT_BIT.index(name) + 0.001 * seed if name in EIGHT_BIT else 0.0
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("sweep")
+    manifest = {"spec": {"name": "four <formats>", "formats": ["BF16", "E5M2"]},
+                "manifest": {"git": {"sha": "f00d"}}}
+    plan = Plan(["FP32", "BF16", "E0M7", "E5M2", "E7M0"], ["adamw", "manifold", "grid"], offset=mixed)
+    write_report(write_ledger(out_dir, plan, manifest))
+    return out_dir / "report"
+
+
+def test_files(written: Path) -> None:
+    figures = {path.name for path in (written / "figures").iterdir()}
+    assert figures == {"heat_map.png", "loss_curves.png", "excess_curves.png", "stop_reasons.png",
+                       "flip_yield.png"}
+    linked = re.findall(r"\]\((figures/[^)]+)\)", (written / "report.md").read_text())
+    assert {Path(link).name for link in linked} == figures
+
+
+def test_html_needs_nothing_else(written: Path) -> None:
+    html = (written / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 5
+    assert not re.search(r"<script|<link|@import|(src|href)=\"(?!data:)|url\((?!data:)", html)
+    assert "four &lt;formats&gt;" in html and "f00d" in html
+
+
+def test_finding_leads_both_reports(tmp_path: Path) -> None:
+    finding = write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"])))
+    assert finding.path == tmp_path / "report" / "report.html" and finding.path.is_file()
+    for name in ("report.html", "report.md"):
+        text = (finding.path.parent / name).read_text().replace("&#39;", "'")
+        places = [text.index(part) for part in (finding.headline, finding.certainty, "Distance from BF16")]
+        assert places == sorted(places)
+
+
+def test_results_have_one_row_per_trial(written: Path) -> None:
+    results = pd.read_csv(written / "results.csv")
+    assert len(results) == 30 and results["trial_id"].is_unique
+    failed = results[results["format"] == "E7M0"]
+    assert set(failed["outcome"]) == {"stalled", "nonfinite"} and failed["val_loss"].isna().all()
+    assert (failed["value"] == float("inf")).sum() == 2
+
+
+def test_every_stop_is_listed_with_its_evidence(written: Path) -> None:
+    stops = (written / "report.md").read_text().split("## Why runs stopped")[1].split("## ")[0]
+    assert stops.count("| E7M0 |") == 6
+    assert stops.count("| stalled | flip_yield | lm_head | 30 | 0.05 | 0.2 |") == 4
+    assert stops.count("| nonfinite | train_loss | – | 12 | ∞ | – |") == 2
+
+
+def test_a_stopped_cell_shows_no_number(written: Path) -> None:
+    cells = (written / "report.md").read_text().split("## Every cell")[1].split("## ")[0]
+    rows = [line for line in cells.splitlines() if line.startswith("| E7M0 |")]
+    assert len(rows) == 3 and all("failed 2 of 2 | – | – | – | fails" in row for row in rows)
+
+
+def test_without_stops_it_says_so_and_keeps_no_old_picture(tmp_path: Path) -> None:
+    write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"]))
+    stale = tmp_path / "report" / "figures" / "stop_reasons.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"old")
+    html = write_report(tmp_path).path.read_text()  # type: ignore[union-attr]
+    assert not stale.exists() and "No run was stopped by a guard." in html
+
+
+@pytest.mark.parametrize(("formats", "arms", "seeds"), [
+    (["E5M2"], ["adamw"], 1),
+    (["BF16"], ["adamw"], 1),
+    (["BF16", "E5M2"], ["adamw"], 20),
+    (["FP32", "FP16", "BF16", "E1M3", *EIGHT_BIT], list(ARMS), 1),
+])
+def test_sizes_from_one_to_many(tmp_path: Path, formats: list[str], arms: list[str], seeds: int) -> None:
+    write_report(write_ledger(tmp_path, Plan(formats, arms, seeds, steps=20, offset=mixed)))
+    for path in (tmp_path / "report" / "figures").glob("*.png"):
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])
+        assert width == 1170 and 150 < height < 2600, path.name
+
+
+def test_nothing_run_yet_still_gives_a_report(tmp_path: Path) -> None:
+    finding = write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], offset=lambda *_: None)))
+    assert "0 of 4" in finding.certainty and not list((tmp_path / "report" / "figures").iterdir())
+
+
+def test_policies_have_their_own_pictures(tmp_path: Path) -> None:
+    write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw", "grid"], steps=20))
+    write_ledger(tmp_path, Plan(["E5M2"], ["adamw", "grid"], steps=20, policy="classic"))
+    write_report(tmp_path)
+    names = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
+    assert {"loss_curves_uniform.png", "loss_curves_classic.png", "excess_curves_classic.png"} <= names
+    cells = (tmp_path / "report" / "report.md").read_text().split("## Every cell")[1].split("## ")[0]
+    assert "| policy |" in cells and "classic" in cells
+
+
+def test_learning_rates_are_listed_where_there_are_several(tmp_path: Path) -> None:
+    write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], lrs=(1e-3, 1e-2), steps=20)))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.split("## Every learning rate")[1].count("| E5M2 |") == 2
+
+
+@pytest.mark.parametrize(("shift", "said"), [(0.0, "as they must"), (1e-4, "Fault in the numerics")])
+def test_one_grid_under_two_names_is_a_control(tmp_path: Path, shift: float, said: str) -> None:
+    plan = Plan(["E0M7", "E1M6"], ["adamw"], steps=20,
+                offset=lambda name, *_: shift if name == "E1M6" else 0.0)
+    write_report(write_ledger(tmp_path, plan))
+    for name in ("report.md", "report.html"):
+        assert said in (tmp_path / "report" / name).read_text()
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ledger\.sqlite"):
+        write_report(tmp_path)
+    write_ledger(tmp_path, Plan([], []))
+    with pytest.raises(ValueError, match="holds no trials"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.1, 0.1, 0.1], [0.9, 0.95, 1.0, 1.0], [0.0, 0.5, 1.0]])
+def test_names_beside_lines_never_overlap(values: list[float]) -> None:
+    places = spread(values, 0.08, 1.0)
+    assert all(after - before >= 0.08 - 1e-12 for before, after in pairwise(places))
+    moved = max(abs(place - value) for place, value in zip(places, values, strict=True))
+    assert max(places) <= 1.0 and moved <= 0.08 * len(values)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", ["1200,2000", "400,2000"])
+def test_it_renders_in_a_browser(written: Path, tmp_path: Path, size: str) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}", "--dump-dom"]
+    page = tmp_path / "probe.html"
+    probe = ("<script>onload = () => document.title = JSON.stringify({wide: "
+             "document.documentElement.scrollWidth > innerWidth, "
+             "images: [...document.images].map(i => i.naturalWidth)})</script>")
+    page.write_text((written / "report.html").read_text().replace("</body>", probe + "</body>"))
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    seen = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1))  # type: ignore[union-attr]
+    assert seen == {"wide": False, "images": [1170] * 5}, "the page scrolls sideways, or a picture is broken"

@@ -1,0 +1,144 @@
+"""Whole sweeps on a real local Ray: small, then with a fault planted, then killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.run import RunOptions, SweepResult, run_sweep
+from altgrad.sweep.spec import SweepSpec
+from altgrad.training.outcome import OutcomeKind
+
+TINY = {"layers": 1, "heads": 1, "width": 16, "block": 16}
+
+
+def tiny(**changes: object) -> SweepSpec:
+    return SweepSpec.model_validate({
+        "name": "tiny", "formats": "E5M2", "optimizers": "grid", "seeds": 1, "steps": 10, "model": TINY,
+        "data": {"batch": 2, "eval_batches": 1}, "log_interval": 5, "eval_interval": 5,
+        "checkpoint_interval": 5} | changes)
+
+
+def steps_in_files(out: Path) -> dict[str, list[int]]:
+    return {path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+            for path in (out / "trials").glob("*/metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    return run_sweep(tiny(), RunOptions(out=tmp_path_factory.mktemp("runs") / "tiny"))
+
+
+def test_a_small_sweep_fills_the_ledger(first: SweepResult) -> None:
+    assert (first.trials, first.ran, first.left, first.broken) == (2, 2, 0, None)
+    assert first.endings == {"done": 2}
+    with Ledger(first.out / "ledger.sqlite") as ledger:
+        assert set(ledger.row_counts().values()) == {10}
+        assert all(outcome.val_loss is not None for outcome in ledger.outcomes().values())
+    assert set(map(tuple, steps_in_files(first.out).values())) == {tuple(range(1, 11))}
+
+
+def test_the_folder_says_what_ran_on_what_and_keeps_no_scratch(first: SweepResult) -> None:
+    found = json.loads((first.out / "sweep.json").read_text())
+    assert SweepSpec.model_validate(found["spec"]) == tiny()
+    assert len(found["data"]["sha256"]) == 64 and found["versions"]["torch"]
+    assert sorted(item.name for item in first.out.iterdir() if not item.name.startswith("ledger")) == [
+        ".lock", "sweep.json", "trials"]
+
+
+def test_asking_again_runs_nothing_and_starts_no_ray(first: SweepResult) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")}
+    code = ("import sys; from pathlib import Path; from altgrad.sweep.run import *\n"
+            f"spec = SweepSpec.model_validate_json({tiny().model_dump_json()!r})\n"
+            f"print(run_sweep(spec, RunOptions(out=Path({str(first.out)!r}))).ran, 'ray' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "False"]
+    assert {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")} == before
+
+
+def test_more_steps_go_on_from_the_checkpoint(first: SweepResult) -> None:
+    result = run_sweep(tiny(steps=15), RunOptions(out=first.out))
+    assert (result.ran, result.left) == (2, 0)
+    assert set(map(tuple, steps_in_files(first.out).values())) == {tuple(range(1, 16))}
+    resumed = {json.loads(path.read_text())["resumed_from"] for path in (first.out / "trials").glob("*/config.json")}
+    assert resumed == {10}
+
+
+def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Path) -> None:
+    spec = tiny(seeds=6, formats="BF16", optimizers="adamw", steps=10)
+    trials = list(spec.trials(_sha(spec)))
+    for trial_id in trials[1:4]:
+        folder = tmp_path / "sweep" / "trials" / trial_id / "checkpoint"
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_text("no checkpoint")
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", max_concurrent=1))
+    with Ledger(tmp_path / "sweep" / "ledger.sqlite") as ledger:
+        outcomes = ledger.outcomes()
+    assert outcomes[trials[0]].kind is OutcomeKind.DONE
+    assert [outcomes[trial_id].kind for trial_id in trials[1:4]] == [OutcomeKind.BUG] * 3
+    assert result.broken is not None and result.left == 5 and trials[5] not in outcomes
+    assert "Traceback" in (tmp_path / "sweep" / "trials" / trials[1] / "traceback.txt").read_text()
+
+
+def _sha(spec: SweepSpec) -> str:
+    from altgrad.training.data import load_corpus
+    return load_corpus(spec.data).sha256
+
+
+DRILL = ["run", "--formats", "BF16,E5M2", "--optimizers", "adamw,grid", "--steps", "300", "--guards", "off"]
+
+
+def altgrad(out: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "altgrad", *DRILL, "--out", str(out), *more],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    driver = altgrad(out)
+
+    def ended() -> list[Path]:
+        return list((out / "trials").glob("*/outcome.json"))
+
+    def in_the_middle() -> bool:
+        started = [path for path in (out / "trials").glob("*/checkpoint/state.pt")
+                   if not (path.parents[1] / "outcome.json").exists()]
+        return len(ended()) >= 2 and len(started) >= 1
+
+    wait_until(in_the_middle, 240)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    finished = {path: path.stat().st_mtime_ns for path in ended()}
+
+    second = altgrad(out)
+    text, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, text
+    files = steps_in_files(out)
+    assert len(files) == 8 and set(map(tuple, files.values())) == {tuple(range(1, 301))}
+    with Ledger(out / "ledger.sqlite") as ledger:
+        assert {outcome.kind for outcome in ledger.outcomes().values()} == {OutcomeKind.DONE}
+        assert len(ledger.outcomes()) == 8 and set(ledger.row_counts().values()) == {300}
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+    resumed = [json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")]
+    assert any(step for step in resumed), "the interrupted trials go on from their checkpoints"
+
+    begun = time.monotonic()
+    third = altgrad(out)
+    text, _ = third.communicate(timeout=60)
+    assert third.returncode == 0 and "nothing was left to run" in text
+    assert time.monotonic() - begun < 20
