@@ -1,8 +1,9 @@
-"""The command line: `altgrad plan|run|status|why|report|formats|test-matrix|doctor`, and what a sweep file calls.
+"""The command line: `altgrad` with its commands, and what a sweep file calls.
 
-Flags and configuration files say the same things as a `SweepSpec`; nothing is interpreted here that the spec does not
-validate. Bad input ends with exit code 2 and one line that names the flag or path, the value, what is allowed and the
-nearest match, before Ray starts and before any folder is touched. Exit code 1 means that trials are left unfinished.
+Flags and configuration files say the same things as a `SweepSpec`; nothing is interpreted here that the spec
+does not validate. Bad input ends with exit code 2 and one line that names the flag or path, the value, what
+is allowed and the nearest match, before Ray starts and before any folder is touched. Exit code 1 means that
+trials are left unfinished.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from altgrad.sweep.folder import PACKAGES, FolderError, cores, has_driver, installed
+from altgrad.sweep import monitor
+from altgrad.sweep.folder import PACKAGES, FolderError, cores, installed
 from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.progress import ending_name
+from altgrad.sweep.monitor import print_table
 from altgrad.sweep.resolve import SpecError, resolve
 from altgrad.sweep.run import RunOptions, SweepResult, preflight, run_sweep
 from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
-from altgrad.training.outcome import OutcomeKind
 
 SPEC_FLAGS = {
     "formats": ("formats", "E5M2,E4M3 or all: the eight 8-bit splits, BF16 and FP16; FP32 is the reference"),
@@ -84,7 +85,8 @@ def _unknown_argument(parser: Parser, request: argparse.Namespace, word: str) ->
         return f"unexpected argument {word!r}"
     known = sorted(f for action in getattr(request, "parser", parser)._actions for f in action.option_strings
                    if f.startswith("--"))
-    return f"unknown flag {word.split('=')[0]}; allowed: {', '.join(known)}{nearest(word.split('=')[0], known)}"
+    flag = word.split("=")[0]
+    return f"unknown flag {flag}; allowed: {', '.join(known)}{nearest(flag, known)}"
 
 
 def _parser() -> Parser:
@@ -118,12 +120,16 @@ def _parser() -> Parser:
 
 def _add_sweep_flags(parser: Parser) -> None:
     parser.add_argument("--preset", help=", ".join(PRESETS))
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it"
+    )
     for flag, (key, help) in SPEC_FLAGS.items():
         parser.add_argument(f"--{flag}", dest=f"spec:{key}", metavar="X", help=help)
     parser.add_argument("--out", type=Path, help="the sweep's folder; default runs/<name>")
     parser.add_argument("--max-concurrent", metavar="N", help="trials at a time; default one per core")
-    parser.add_argument("--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head")
+    parser.add_argument(
+        "--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head"
+    )
     parser.add_argument("--fresh", action="store_true", help="move an old sweep in OUT aside and start again")
     parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
 
@@ -132,33 +138,44 @@ def _spec(request: argparse.Namespace) -> SweepSpec:
     if request.file is not None and request.config is not None:
         raise SpecError(f"{request.file} and --config {request.config}: one file, please")
     try:
-        base = request.base if request.preset is None else PRESETS[check_choice(request.preset, PRESETS, "preset")]
+        preset = request.preset and check_choice(request.preset, PRESETS, "preset")
     except ValueError as error:
         raise SpecError(f"--preset: {error}") from None
     flags = {name.removeprefix("spec:"): value for name, value in vars(request).items()
              if name.startswith("spec:") and value is not None}
-    return resolve(base, flags, request.file or request.config)
+    return resolve(PRESETS[preset] if preset else request.base, flags, request.file or request.config)
 
 
 def _options(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
     concurrent = request.max_concurrent
     if concurrent is not None and not (concurrent.isdigit() and int(concurrent) >= 1):
-        raise SpecError(f"--max-concurrent: {concurrent!r} is not allowed: a whole number of at least 1 is expected")
+        raise SpecError(
+            f"--max-concurrent: {concurrent!r} is not allowed: a whole number of at least 1 is expected"
+        )
     if not ADDRESS.fullmatch(request.address):
-        raise SpecError(f"--address: {request.address!r} is not allowed: local, auto, or the HOST:PORT of a head "
-                        f"(for ray:// submit the command as a job){nearest(request.address, ('local', 'auto'))}")
-    return RunOptions(out=request.out or Path("runs") / spec.name, address=request.address, fresh=request.fresh,
-                      max_concurrent=int(concurrent) if concurrent else None)
+        raise SpecError(
+            f"--address: {request.address!r} is not allowed: local, auto, or the HOST:PORT of a head "
+            f"(for ray:// submit the command as a job){nearest(request.address, ('local', 'auto'))}"
+        )
+    return RunOptions(
+        out=request.out or Path("runs") / spec.name,
+        address=request.address,
+        fresh=request.fresh,
+        max_concurrent=int(concurrent) if concurrent else None,
+    )
 
 
-def _checked_corpus(spec: SweepSpec) -> Any:
-    """The corpus, or a SpecError that names the source and, where it is a file, the nearest name beside it."""
+def _checked_corpus(spec: SweepSpec, request: argparse.Namespace) -> Any:
+    """The corpus, or a SpecError that names the source and, where it is missing, the nearest beside it."""
     try:
         return preflight(spec)
     except ValueError as error:
         path = Path(spec.data.source)
-        beside = [] if path.exists() or not path.parent.is_dir() else [item.name for item in path.parent.iterdir()]
-        raise SpecError(f"--{str(error).removeprefix('--')}{nearest(path.name, ['pydoc', *beside])}") from None
+        is_missing = not path.exists() and path.parent.is_dir()
+        beside = [item.name for item in path.parent.iterdir()] if is_missing else []
+        file = request.file or request.config
+        where = "--" if getattr(request, "spec:data.source") is not None or file is None else f"{file}: "
+        raise SpecError(f"{where}{error}{nearest(path.name, ['pydoc', *beside])}") from None
 
 
 def _run(request: argparse.Namespace) -> int:
@@ -166,7 +183,7 @@ def _run(request: argparse.Namespace) -> int:
         return _plan(request)
     spec = _spec(request)
     options = _options(request, spec)
-    _checked_corpus(spec)
+    _checked_corpus(spec, request)
     try:
         result = run_sweep(spec, options)
     except ConnectionError as error:
@@ -187,18 +204,23 @@ def _conclude(result: SweepResult) -> int:
     if result.broken is not None:
         print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
     if result.left:
-        print(f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
-              "command goes on", file=sys.stderr)
+        print(
+            f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
+            "command goes on",
+            file=sys.stderr,
+        )
     return 1 if result.left else 0
 
 
 def _plan(request: argparse.Namespace) -> int:
     spec = _spec(request)
     options = _options(request, spec)
-    trials = spec.trials(_checked_corpus(spec).sha256)
+    trials = spec.trials(_checked_corpus(spec, request).sha256)
     cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
-    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, {spec.seeds} seeds")
-    _print_table([("format", "arm", "policy", "trials"), *((*cell, str(count)) for cell, count in cells.items())])
+    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, "
+          f"{spec.seeds} seeds")
+    rows = [(*cell, str(count)) for cell, count in cells.items()]
+    print_table([("format", "arm", "policy", "trials"), *rows])
     for exclusion in spec.exclusions():
         print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
     ledger_path = options.out / "ledger.sqlite"
@@ -208,53 +230,24 @@ def _plan(request: argparse.Namespace) -> int:
     return 0
 
 
-def _open_ledger(out: Path) -> Ledger:
-    path = out / "ledger.sqlite"
-    if not path.exists():
-        beside = [item.parent.name for item in out.absolute().parent.glob("*/ledger.sqlite")]
-        raise SpecError(f"{out}: no sweep in this folder (no ledger.sqlite){nearest(out.name, beside)}")
-    return Ledger(path)
-
-
 def _status(request: argparse.Namespace) -> int:
-    with _open_ledger(request.out) as ledger:
-        trials, outcomes, rows = ledger.trials(), ledger.outcomes(), ledger.row_counts()
-    driver = "a driver is running" if has_driver(request.out) else "no driver is running"
-    print(f"{request.out}: {len(outcomes)} of {len(trials)} trials ended, {sum(rows.values())} steps recorded; {driver}")
-    started = sum(1 for trial_id in trials if trial_id not in outcomes and trial_id in rows)
-    counts = Counter(ending_name(outcome) for outcome in outcomes.values())
-    counts |= Counter({"started": started, "waiting": len(trials) - len(outcomes) - started})
-    _print_table([(name, str(count)) for name, count in counts.items() if count])
+    headline, counts = monitor.status(request.out)
+    print(headline)
+    print_table(counts)
     return 0
 
 
 def _why(request: argparse.Namespace) -> int:
-    with _open_ledger(request.out) as ledger:
-        trials, outcomes = ledger.trials(), ledger.outcomes()
-    wanted = [trial_id for trial_id in trials if trial_id.startswith(request.trial or "")]
-    if not wanted:
-        raise SpecError(f"{request.trial!r} is no trial of {request.out}{nearest(str(request.trial), trials)}")
-    table = [("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")]
-    for trial_id in wanted:
-        trial, outcome = trials[trial_id], outcomes.get(trial_id)
-        if outcome is None and request.trial:
-            table.append((trial_id, *_named(trial), "unfinished", "", "", ""))
-        elif outcome is not None and (request.trial or outcome.kind is not OutcomeKind.DONE):
-            table.append((trial_id, *_named(trial), ending_name(outcome), outcome.layer or "", str(outcome.step),
-                          outcome.message))
-    if len(table) == 1:
-        print(f"no trial was stopped; {len(outcomes)} of {len(trials)} have ended")
-        return 0
-    _print_table(table)
+    table = monitor.why(request.out, request.trial)
+    if table:
+        print_table([monitor.WHY_COLUMNS, *table])
+    else:
+        print("no trial was stopped")
     return 0
 
 
-def _named(trial: dict[str, Any]) -> tuple[str, str, str, str]:
-    return trial["format"], trial["arm"], trial["policy"], str(trial["seed"])
-
-
 def _report(request: argparse.Namespace) -> int:
-    _open_ledger(request.out).close()
+    monitor.open_ledger(request.out).close()
     from altgrad.analysis.report import write_report
     finding = write_report(request.out)
     print(f"{finding.headline}\n{finding.certainty}\nreport: {finding.path}")
@@ -263,12 +256,18 @@ def _report(request: argparse.Namespace) -> int:
 
 def _formats(request: argparse.Namespace) -> int:
     from altgrad.quantization import FORMATS
-    table = [("format", "bits", "exponent", "mantissa", "bias", "max", "min normal", "min subnormal", "inf", "nan")]
-    table += [(name, str(fmt.total_bits), str(fmt.exponent_bits), str(fmt.mantissa_bits), str(fmt.bias),
-               *(_number(value) for value in (fmt.max, fmt.min_normal, fmt.min_subnormal)),
-               "yes" if fmt.has_inf else "no", "yes" if fmt.has_nan else "no") for name, fmt in FORMATS.items()]
-    _print_table(table)
+    table: list[tuple[str, ...]] = [("format", "bits", "exponent", "mantissa", "bias", "max", "min normal",
+                                     "min subnormal", "inf", "nan")]
+    for name, fmt in FORMATS.items():
+        whole = (fmt.total_bits, fmt.exponent_bits, fmt.mantissa_bits, fmt.bias)
+        real = (fmt.max, fmt.min_normal, fmt.min_subnormal)
+        table.append((name, *map(str, whole), *map(_number, real), *map(_yes_no, (fmt.has_inf, fmt.has_nan))))
+    print_table(table)
     return 0
+
+
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _number(value: float | None) -> str:
@@ -294,15 +293,16 @@ def _doctor(request: argparse.Namespace) -> int:
 
     from altgrad.quantization.ops import kernel_in_use
     versions = [(name, installed(name) or "missing") for name in PACKAGES]
-    _print_table([("python", platform.python_version()), *versions, ("cores", str(cores())),
-                  ("kernel", kernel_in_use(torch.zeros(1))), ("cuda", "yes" if torch.cuda.is_available() else "no")])
+    print_table(
+        [
+            ("python", platform.python_version()),
+            *versions,
+            ("cores", str(cores())),
+            ("kernel", kernel_in_use(torch.zeros(1))),
+            ("cuda", _yes_no(torch.cuda.is_available())),
+        ]
+    )
     missing = [name for name, version in versions if version == "missing"]
     if missing:
         print(f"altgrad: missing: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -15,7 +15,7 @@ from altgrad.sweep import SweepSpec
 SWEEP = SweepSpec(
     name="format_ablation",
     formats=("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"),
-    optimizers=("adamw", "manifold", "grid"),
+    optimizers=("adamw", "adamw_nearest", "manifold", "grid"),
     seeds=2,
     steps=100,
 )

@@ -33,7 +33,7 @@ Label = tuple[float, str, str, bool]
 
 def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     """Training loss by format, one panel per arm, BF16 AdamW dashed in each; False (no file) without rows."""
-    curves, window = _curves(trials, rows, "train_loss")
+    curves, averaged = _curves(trials, rows, "train_loss")
     if not curves:
         return False
     reference = _reference_curve(trials, curves)
@@ -51,7 +51,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
                 labels += _draw_format(axes, name, members, curves, high)
         return labels
 
-    _draw_panels(trials, path, f"training loss, nats ({_mean_of(window)})", (low, high), last, panel)
+    _draw_panels(trials, path, f"training loss, nats ({averaged})", (low, high), last, panel)
     return True
 
 
@@ -61,7 +61,7 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
 
     The batches are the same, so their noise cancels. The axis is linear to ±0.02 nats and logarithmic beyond.
     """
-    curves, window = _curves(trials, rows, "train_loss")
+    curves, averaged = _curves(trials, rows, "train_loss")
     found = trials[(trials["format"] == REFERENCE_FORMAT) & (trials["optimizer"] == REFERENCE_ARM)]
     found = found[found["trial_id"].isin(set(curves))]
     references = {seed: curves[trial_id]
@@ -84,13 +84,13 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         return [label for name, members in _by_format(others[others["optimizer"] == arm])
                 for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")]
 
-    _draw_panels(others, path, f"training loss minus BF16's, nats ({_mean_of(window)})", limits, last, panel)
+    _draw_panels(others, path, f"training loss minus BF16's, nats ({averaged})", limits, last, panel)
     return True
 
 
 def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     """Flip yield over steps by format, one panel per arm, with the guard's limit; False where none is."""
-    curves, window = _curves(trials, rows, "flip_yield")
+    curves, averaged = _curves(trials, rows, "flip_yield")
     if not curves:
         return False
     measured = trials[trials["trial_id"].isin(set(curves))]
@@ -106,7 +106,7 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         return [label for name, members in _by_format(measured[measured["optimizer"] == arm])
                 for label in _draw_format(axes, name, members, curves, top)]
 
-    _draw_panels(measured, path, f"flip yield ({_mean_of(window)})", (0.0, top), last, panel)
+    _draw_panels(measured, path, f"flip yield ({averaged})", (0.0, top), last, panel)
     return True
 
 
@@ -138,21 +138,23 @@ def _tick(value: float, _: int | None) -> str:
     return _minus(f"{value:+.2g}") if value else "0"
 
 
-def _mean_of(window: int) -> str:
-    return f"mean of {window} steps" if window > 1 else "each step"
-
-
 def _by_format(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     groups = [(str(name), group) for name, group in trials.groupby("format")]
     return sorted(groups, key=lambda item: format_order(item[0]))
 
 
-def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict[str, pd.Series], int]:
-    """The finite values by trial and step, as running means over a twentieth of the steps, with it."""
+def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict[str, pd.Series], str]:
+    """The finite values by trial and step, as running means of a twentieth of them, and so in words."""
     kept = rows[rows["trial_id"].isin(set(trials["trial_id"])) & np.isfinite(rows[signal])]
-    window = max(1, int(kept["step"].max()) // 20) if len(kept) else 1
-    return {str(trial_id): own.set_index("step")[signal].rolling(window, min_periods=1).mean()
-            for trial_id, own in kept.groupby("trial_id")}, window
+    groups = {str(trial_id): own.set_index("step")[signal] for trial_id, own in kept.groupby("trial_id")}
+    if not groups:
+        return {}, ""
+    spacing = int(min(np.diff(own.index).min(initial=own.index[0]) for own in groups.values()))
+    window = max(1, int(kept["step"].max()) // 20 // spacing)
+    means = {trial_id: own.rolling(window, min_periods=1).mean() for trial_id, own in groups.items()}
+    if window > 1:
+        return means, f"mean of {window * spacing} steps"
+    return means, "each step" if spacing == 1 else f"every {spacing} steps"
 
 
 def _reference_curve(trials: pd.DataFrame, curves: Mapping[str, pd.Series]) -> pd.Series | None:

@@ -171,7 +171,7 @@ def _training_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
                else f"{names} {verb} {within}")
     comparison = study.comparison(best.best)
     distance = f": {interval_text(comparison)} from BF16" if comparison and comparison.paired else ""
-    leader = f"best {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
+    leader = f"best measured {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
     return f"{subject}; {leader}{distance}."
 
 

@@ -39,7 +39,8 @@ def cells_table(study: Study) -> Table:
                       "reference" if cell is study.reference else verdict,
                       number(cell.signals["flip_yield"], ".2f"), number(cell.signals["stall_ratio"], ".2f"),
                       _outcomes_text(cell.outcomes)))
-    return _slim(Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12})), ("policy", "rung clip"))
+    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
+    return _slim(table, ("policy", "lr", "rung clip"))
 
 
 def geometry_table(study: Study) -> Table:

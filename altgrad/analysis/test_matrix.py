@@ -96,7 +96,8 @@ def render() -> str:
         "## Policies", f"What each layer's weight takes when the format is {SHOWN_FORMAT}.", _policies(),
         "## Guards", _guards(),
         "## Combinations", "✓ is run by the test above: a gradient reaches the weight, all stays finite, "
-        "and the arm's steps move the weight and leave it where the arm says it lives (resident arms: on the grid).",
+        "and the arm's steps move the weight and leave it where the arm says it lives (resident arms: on the "
+        "grid).",
         *(part for layer in layer_types() for part in _combination_table(layer)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -194,7 +194,7 @@ class FloatFormat:
     def _nearest_index(self, magnitude: float) -> int:
         if magnitude >= self.max:
             return self.max_index
-        exponent = max(math.frexp(magnitude)[1] - 1, self.min_exponent)
+        exponent = max(math.frexp(magnitude)[1] - 1, self.min_exponent) if magnitude else self.min_exponent
         steps = math.ldexp(magnitude, self.mantissa_bits - exponent)
         below = math.floor(steps)
         index = ((exponent - self.min_exponent) << self.mantissa_bits) + below

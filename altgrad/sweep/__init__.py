@@ -1,7 +1,7 @@
 """Floor 3: a search space becomes trials, Ray runs them, a ledger remembers what happened.
 
-This is the only floor that uses Ray, and it loads Ray only where trials are run: a spec can be planned and a ledger
-read without it.
+This is the only floor that uses Ray, and it loads Ray only where trials are run: a spec can be planned and a
+ledger read without it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
 """Ray Tune as the engine: a flat list of trials, reused one-CPU actors, and a callback that keeps the ledger.
 
-Tune gets no search space to be clever about, only the trials that the ledger lacks, and keeps no record that anyone
-reads: its own files stand in a scratch folder that is removed afterwards. A trial whose actor dies is started again
-up to twice and resumes from its checkpoint; after that it is `node_lost` and waits for the next run. The same error in
-three trials is a bug that more trials will not cure, and ends the sweep.
+Tune gets no search space to be clever about, only the trials that the ledger lacks, and keeps no record that
+anyone reads: its own files stand in a scratch folder that is removed afterwards. A trial whose actor dies is
+started again up to twice and resumes from its checkpoint; after that it is `node_lost` and waits for the next
+run. The same error in three trials is a bug that more trials will not cure, and ends the sweep.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ RETRIES = 2
 EQUAL_BUGS = 3
 
 
-class Follower(tune.Callback):  # type: ignore[misc]
+class Follower(tune.Callback):
     """Keeps the ledger and the display up with Tune's events."""
 
-    def __init__(self, recorder: Recorder, progress: Progress, scheduler: HealthScheduler, breaker: Breaker) -> None:
+    def __init__(
+        self, recorder: Recorder, progress: Progress, scheduler: HealthScheduler, breaker: Breaker
+    ) -> None:
         self._recorder = recorder
         self._progress = progress
         self._scheduler = scheduler
@@ -65,7 +67,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         self._progress.ended(trial_id, outcome)
 
 
-class Breaker(tune.Stopper):  # type: ignore[misc]
+class Breaker(tune.Stopper):
     """Ends the sweep when the same error has come back often enough."""
 
     def __init__(self) -> None:
@@ -101,12 +103,22 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
         tune.Tuner(
             tune.with_resources(TrialActor, {"cpu": 1}),
             param_space={"trial": tune.grid_search(requests)},
-            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=True,
-                                        trial_name_creator=trial_id_of, trial_dirname_creator=trial_id_of),
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler,
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+                trial_name_creator=trial_id_of,
+                trial_dirname_creator=trial_id_of,
+            ),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=str(scratch), callbacks=[follower], stop=breaker, verbose=0,
+                name="sweep",
+                storage_path=str(scratch),
+                callbacks=[follower],
+                stop=breaker,
+                verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
         ).fit()
     finally:
         ray.shutdown()

@@ -1,13 +1,14 @@
 """One trial inside Ray: a Tune actor, reused from trial to trial, that runs the one training loop.
 
-Reuse is what makes short trials affordable: a fresh process pays for importing torch each time, a reused actor pays
-1.3 CPU-seconds for a whole trivial trial. The actor owns the trial's folder through the Trainer, resumes from the
-checkpoint there by itself, and reports one small result per log interval; the folder, not the result, is the record.
-Ray's own checkpoints carry nothing, so a retry after an actor's death starts the same way as a first attempt.
+Reuse is what makes short trials affordable: a fresh process pays for importing torch each time, a reused
+actor pays 1.3 CPU-seconds for a whole trivial trial. The actor owns the trial's folder through the Trainer,
+resumes from the checkpoint there by itself, and reports one small result per log interval; the folder, not
+the result, is the record. Ray's own checkpoints carry nothing, so a retry after an actor's death starts the
+same way as a first attempt.
 
-An exception in a trial must not cost the others anything: it becomes an outcome (`oom` or `bug`) in the trial's own
-folder, with the whole traceback beside it. A folder that another living process owns is no bug of the trial: that
-error goes to Ray, which tries again.
+An exception in a trial must not cost the others anything: it becomes an outcome (`oom` or `bug`) in the
+trial's own folder, with the whole traceback beside it. A folder that another living process owns is no bug of
+the trial: that error goes to Ray, which tries again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run_request(trial_id: str, config: TrainConfig, folder: Path) -> dict[str, s
     return {"trial_id": trial_id, "config": config.model_dump_json(), "folder": str(folder)}
 
 
-class TrialActor(tune.Trainable):  # type: ignore[misc]
+class TrialActor(tune.Trainable):
     """Runs trials one after another; `step` trains one log interval."""
 
     def setup(self, config: dict[str, Any]) -> None:

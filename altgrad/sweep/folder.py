@@ -1,9 +1,9 @@
 """The folder of a sweep: who owns it, what was asked, and what it was asked on.
 
-One driver at a time owns a folder, by a lock that the operating system drops when the driver dies, however it dies. A
-folder that holds other things than a sweep is refused, and starting afresh moves the old sweep aside, never away.
-`sweep.json` is the provenance: the resolved spec, the code (git revision and whether it was modified), the versions,
-the machine, and the data by content.
+One driver at a time owns a folder, by a lock that the operating system drops when the driver dies, however it
+dies. A folder that holds other things than a sweep is refused, and starting afresh moves the old sweep aside,
+never away. `sweep.json` is the provenance: the resolved spec, the code (git revision and whether it was
+modified), the versions, the machine, and the data by content.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _lock(out: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise FolderError(f"{out} is in use by another running sweep; wait for it, or take another --out") from None
+        raise FolderError(
+            f"{out} is in use by another running sweep; wait for it, or take another --out"
+        ) from None
     return file
 
 

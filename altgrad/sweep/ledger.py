@@ -103,9 +103,10 @@ class Ledger:
                 for trial_id, *values in found}
 
     def trials(self) -> dict[str, dict[str, Any]]:
-        """What tells the trials apart (format, arm, policy, lr, rung_clip, seed), by id, in order of entry."""
+        """What tells the trials apart (format, arm, policy, lr, rung_clip, seed), by id, oldest first."""
         names = ("format", "arm", "policy", "lr", "rung_clip", "seed")
-        found = self._connection.execute(f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
+        found = self._connection.execute(
+            f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
         return {trial_id: dict(zip(names, values, strict=True)) for trial_id, *values in found}
 
     def signal(self, trial_id: str, name: str) -> list[tuple[int, float]]:

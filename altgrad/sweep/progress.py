@@ -1,8 +1,9 @@
 """What a person sees while a sweep runs: how far it is, what ended and why, and when it will be over.
 
-On a terminal a small table is redrawn in place; into a pipe or a file goes a plain line, at most every ten seconds.
-The estimate is measured, not modelled: the time since the first result over the share of the work settled since then.
-A trial that a guard ended counts as whole, so the estimate learns from early endings; starting Ray is not extrapolated.
+On a terminal a small table is redrawn in place; into a pipe or a file goes a plain line, at most every ten
+seconds. The estimate is measured, not modelled: the time since the first result over the share of the work
+settled since then. A trial that a guard ended counts as whole, so the estimate learns from early endings;
+starting Ray is not extrapolated.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class Progress:
     def watch(self, dashboard: str | None) -> None:
         """Ray is up, and can be watched at `dashboard`."""
         self._dashboard = dashboard
-        print(f"{len(self._trials)} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""), flush=True)
+        print(
+            f"{len(self._trials)} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""),
+            flush=True,
+        )
 
     def reached(self, trial_id: str, step: int) -> None:
         """A running trial has done `step` steps."""
@@ -75,7 +79,7 @@ class Progress:
         return (len(self._ended) + steps) / max(1, len(self._trials))
 
     def seconds_left(self) -> float | None:
-        """Seconds per share, measured since the first result, times the share that is left; None before that."""
+        """Seconds per share, measured since the first result, times the share left; None before that."""
         share = self.settled_share()
         if self._base is None or share <= self._base[1]:
             return None

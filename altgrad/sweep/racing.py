@@ -1,18 +1,21 @@
-"""Racing groups of seeds within a cell: successive halving that cannot answer the ablation's question by accident.
+"""Racing groups of seeds within a cell: successive halving that cannot answer the ablation's question by
+accident.
 
-Plain ASHA pools all trials, and then stops exactly the coarse formats whose benefit is the question; a NaN never
-stops, and one infinity turns its cutoff into NaN. Here
+Plain ASHA pools all trials, and then stops exactly the coarse formats whose benefit is the question; a NaN
+never stops, and one infinity turns its cutoff into NaN. Here
 
 * a race is held within one cell (task, format, arm, policy): it compares learning rates and the like;
-* what competes is a group, the seeds of one set of parameters, scored by the mean validation loss of its seeds. It is
-  judged when all of them have reached the rung, and then all stop or none does: no seed pair is broken;
-* comparison is by rank. A group with a member that diverged, or that a guard ended, ranks behind every finite group
-  and lends its value to no cutoff;
-* rungs lie at first_rung · reduction^k steps; of n groups seen at a rung the best ceil(n / reduction) go on. One group
-  alone is never stopped, and references never are.
+* what competes is a group, the seeds of one set of parameters, scored by the mean validation loss of its
+  seeds. It is judged when all of them have reached the rung, and then all stop or none does: no seed pair is
+  broken;
+* comparison is by rank. A group with a member that diverged, or that a guard ended, ranks behind every finite
+  group and lends its value to no cutoff;
+* rungs lie at first_rung · reduction^k steps; of n groups seen at a rung the best ceil(n / reduction) go on.
+  One group alone is never stopped, and references never are.
 
-A rung is reached by the first result at or behind its step that carries a validation loss. A group with a member that
-has already run to its end is left alone, so racing has an effect only where the seeds of a group run side by side.
+A rung is reached by the first result at or behind its step that carries a validation loss. A group with a
+member that has already run to its end is left alone, so racing has an effect only where the seeds of a group
+run side by side.
 """
 
 from __future__ import annotations
@@ -78,11 +81,13 @@ class Race:
             return
         for rung in self._rungs:
             if rung <= step:
-                group.scores.setdefault(rung, {}).setdefault(trial_id, loss if math.isfinite(loss) else math.inf)
+                group.scores.setdefault(rung, {}).setdefault(
+                    trial_id, loss if math.isfinite(loss) else math.inf
+                )
         self._judge(group, step)
 
     def ended(self, trial_id: str, kind: OutcomeKind, step: int) -> None:
-        """A trial ended by itself: a completed one is safe, one that a guard ended ranks last from here on."""
+        """A trial ended by itself: a complete one is safe, one that a guard ended ranks last from here on."""
         group = self._group_of.get(trial_id)
         if group is None:
             return

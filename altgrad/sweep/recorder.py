@@ -1,11 +1,13 @@
 """From the workers' files to the ledger. Only the driver does this, so SQLite has one writer.
 
-A worker appends to `metrics.jsonl` and renames `outcome.json` into place; the recorder follows each file from where it
-last read. A worker that resumes replaces `metrics.jsonl` by a shorter one (the steps behind its checkpoint will be
-trained again), so a new inode, or a file shorter than what was read, means reading from its start. Rows are keyed by
-(trial, step), and training is deterministic: reading a step twice changes nothing.
+A worker appends to `metrics.jsonl` and renames `outcome.json` into place; the recorder follows each file from
+where it last read. A worker that resumes replaces `metrics.jsonl` by a shorter one (the steps behind its
+checkpoint will be trained again), so a new inode, or a file shorter than what was read, means reading from
+its start. Rows are keyed by (trial, step), and training is deterministic: reading a step twice changes
+nothing.
 
-`ingest` does the same for everything that an earlier driver left behind when it was killed before recording it.
+`ingest` does the same for everything that an earlier driver left behind when it was killed before recording
+it.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Recorder:
         self._read[trial_id] = (status.st_ino, offset)
 
     def finish(self, trial_id: str, stopped: Outcome | None = None) -> Outcome | None:
-        """Records the last rows and the ending: the worker's own, else `stopped`, why the driver stopped it."""
+        """Records the last rows and the ending: the worker's own, else `stopped`, the driver's reason."""
         self.follow(trial_id)
         outcome = self._left(trial_id)
         if outcome is None and stopped is not None:
@@ -55,7 +57,7 @@ class Recorder:
         return outcome
 
     def ingest(self, trial_ids: Iterable[str]) -> int:
-        """Records what earlier runs left and the ledger lacks; returns for how many trials there was something."""
+        """Records what earlier runs left and the ledger lacks; returns the number of such trials."""
         known, counts = self.ledger.outcomes(), self.ledger.row_counts()
         found = 0
         for trial_id in trial_ids:

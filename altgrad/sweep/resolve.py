@@ -1,8 +1,8 @@
 """From a preset, a file and flags to one SweepSpec, or to one sentence that says what is wrong and where.
 
-Layers are merged key by key, later ones win: the base (a preset or the sweep file's own value), the configuration
-file, the flags. Each key remembers where it came from, so that an error names the flag or the file and path that a
-person wrote, the value, what is allowed and the nearest match.
+Layers are merged key by key, later ones win: the base (a preset or the sweep file's own value), the
+configuration file, the flags. Each key remembers where it came from, so that an error names the flag or the
+file and path that a person wrote, the value, what is allowed and the nearest match.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None = None) -> SweepSpec:
-    """The spec that the layers make; `flags` is keyed by dotted path ('data.source') and holds only what was given.
-
-    Raises SpecError.
-    """
+    """The spec that the layers make; `flags` is keyed by dotted path ('data.source'). Raises SpecError."""
     values = {name: getattr(base, name) for name in SweepSpec.model_fields}
     from_file: dict[str, Any] = read_config(config_file) if config_file is not None else {}
     for name, value in from_file.items():
@@ -73,7 +70,8 @@ def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path
     text = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         allowed = list(_fields_at(path[:-1]))
-        text = f"unknown key with value {first['input']!r}; allowed: {', '.join(allowed)}{nearest(path[-1], allowed)}"
+        text = (f"unknown key with value {_short(first['input'])}; allowed: {', '.join(allowed)}"
+                f"{nearest(path[-1], allowed)}")
     elif first["type"] != "value_error":
         close = nearest(str(first["input"]), _literals_at(path))
         text = f"{_short(first['input'])} is not allowed: {text[:1].lower()}{text[1:]}{close}"
@@ -88,10 +86,13 @@ def _fields_at(path: list[str]) -> Mapping[str, Any]:
             continue
         annotation = model.model_fields[part].annotation
         candidates = (annotation, *get_args(annotation))
-        model = next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)
+        model = next(
+            (item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None
+        )
         if model is None:
             return {}
-    return model.model_fields
+    fields: Mapping[str, Any] = model.model_fields
+    return fields
 
 
 def _literals_at(path: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """From a spec to a ledger that lacks nothing: check, own the folder, find what is left, run it.
 
-Everything that can be wrong is found before Ray starts and before the folder is touched. Then the ledger takes in
-what earlier drivers left, and only what it still lacks goes to Ray. If that is nothing, Ray is not even imported, so
-asking again for a finished sweep costs seconds. Interrupting at any moment, politely or with kill -9, loses at most
-the steps since the last checkpoints: the same command goes on from there.
+Everything that can be wrong is found before Ray starts and before the folder is touched. Then the ledger
+takes in what earlier drivers left, and only what it still lacks goes to Ray. If that is nothing, Ray is not
+even imported, so asking again for a finished sweep costs seconds. Interrupting at any moment, politely or
+with kill -9, loses at most the steps since the last checkpoints: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RAY_ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "30",
 }
-"""Ray reads these at import: no telemetry, no chatter, no second record beside ours. A user's own values win."""
+"""Ray reads these at import: no telemetry, no chatter, no second record. A user's own values win."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,15 @@ def preflight(spec: SweepSpec) -> Corpus:
 def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     """Runs what the ledger in `options.out` lacks of the spec.
 
-    Raises ValueError for data that can't be used and FolderError for a folder that can't, before anything is
-    changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises nothing: it is
-    an outcome.
+    Raises ValueError for unusable data and FolderError for an unusable folder, before anything is
+    changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises nothing:
+    it is an outcome.
     """
     corpus = preflight(spec)
     check_folder(options.out)
-    anchored = spec.model_copy(update={"data": spec.data.model_copy(update={"source": anchor(spec.data.source)})})
+    anchored = spec.model_copy(
+        update={"data": spec.data.model_copy(update={"source": anchor(spec.data.source)})}
+    )
     trials = anchored.trials(corpus.sha256)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), **manifest(),
@@ -91,8 +93,17 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         left = ledger.remaining(trials)
         broken = _drive(anchored, options, trials, left, recorder) if left else None
         outcomes = ledger.outcomes()
-        return SweepResult(out, len(trials), len(left), len(ledger.remaining(trials)), Counter(
-            ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished" for trial_id in trials), broken)
+        return SweepResult(
+            out,
+            len(trials),
+            len(left),
+            len(ledger.remaining(trials)),
+            Counter(
+                ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished"
+                for trial_id in trials
+            ),
+            broken,
+        )
 
 
 def anchor(source: str) -> str:

@@ -1,9 +1,11 @@
-"""What ends a trial from outside: lost races, and a backstop for a worker that fails to deliver its own verdict.
+"""What ends a trial from outside: lost races, and a backstop for a worker that fails to deliver its own
+verdict.
 
-Guards run inside the worker: only there can a trial still write its checkpoint and its reason before it ends, since
-Ray's STOP ends an actor hard. The scheduler therefore stops a trial in two cases only, each with a typed record of the
-reason: it lost its race (altgrad.sweep.racing), or its loss has been non-finite for longer than its own guard would
-have waited, by one whole interval. A sweep with guards off asked for neither, and its diverged trials run on.
+Guards run inside the worker: only there can a trial still write its checkpoint and its reason before it ends,
+since Ray's STOP ends an actor hard. The scheduler therefore stops a trial in two cases only, each with a
+typed record of the reason: it lost its race (altgrad.sweep.racing), or its loss has been non-finite for
+longer than its own guard would have waited, by one whole interval. A sweep with guards off asked for neither,
+and its diverged trials run on.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 class HealthScheduler(FIFOScheduler):
     """Runs trials in their order; stops what has lost its race or keeps reporting a non-finite loss.
 
-    `trials` are all trials of the sweep by id; `race` is None for no racing. `verdicts` holds why each trial that this
-    scheduler stopped was stopped.
+    `trials` are all trials of the sweep by id; `race` is None for no racing. `verdicts` holds the
+    reason for each trial that this scheduler stopped.
     """
 
     def __init__(self, trials: Mapping[str, TrainConfig], race: Race | None = None) -> None:
@@ -39,17 +41,21 @@ class HealthScheduler(FIFOScheduler):
         self._race = race
         self._nonfinite: dict[str, list[int]] = {}
 
-    def on_trial_result(self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
+    ) -> str:
         trial_id = trial_id_of(trial)
         verdict = self._backstop(trial_id, result) or self._raced(trial_id, result)
         if verdict is None:
-            return TrialScheduler.CONTINUE
+            return str(TrialScheduler.CONTINUE)
         self.verdicts[trial_id] = verdict
         if self._race is not None and verdict.kind is not OutcomeKind.PRUNED:
             self._race.ended(trial_id, verdict.kind, verdict.step)
-        return TrialScheduler.STOP
+        return str(TrialScheduler.STOP)
 
-    def on_trial_complete(self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
+    ) -> None:
         trial_id = trial_id_of(trial)
         if self._race is None or trial_id in self.verdicts or "outcome" not in result:
             return
@@ -84,10 +90,18 @@ class HealthScheduler(FIFOScheduler):
         steps.append(int(result["step"]))
         if len(steps) <= rule.checks:
             return None
-        return _at(Outcome(kind=OutcomeKind(rule.kind), step=steps[-1], signal=rule.signal, value=loss,
-                           limit=rule.limit, first_seen=steps[0],
-                           message=f"train_loss has not been finite since step {steps[0]}; stopped by the scheduler"),
-                   result)
+        return _at(
+            Outcome(
+                kind=OutcomeKind(rule.kind),
+                step=steps[-1],
+                signal=rule.signal,
+                value=loss,
+                limit=rule.limit,
+                first_seen=steps[0],
+                message=f"train_loss has not been finite since step {steps[0]}; stopped by the scheduler",
+            ),
+            result,
+        )
 
 
 def trial_id_of(trial: Trial) -> str:
@@ -96,7 +110,9 @@ def trial_id_of(trial: Trial) -> str:
 
 
 def _loss_guard(config: TrainConfig) -> GuardRule | None:
-    return next((rule for rule in config.guards if (rule.signal, rule.test) == ("train_loss", "nonfinite")), None)
+    return next(
+        (rule for rule in config.guards if (rule.signal, rule.test) == ("train_loss", "nonfinite")), None
+    )
 
 
 def _at(outcome: Outcome, result: Mapping[str, Any]) -> Outcome:

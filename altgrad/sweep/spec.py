@@ -1,16 +1,16 @@
 """The sweep as a value: axes, replicates and rules, from which the list of trials follows.
 
-A `SweepSpec` is a product of formats, policies, arms and their parameters, repeated over paired seeds: seed k means
-the same initial weights and the same batches in every cell, so cells are compared by paired differences. A spec that
-exists is valid as a whole: every trial in it has been built and checked.
+A `SweepSpec` is a product of formats, policies, arms and their parameters, repeated over paired seeds: seed k
+means the same initial weights and the same batches in every cell, so cells are compared by paired
+differences. A spec that exists is valid as a whole: every trial in it has been built and checked.
 
-Three things are not a plain product. The references (BF16 AdamW, and FP32 AdamW where FP32 is asked for) do not
-depend on the policy; they stand first, so that every later result has something to be compared with. `rung_clip`
-multiplies only the arms that have rungs. And combinations that cannot mean anything are left out by a named rule and
-counted (`exclusions`), so that nothing disappears silently.
+Three things are not a plain product. The references (BF16 AdamW, and FP32 AdamW where FP32 is asked for) do
+not depend on the policy; they stand first, so that every later result has something to be compared with.
+`rung_clip` multiplies only the arms that have rungs. And combinations that cannot mean anything are left out
+by a named rule and counted (`exclusions`), so that nothing disappears silently.
 
-The members of a seed group (one cell and one set of parameters, all seeds) are adjacent: they run at about the same
-time, which is what racing groups against each other needs.
+The members of a seed group (one cell and one set of parameters, all seeds) are adjacent: they run at about
+the same time, which is what racing groups against each other needs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class RaceConfig(Frozen):
     """When groups of one cell are compared, and how many go on."""
 
     first_rung: int = Field(30, ge=1, description="steps before the first comparison")
-    reduction: int = Field(3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart")
+    reduction: int = Field(
+        3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart"
+    )
 
 
 class Combination(NamedTuple):
@@ -79,30 +81,50 @@ class Exclusion(NamedTuple):
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("fp32_is_the_reference", "FP32 is not quantized: it runs as the AdamW reference only",
-         lambda point: point.format == UNQUANTIZED and (point.arm, point.policy) != ("adamw", "uniform")),
-    Rule("policy_names_its_own_formats", "it does not depend on the format: it runs once, under the first 8-bit one",
-         lambda point: _names_its_own_formats(point.policy) and point.format != point.lead),
-    Rule("bf16_everywhere_is_uniform", "where the format is BF16, this policy and uniform are the same training",
-         lambda point: point.format == BASELINE and point.policy != "uniform"
-         and not _names_its_own_formats(point.policy)),
+    Rule(
+        "fp32_is_the_reference",
+        "FP32 is not quantized: it runs as the AdamW reference only",
+        lambda point: point.format == UNQUANTIZED and (point.arm, point.policy) != ("adamw", "uniform"),
+    ),
+    Rule(
+        "policy_names_its_own_formats",
+        "it does not depend on the format: it runs once, under the first 8-bit one",
+        lambda point: _names_its_own_formats(point.policy) and point.format != point.lead,
+    ),
+    Rule(
+        "bf16_everywhere_is_uniform",
+        "where the format is BF16, this policy and uniform are the same training",
+        lambda point: (
+            point.format == BASELINE
+            and point.policy != "uniform"
+            and not _names_its_own_formats(point.policy)
+        ),
+    ),
 )
 RAW_LR = "raw_unit_has_its_own_lr"
-RAW_LR_REASON = "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
+RAW_LR_REASON = (
+    "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
+)
 
 
 class SweepSpec(Frozen):
     """A whole sweep; its defaults are the quick preset. Unknown keys are errors."""
 
-    name: str = Field("format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder")
+    name: str = Field(
+        "format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder"
+    )
     task: Literal["lm"] = "lm"
     formats: tuple[str, ...] = Field(("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"), min_length=1,
                                      description="format names, or 'all'; FP32 is the unquantized reference")
-    optimizers: tuple[str, ...] = Field(("adamw", "manifold", "grid"), min_length=1,
+    optimizers: tuple[str, ...] = Field(("adamw", "adamw_nearest", "manifold", "grid"), min_length=1,
                                         description="arm names, or 'all'")
-    policies: tuple[str, ...] = Field(("uniform",), min_length=1, description="mixed-precision policies, or 'all'")
+    policies: tuple[str, ...] = Field(
+        ("uniform",), min_length=1, description="mixed-precision policies, or 'all'"
+    )
     lrs: tuple[Positive, ...] = Field((), description="learning rates; empty for each arm's own")
-    rung_clip: tuple[Positive, ...] = Field((), description="rungs, for arms that have them; empty for the default")
+    rung_clip: tuple[Positive, ...] = Field(
+        (), description="rungs, for arms that have them; empty for the default"
+    )
     seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
     steps: int = Field(100, ge=1, description="training steps of a trial")
     model: ModelConfig = ModelConfig()
@@ -156,7 +178,9 @@ class SweepSpec(Frozen):
     def expand(self) -> list[TrainConfig]:
         """Every trial once: references first, then cells with their seeds adjacent."""
         combinations = [*self._references(), *self._cells()]
-        trials = (self._trial(*combination, seed) for combination in combinations for seed in range(self.seeds))
+        trials = (
+            self._trial(*combination, seed) for combination in combinations for seed in range(self.seeds)
+        )
         return list({trial.trial_id(""): trial for trial in trials}.values())
 
     def trials(self, data_sha256: str) -> dict[str, TrainConfig]:
@@ -172,7 +196,9 @@ class SweepSpec(Frozen):
             if rule is not None:
                 found[rule.name] = found[rule.name].plus(self.seeds * len(self._variants(point.arm)))
             elif _has_raw_lr(ARMS[point.arm]):
-                found[RAW_LR] = found[RAW_LR].plus(self.seeds * len(self._variants(point.arm)) * len(self.lrs))
+                found[RAW_LR] = found[RAW_LR].plus(
+                    self.seeds * len(self._variants(point.arm)) * len(self.lrs)
+                )
         return [exclusion for exclusion in found.values() if exclusion.trials]
 
     def _references(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
@@ -233,8 +259,10 @@ def _format_name(name: str) -> str:
     except ValueError as error:
         allowed = (UNQUANTIZED, *ALL_FORMATS)
         reason = f" ({error})" if re.match(r"E\d+M\d+", name) else ""
-        raise ValueError(f"{name!r} is no usable format{reason}; allowed: {', '.join(allowed)} and other ExMy of 4 to "
-                         f"16 bits{nearest(name, allowed)}") from error
+        raise ValueError(
+            f"{name!r} is no usable format{reason}; allowed: {', '.join(allowed)} and other ExMy of 4 to "
+            f"16 bits{nearest(name, allowed)}"
+        ) from error
 
 
 def _all_of(names: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
@@ -258,9 +286,19 @@ PRESETS: dict[str, SweepSpec] = {
     "standard": SweepSpec(
         formats=(UNQUANTIZED, *ALL_FORMATS),
         optimizers=("adamw", "adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid"),
-        seeds=3, steps=300, eval_interval=50),
+        seeds=3,
+        steps=300,
+        eval_interval=50,
+    ),
     "study": SweepSpec(
-        formats=(UNQUANTIZED, *ALL_FORMATS), optimizers=("all",), lrs=(1e-3, 2e-3, 4e-3, 8e-3), seeds=6, steps=2000,
-        log_interval=20, eval_interval=100, checkpoint_interval=200),
+        formats=(UNQUANTIZED, *ALL_FORMATS),
+        optimizers=("all",),
+        lrs=(1e-3, 2e-3, 4e-3, 8e-3),
+        seeds=6,
+        steps=2000,
+        log_interval=20,
+        eval_interval=100,
+        checkpoint_interval=200,
+    ),
 }
 """Whole sweeps by name: three minutes on a laptop, an afternoon on a workstation, a cluster."""

@@ -91,7 +91,7 @@ class _RoundedOptimizer(GridAwareOptimizer):
         change = self._change(weight, grad, state, group, fmt, scale)
         target = weight - change
         new = target if rounding is None else quantize(target, fmt, scale, rounding=rounding, seed=seed)
-        counts = self._counts(weight, new, change, grad, fmt, scale) if self.telemetry else None
+        counts = self._counts(weight, target, new, grad, fmt, scale) if self.telemetry else None
         parameter.copy_(new)
         if rounding is not None:
             overflow = (target.abs() > fmt.max * scale).count_nonzero()
@@ -108,10 +108,13 @@ class _RoundedOptimizer(GridAwareOptimizer):
             return torch.tensor(float(group["tensor_scale"]), device=weight.device)
         return format_scale(weight, fmt)
 
-    def _counts(self, old: Tensor, new: Tensor, change: Tensor, grad: Tensor, fmt: FloatFormat,
+    def _counts(self, old: Tensor, target: Tensor, new: Tensor, grad: Tensor, fmt: FloatFormat,
                 scale: Tensor) -> StepCounts:
+        change = target - old
+        # Into a lower binade the way to the next code is the lower binade's spacing.
+        spacing = torch.minimum(ulp(old, fmt, scale), ulp(target, fmt, scale))
+        expected = (change.abs() / spacing).clamp_(max=1).sum()
         moved = code_index(old, fmt, scale) != code_index(new, fmt, scale)
-        expected = (change.abs() / ulp(old, fmt, scale)).clamp_(max=1).sum()
         return count_step(moved, change, grad, expected, torch.zeros((), dtype=torch.int64, device=old.device))
 
 

@@ -63,7 +63,7 @@ class ScheduleConfig(Frozen):
 
 
 class _AdamLike(Frozen):
-    lr: float = Field(3e-3, gt=0, description="mean |change| per weight and step that AdamW makes with it")
+    lr: float = Field(2e-3, gt=0, description="mean |change| per weight and step that AdamW makes with it")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -101,7 +101,7 @@ class GridOptimConfig(Frozen):
     """Momentum in rungs of the format's grid, stochastically rounded to whole rungs."""
 
     kind: Literal["grid"] = "grid"
-    lr: float = Field(3e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity")
+    lr: float = Field(2e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity")
     momentum: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1, description="of the second moment, used by normalize='rms'")
     weight_decay: float = Field(0.0, ge=0)

@@ -33,7 +33,7 @@ def test_two_seeds_decide_gross_failures_and_nothing_closer(tmp_path: Path) -> N
     plan = Plan(["BF16", "E4M3", "E5M2", "E7M0"], ["adamw", "manifold"], offset=offsets(table))
     found = finding_of(tmp_path, plan)
     assert found.headline.startswith("E4M3 and E5M2 train within 10% of BF16's loss (2.415 nats); "
-                                     "best is E4M3 with manifold")
+                                     "best measured is E4M3 with manifold")
     assert "E7M0 fails in every arm (stopped by" in found.headline
     assert "Decided (2 seeds): E4M3 and E5M2 train and E7M0 fails." in found.certainty
     assert "Whether geometry changes the loss in E4M3 is not decided" in found.certainty
@@ -102,7 +102,8 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
 
 def test_one_format(tmp_path: Path) -> None:
     found = finding_of(tmp_path, Plan(["BF16", "E5M2"], ["adamw"]))
-    assert found.headline.startswith("E5M2 trains within 10% of BF16's loss (2.415 nats); best with adamw")
+    assert found.headline.startswith("E5M2 trains within 10% of BF16's loss (2.415 nats); "
+                                     "best measured with adamw")
 
 
 def test_everything_failed(tmp_path: Path) -> None:

@@ -89,7 +89,19 @@ def test_settings_are_not_mixed(tmp_path: Path) -> None:
     assert set(records.rows["trial_id"]) == set(records.trials["trial_id"])
 
 
-def test_the_ledger_is_only_read(tmp_path: Path) -> None:
+def test_the_ledger_is_opened_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ledger(tmp_path, Plan(["BF16"], ["adamw"]))
+    opened = []
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **kw: opened.append(a[0]) or connect(*a, **kw))
+    load(tmp_path)
+    reader = connect(opened[0], uri=True)
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reader.execute("DELETE FROM trials")
+    reader.close()
+
+
+def test_the_ledger_is_read_beside_a_writer(tmp_path: Path) -> None:
     write_ledger(tmp_path, Plan(["BF16"], ["adamw"]))
     before = (tmp_path / "ledger.sqlite").read_bytes()
     writer = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)

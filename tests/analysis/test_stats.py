@@ -91,6 +91,12 @@ def test_max_t_of_one_cell_is_the_sign_flip_test(n: int) -> None:
     assert max_t(values[:, None])[0] == pytest.approx(sign_flip_p(values))
 
 
+@pytest.mark.parametrize("n", [5, 21])
+def test_max_t_refuses_what_it_cannot_decide_or_enumerate(n: int) -> None:
+    with pytest.raises(ValueError, match=f"n={n} seeds"):
+        max_t(np.ones((n, 2)))
+
+
 def test_max_t_keeps_equal_and_zero_differences_apart() -> None:
     table = np.column_stack([np.full(6, -0.25), np.zeros(6)])
     assert max_t(table) == pytest.approx([2 / 2**6, 1.0])

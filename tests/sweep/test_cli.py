@@ -1,4 +1,6 @@
-"""Bad input: exit code 2, one line on stderr with flag, value, what is allowed and the nearest; nothing is touched."""
+"""Bad input: exit code 2, one line on stderr with flag, value, what is allowed and the nearest; nothing is
+touched.
+"""
 
 import os
 import runpy
@@ -41,6 +43,7 @@ BAD = [
     (["--max-concurrent", "0"], ["--max-concurrent", "'0'", "at least 1"]),
     (["--address", "ray://head:10001"], ["--address", "'ray://head:10001'", "HOST:PORT"]),
     (["--config", "bad.yaml"], ["bad.yaml", "formts", "['E5M2']", "optimizers", "nearest: formats"]),
+    (["--config", "elsewhere.json"], ["elsewhere.json: data", "'mising.text'", "nearest: missing.text"]),
     (["--config", "absent.yaml"], ["absent.yaml", "no such file"]),
     (["--frmats", "E5M2"], ["--frmats", "--optimizers", "nearest: --formats"]),
     (["--steps"], ["--steps", "expected one argument"]),
@@ -56,6 +59,7 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(
         capsys: pytest.CaptureFixture[str]) -> None:
     (elsewhere / "missing.text").write_text("a text")
     (elsewhere / "bad.yaml").write_text("formts: [E5M2]")
+    (elsewhere / "elsewhere.json").write_text('{"data": {"source": "mising.text"}}')
     (elsewhere / "taken").mkdir()
     (elsewhere / "taken" / "thesis.tex").write_text("precious")
     before = sorted(elsewhere.rglob("*"))
@@ -76,7 +80,9 @@ def test_bad_input_loads_no_ray() -> None:
     assert done.stdout.split() == ["2", "False"]
 
 
-def test_an_unreadable_folder_is_found_beforehand(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_folder_is_found_beforehand(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     (elsewhere / "closed").mkdir(mode=0o555)
@@ -118,8 +124,18 @@ def sweep(elsewhere: Path) -> Path:
         ledger.add_trials(trials, "a" * 64)
         ledger.record_rows(started, [{"step": 1, "train_loss": 2.0}])
         ledger.record_outcome(done, Outcome(kind=OutcomeKind.DONE, step=100))
-        ledger.record_outcome(stopped, Outcome(kind=OutcomeKind.STALLED, step=40, signal="flip_yield",
-                                               layer="lm_head", value=0.1, limit=0.2, message="too few flips"))
+        ledger.record_outcome(
+            stopped,
+            Outcome(
+                kind=OutcomeKind.STALLED,
+                step=40,
+                signal="flip_yield",
+                layer="lm_head",
+                value=0.1,
+                limit=0.2,
+                message="too few flips",
+            ),
+        )
     return out
 
 
@@ -133,7 +149,7 @@ def test_status_counts(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_why_tells_the_reason(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why", str(sweep)]) == 0
-    header, line = capsys.readouterr().out.splitlines()
+    _header, line = capsys.readouterr().out.splitlines()
     for part in ("BF16", "stalled by flip_yield", "lm_head", "40", "too few flips"):
         assert part in line
     trial_id = line.split()[0]
@@ -142,7 +158,9 @@ def test_why_tells_the_reason(sweep: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["why", str(sweep), "zzz"]) == 2
 
 
-def test_a_folder_without_a_sweep_names_its_neighbour(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_sweep_names_its_neighbour(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for command in ("status", "why", "report"):
         assert main([command, str(sweep.parent / "mnie")]) == 2
         assert "nearest: mine" in capsys.readouterr().err

@@ -14,8 +14,14 @@ from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 
 RUNG = 30
-SPEC = SweepSpec(formats=("E5M2", "E7M0"), optimizers=("adamw",), lrs=(1e-3, 2e-3, 4e-3), seeds=2, scheduler="asha",
-                 race=RaceConfig(first_rung=RUNG, reduction=3))
+SPEC = SweepSpec(
+    formats=("E5M2", "E7M0"),
+    optimizers=("adamw",),
+    lrs=(1e-3, 2e-3, 4e-3),
+    seeds=2,
+    scheduler="asha",
+    race=RaceConfig(first_rung=RUNG, reduction=3),
+)
 
 
 def trial_name(config: TrainConfig) -> str:
@@ -39,7 +45,9 @@ class Bench:
         return str(self.scheduler.on_trial_result(None, self._trial(name), {"step": step, **row}))
 
     def end(self, name: str, step: int, kind: str) -> None:
-        self.scheduler.on_trial_complete(None, self._trial(name), {"step": step, "outcome": kind, "done": True})
+        self.scheduler.on_trial_complete(
+            None, self._trial(name), {"step": step, "outcome": kind, "done": True}
+        )
 
     def arrive(self, group: str, losses: tuple[float, float], step: int = RUNG) -> list[str]:
         """Both seeds reach the step; then what each is told at its next result."""
@@ -150,10 +158,14 @@ def test_the_backstop_waits_for_the_worker_then_stops_with_the_guards_own_rule()
 def test_the_backstop_forgets_when_the_loss_is_finite_again(second: float) -> None:
     bench = Bench(race=False)
     losses = (math.inf, second, math.nan)
-    assert [bench.report("E5M2-1-0", 10 * i, train_loss=loss) for i, loss in enumerate(losses, 1)] == ["CONTINUE"] * 3
+    assert [bench.report("E5M2-1-0", 10 * i, train_loss=loss) for i, loss in enumerate(losses, 1)] == [
+        "CONTINUE"
+    ] * 3
 
 
 def test_with_guards_off_a_diverged_trial_runs_on() -> None:
     trials = {name: config.model_copy(update={"guards": ()}) for name, config in TRIALS.items()}
     bench = Bench(race=False, trials=trials)
-    assert {bench.report("E5M2-1-0", step, train_loss=math.nan) for step in range(10, 100, 10)} == {"CONTINUE"}
+    assert {bench.report("E5M2-1-0", step, train_loss=math.nan) for step in range(10, 100, 10)} == {
+        "CONTINUE"
+    }

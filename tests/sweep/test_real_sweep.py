@@ -66,7 +66,9 @@ def test_more_steps_go_on_from_the_checkpoint(first: SweepResult) -> None:
     result = run_sweep(tiny(steps=15), RunOptions(out=first.out))
     assert (result.ran, result.left) == (2, 0)
     assert set(map(tuple, steps_in_files(first.out).values())) == {tuple(range(1, 16))}
-    resumed = {json.loads(path.read_text())["resumed_from"] for path in (first.out / "trials").glob("*/config.json")}
+    resumed = {
+        json.loads(path.read_text())["resumed_from"] for path in (first.out / "trials").glob("*/config.json")
+    }
     assert resumed == {10}
 
 
@@ -134,7 +136,9 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> No
         assert {outcome.kind for outcome in ledger.outcomes().values()} == {OutcomeKind.DONE}
         assert len(ledger.outcomes()) == 8 and set(ledger.row_counts().values()) == {300}
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
-    resumed = [json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")]
+    resumed = [
+        json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")
+    ]
     assert any(step for step in resumed), "the interrupted trials go on from their checkpoints"
 
     begun = time.monotonic()

@@ -49,8 +49,13 @@ def test_rung_clip_multiplies_only_arms_that_have_rungs() -> None:
 
 
 def test_fp32_runs_as_reference_only_and_the_rest_is_counted() -> None:
-    spec = SweepSpec(formats=("FP32",), optimizers=("adamw", "manifold", "grid"), policies=("uniform", "head_bf16"),
-                     rung_clip=(1, 3), seeds=2)
+    spec = SweepSpec(
+        formats=("FP32",),
+        optimizers=("adamw", "manifold", "grid"),
+        policies=("uniform", "head_bf16"),
+        rung_clip=(1, 3),
+        seeds=2,
+    )
     assert {name[:3] for name in names(spec) if name[0] == "FP32"} == {("FP32", "adamw", "uniform")}
     (exclusion,) = spec.exclusions()
     assert (exclusion.rule, exclusion.trials) == ("fp32_is_the_reference", 2 * (1 + 2 + 1 + 1 + 2))
@@ -64,15 +69,23 @@ def test_what_is_expanded_and_what_is_excluded_make_the_whole_product() -> None:
 
 def test_a_learning_rate_in_rungs_is_not_multiplied_by_rates_in_weight_units() -> None:
     spec = SweepSpec(formats=("E5M2",), optimizers=("grid_literal", "grid"), lrs=(1e-3, 2e-3), seeds=2)
-    lrs = [(trial.arm, trial.optimizer.lr) for trial in spec.expand() if trial.format == "E5M2" and trial.seed == 0]
+    lrs = [
+        (trial.arm, trial.optimizer.lr)
+        for trial in spec.expand()
+        if trial.format == "E5M2" and trial.seed == 0
+    ]
     assert lrs == [("grid_literal", ARMS["grid_literal"].lr), ("grid", 1e-3), ("grid", 2e-3)]
     assert [(item.rule, item.trials) for item in spec.exclusions()] == [("raw_unit_has_its_own_lr", 4)]
 
 
 def test_a_policy_with_formats_of_its_own_runs_once_under_the_first_8_bit_format() -> None:
-    spec = SweepSpec(formats=("BF16", "E3M4", "E5M2"), optimizers=("adamw", "grid"), policies=("classic",), seeds=2)
+    spec = SweepSpec(
+        formats=("BF16", "E3M4", "E5M2"), optimizers=("adamw", "grid"), policies=("classic",), seeds=2
+    )
     assert names(spec)[2:] == [("E3M4", arm, "classic", seed) for arm in ("adamw", "grid") for seed in (0, 1)]
-    assert [(item.rule, item.trials) for item in spec.exclusions()] == [("policy_names_its_own_formats", 2 * 2 * 2)]
+    assert [(item.rule, item.trials) for item in spec.exclusions()] == [
+        ("policy_names_its_own_formats", 2 * 2 * 2)
+    ]
 
 
 def test_bf16_under_a_policy_that_spares_layers_is_the_uniform_one() -> None:
@@ -114,10 +127,20 @@ def test_the_id_ignores_what_cannot_change_numbers(changes: dict[str, object]) -
     assert config(**changes).trial_id(SHA) == config().trial_id(SHA)
 
 
-@pytest.mark.parametrize("changes", [
-    {"seed": 1}, {"format": "E4M3"}, {"policy": "head_bf16"}, {"optimizer": {"kind": "adamw", "lr": 1e-3}},
-    {"optimizer": {"kind": "grid"}}, {"data": {"batch": 4}}, {"model": {"layers": 3}}, {"clip_grad_norm": None},
-    {"schedule": {"kind": "cosine"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"format": "E4M3"},
+        {"policy": "head_bf16"},
+        {"optimizer": {"kind": "adamw", "lr": 1e-3}},
+        {"optimizer": {"kind": "grid"}},
+        {"data": {"batch": 4}},
+        {"model": {"layers": 3}},
+        {"clip_grad_norm": None},
+        {"schedule": {"kind": "cosine"}},
+    ],
+)
 def test_the_id_depends_on_what_can(changes: dict[str, object]) -> None:
     assert config(**changes).trial_id(SHA) != config().trial_id(SHA)
 
@@ -173,5 +196,5 @@ def test_an_error_in_a_file_names_path_value_allowed_and_nearest(tmp_path: Path,
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("{}")
-    with pytest.raises(SpecError, match="no such file; nearest: mine.yaml"):
+    with pytest.raises(SpecError, match=r"no such file; nearest: mine\.yaml"):
         resolve(SweepSpec(), {}, tmp_path / "mne.yaml")

@@ -1,0 +1,69 @@
+"""What a sweep's folder says about it, while it runs and afterwards: how far it is, and why trials stopped.
+
+Only the ledger is read, never Ray, so the answers are the same on another machine and after everything has
+ended.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from altgrad.sweep.folder import has_driver
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.progress import ending_name
+from altgrad.sweep.resolve import SpecError
+from altgrad.sweep.spec import nearest
+from altgrad.training.outcome import Outcome, OutcomeKind
+
+WHY_COLUMNS = ("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")
+
+
+def open_ledger(out: Path) -> Ledger:
+    """The ledger in `out`; SpecError, with the nearest sweep beside it, where there is none."""
+    path = out / "ledger.sqlite"
+    if not path.exists():
+        beside = [item.parent.name for item in out.absolute().parent.glob("*/ledger.sqlite")]
+        raise SpecError(f"{out}: no sweep in this folder (no ledger.sqlite){nearest(out.name, beside)}")
+    return Ledger(path)
+
+
+def status(out: Path) -> tuple[str, list[tuple[str, str]]]:
+    """One line on how far the sweep is, and how many trials are in which state."""
+    with open_ledger(out) as ledger:
+        trials, outcomes, rows = ledger.trials(), ledger.outcomes(), ledger.row_counts()
+    started = sum(1 for trial_id in trials if trial_id not in outcomes and trial_id in rows)
+    counts = Counter(ending_name(outcome) for outcome in outcomes.values())
+    counts.update({"started": started, "waiting": len(trials) - len(outcomes) - started})
+    driver = "a driver is running" if has_driver(out) else "no driver is running"
+    headline = (f"{out}: {len(outcomes)} of {len(trials)} trials ended, {sum(rows.values())} steps recorded; "
+                f"{driver}")
+    return headline, [(name, str(count)) for name, count in counts.items() if count]
+
+
+def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
+    """Rows of WHY_COLUMNS: every trial that did not run to its end, or those whose id begins with `trial`."""
+    with open_ledger(out) as ledger:
+        trials, outcomes = ledger.trials(), ledger.outcomes()
+    wanted = {trial_id: found for trial_id, found in trials.items() if trial_id.startswith(trial or "")}
+    if not wanted:
+        raise SpecError(f"{trial!r} is no trial of {out}{nearest(str(trial), trials)}")
+    if trial is None:
+        wanted = {trial_id: found for trial_id, found in wanted.items()
+                  if trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE}
+    return [_line(trial_id, found, outcomes.get(trial_id)) for trial_id, found in wanted.items()]
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Prints rows in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _line(trial_id: str, trial: dict[str, Any], outcome: Outcome | None) -> tuple[str, ...]:
+    ending = ("unfinished", "", "", "") if outcome is None else (
+        ending_name(outcome), outcome.layer or "", str(outcome.step), outcome.message)
+    return (trial_id, trial["format"], trial["arm"], trial["policy"], str(trial["seed"]), *ending)
