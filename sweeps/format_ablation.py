@@ -4,7 +4,7 @@
     python sweeps/format_ablation.py --plan     what it would run
     python sweeps/format_ablation.py --help     what can be changed
 
-Equal seeds mean equal initial weights and equal batches in every cell, so differences between cells are paired.
+Equal seeds mean equal initial weights and equal batches in every cell, so differences are paired.
 """
 
 import sys

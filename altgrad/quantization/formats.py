@@ -24,7 +24,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Literal, cast
 
 import torch
@@ -77,7 +77,7 @@ class FloatFormat:
                 f"use {split}/ieee"
             )
 
-    @cached_property
+    @property
     def name(self) -> str:
         """Shortest name that `get_format` maps back to this format: "E4M3", "E4M3/ieee", "BF16"."""
         split = f"E{self.exponent_bits}M{self.mantissa_bits}"
@@ -117,14 +117,14 @@ class FloatFormat:
         """Whether some code is NaN; an ieee format without mantissa bits spends its one top code on inf."""
         return self.variant == "fn" or (self.variant == "ieee" and self.mantissa_bits > 0)
 
-    @cached_property
+    @property
     def max_index(self) -> int:
         """Magnitude code of the largest finite value."""
         codes = 1 << (self.exponent_bits + self.mantissa_bits)
         reserved = {"ieee": 1 << self.mantissa_bits, "fn": 1, "finite": 0}[self.variant]
         return codes - reserved - 1
 
-    @cached_property
+    @property
     def max(self) -> float:
         """Largest finite value."""
         return self._magnitude(self.max_index)

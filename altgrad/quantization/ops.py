@@ -267,7 +267,7 @@ def _as_scale(scale: Scale) -> Scale:
     """The scale rounded to float32; a float is checked, a tensor is not (that would wait for its device)."""
     if isinstance(scale, Tensor):
         return scale.detach().to(torch.float32)
-    rounded = _float32(float(scale))
+    rounded = float(scale) if torch.compiler.is_compiling() else _float32(float(scale))
     if not 0.0 < rounded < math.inf:
         raise ValueError(f"scale must be a positive number within float32's range; got {scale!r}")
     return rounded

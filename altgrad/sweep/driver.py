@@ -101,7 +101,7 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
-            tune.with_resources(TrialActor, {"cpu": 1}),
+            TrialActor,
             param_space={"trial": tune.grid_search(requests)},
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,

@@ -74,8 +74,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     """Runs what the ledger in `options.out` lacks of the spec.
 
     Raises ValueError for unusable data and FolderError for an unusable folder, before anything is
-    changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises nothing:
-    it is an outcome.
+    changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises
+    nothing: it is an outcome.
     """
     corpus = preflight(spec)
     check_folder(options.out)

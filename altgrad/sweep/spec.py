@@ -16,14 +16,23 @@ the same time, which is what racing groups against each other needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from itertools import product
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
-from altgrad.quantization import FORMATS, POLICIES, get_format, named_policy
+from altgrad.quantization import FORMATS, POLICIES, get_format
+from altgrad.sweep.exclusions import (
+    BASELINE,
+    RAW_LR,
+    RAW_LR_REASON,
+    RULES,
+    Combination,
+    Exclusion,
+    excluded_by,
+)
 from altgrad.training.config import (
     ARMS,
     UNQUANTIZED,
@@ -37,7 +46,6 @@ from altgrad.training.config import (
 )
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 
-BASELINE = "BF16"
 ALL_FORMATS = tuple(FORMATS)
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -49,62 +57,6 @@ class RaceConfig(Frozen):
     reduction: int = Field(
         3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart"
     )
-
-
-class Combination(NamedTuple):
-    """One point of the product of the axes, before its arm's parameters and seeds."""
-
-    format: str
-    policy: str
-    arm: str
-    lead: str
-    """the first 8-bit format asked for, or the first format: it stands for policies that name their own"""
-
-
-class Rule(NamedTuple):
-    """Why a combination is left out."""
-
-    name: str
-    reason: str
-    applies: Callable[[Combination], bool]
-
-
-class Exclusion(NamedTuple):
-    """How many trials a rule left out."""
-
-    rule: str
-    reason: str
-    trials: int
-
-    def plus(self, trials: int) -> Exclusion:
-        return self._replace(trials=self.trials + trials)
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "fp32_is_the_reference",
-        "FP32 is not quantized: it runs as the AdamW reference only",
-        lambda point: point.format == UNQUANTIZED and (point.arm, point.policy) != ("adamw", "uniform"),
-    ),
-    Rule(
-        "policy_names_its_own_formats",
-        "it does not depend on the format: it runs once, under the first 8-bit one",
-        lambda point: _names_its_own_formats(point.policy) and point.format != point.lead,
-    ),
-    Rule(
-        "bf16_everywhere_is_uniform",
-        "where the format is BF16, this policy and uniform are the same training",
-        lambda point: (
-            point.format == BASELINE
-            and point.policy != "uniform"
-            and not _names_its_own_formats(point.policy)
-        ),
-    ),
-)
-RAW_LR = "raw_unit_has_its_own_lr"
-RAW_LR_REASON = (
-    "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
-)
 
 
 class SweepSpec(Frozen):
@@ -192,7 +144,7 @@ class SweepSpec(Frozen):
         found = {rule.name: Exclusion(rule.name, rule.reason, 0) for rule in RULES}
         found[RAW_LR] = Exclusion(RAW_LR, RAW_LR_REASON, 0)
         for point in self._combinations():
-            rule = _excluded_by(point)
+            rule = excluded_by(point)
             if rule is not None:
                 found[rule.name] = found[rule.name].plus(self.seeds * len(self._variants(point.arm)))
             elif _has_raw_lr(ARMS[point.arm]):
@@ -208,7 +160,7 @@ class SweepSpec(Frozen):
 
     def _cells(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
         for point in self._combinations():
-            if _excluded_by(point) is None:
+            if excluded_by(point) is None:
                 for optimizer in self._variants(point.arm):
                     yield point.format, point.policy, optimizer
 
@@ -267,14 +219,6 @@ def _format_name(name: str) -> str:
 
 def _all_of(names: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item for name in names for item in (every if name == "all" else (name,))))
-
-
-def _excluded_by(point: Combination) -> Rule | None:
-    return next((rule for rule in RULES if rule.applies(point)), None)
-
-
-def _names_its_own_formats(policy: str) -> bool:
-    return named_policy(policy, "E5M2") == named_policy(policy, "E7M0")
 
 
 def _has_raw_lr(optimizer: OptimizerConfig) -> bool:

@@ -1,10 +1,23 @@
 """Floor 2: one training loop and what it needs. Imports torch and `altgrad.quantization`; never Ray."""
 
-from altgrad.training.arms import GridOptim, ManifoldAdamW, RoundedAdamW, build_optimizer
+from altgrad.training.arms import ManifoldAdamW, RoundedAdamW, build_optimizer
 from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.grid_optim import GridOptim
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.trainer import Reporter, Trainer
 
-__all__ = ["ARMS", "DEFAULT_GUARDS", "GridOptim", "GuardRule", "ManifoldAdamW", "Outcome", "OutcomeKind",
-           "Reporter", "RoundedAdamW", "TrainConfig", "Trainer", "build_optimizer"]
+__all__ = [
+    "ARMS",
+    "DEFAULT_GUARDS",
+    "GridOptim",
+    "GuardRule",
+    "ManifoldAdamW",
+    "Outcome",
+    "OutcomeKind",
+    "Reporter",
+    "RoundedAdamW",
+    "TrainConfig",
+    "Trainer",
+    "build_optimizer",
+]

@@ -59,7 +59,9 @@ class ScheduleConfig(Frozen):
 
     kind: Literal["constant", "cosine", "wsd"] = "constant"
     warmup: int = Field(10, ge=0, description="steps of linear warmup")
-    decay_fraction: float = Field(0.2, gt=0, le=1, description="share of the steps in which wsd decays to zero")
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="share of the steps in which wsd decays to zero"
+    )
 
 
 class _AdamLike(Frozen):
@@ -101,7 +103,9 @@ class GridOptimConfig(Frozen):
     """Momentum in rungs of the format's grid, stochastically rounded to whole rungs."""
 
     kind: Literal["grid"] = "grid"
-    lr: float = Field(2e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity")
+    lr: float = Field(
+        2e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity"
+    )
     momentum: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1, description="of the second moment, used by normalize='rms'")
     weight_decay: float = Field(0.0, ge=0)
@@ -145,7 +149,9 @@ class TrainConfig(Frozen):
     policy: str = Field("uniform", description="which layers and tensor roles take the format")
     optimizer: OptimizerConfig = RoundedAdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    clip_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm of the gradient, null for none")
+    clip_grad_norm: float | None = Field(
+        1.0, gt=0, description="global L2 norm of the gradient, null for none"
+    )
     guards: tuple[GuardRule, ...] = DEFAULT_GUARDS
     seed: int = Field(0, ge=0, lt=2**31)
     steps: int = Field(100, ge=1)
@@ -179,10 +185,17 @@ class TrainConfig(Frozen):
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Everything that can change the numbers of this run, as plain JSON values."""
-        kept = self.model_dump(mode="json", exclude={
-            "data": {"source"}, "guards": True, "log_interval": True, "eval_interval": True,
-            "checkpoint_interval": True, "steps": self.schedule.kind == "constant",
-        })
+        kept = self.model_dump(
+            mode="json",
+            exclude={
+                "data": {"source"},
+                "guards": True,
+                "log_interval": True,
+                "eval_interval": True,
+                "checkpoint_interval": True,
+                "steps": self.schedule.kind == "constant",
+            },
+        )
         return kept | {"data_sha256": data_sha256, "tokenizer": "bytes", "numerics": NUMERICS_VERSION}
 
     def trial_id(self, data_sha256: str) -> str:

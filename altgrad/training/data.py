@@ -42,8 +42,10 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        return (f"{self.source}: {self.documents} documents, {len(self.train):,} training and "
-                f"{len(self.val):,} validation bytes, sha256 {self.sha256[:12]}")
+        return (
+            f"{self.source}: {self.documents} documents, {len(self.train):,} training and "
+            f"{len(self.val):,} validation bytes, sha256 {self.sha256[:12]}"
+        )
 
 
 def load_corpus(data: DataConfig) -> Corpus:
@@ -60,6 +62,7 @@ def _load(source: str, text_field: str, val_fraction: float) -> Corpus:
     notes: list[str] = []
     if source == "pydoc":
         from pydoc_data.topics import topics
+
         train, val = _split([topics[name] for name in sorted(topics)], val_fraction)
     else:
         files = _files(source)
@@ -71,13 +74,17 @@ def _load(source: str, text_field: str, val_fraction: float) -> Corpus:
             train = [text for path in splits["train"] for text in _documents(path, text_field)]
             val = [text for path in splits["val"] for text in _documents(path, text_field)]
         else:
-            train, val = _split([text for path in files for text in _documents(path, text_field)], val_fraction)
+            train, val = _split(
+                [text for path in files for text in _documents(path, text_field)], val_fraction
+            )
     train_bytes, val_bytes = _tokenize(train), _tokenize(val)
     for name, content in (("training", train_bytes), ("validation", val_bytes)):
         if len(content) < 2:
             raise ValueError(f"data {source!r}: the {name} split holds no text")
     digest = hashlib.sha256(b"%d:" % len(train_bytes) + train_bytes + val_bytes).hexdigest()
-    return Corpus(source, len(train) + len(val), _tensor(train_bytes), _tensor(val_bytes), digest, tuple(notes))
+    return Corpus(
+        source, len(train) + len(val), _tensor(train_bytes), _tensor(val_bytes), digest, tuple(notes)
+    )
 
 
 def _files(source: str) -> list[Path]:
@@ -85,15 +92,18 @@ def _files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(item for item in path.rglob("*")
-                       if item.is_file() and item.suffix.lower() in RECORDS + TEXTS[:-1])
+        found = sorted(
+            item for item in path.rglob("*") if item.is_file() and item.suffix.lower() in RECORDS + TEXTS[:-1]
+        )
         if not found:
             raise ValueError(f"data {source!r}: no text, JSONL or parquet file in this folder")
         return found
     found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
     if not found:
-        raise ValueError(f"data {source!r}: no such file, folder or glob; allowed: 'pydoc', or a text, JSONL or "
-                         "parquet file, a folder or a glob")
+        raise ValueError(
+            f"data {source!r}: no such file, folder or glob; allowed: 'pydoc', or a text, JSONL or "
+            "parquet file, a folder or a glob"
+        )
     return found
 
 
@@ -135,9 +145,12 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
 
 def _parquet(path: Path, text_field: str) -> Iterator[str]:
     import pyarrow.parquet
+
     file = pyarrow.parquet.ParquetFile(path)
     if text_field not in file.schema_arrow.names:
-        raise ValueError(f"data {path}: no column {text_field!r}; it has: {', '.join(file.schema_arrow.names)}")
+        raise ValueError(
+            f"data {path}: no column {text_field!r}; it has: {', '.join(file.schema_arrow.names)}"
+        )
     for batch in file.iter_batches(columns=[text_field]):
         yield from (text for text in batch.column(0).to_pylist() if text)
 
@@ -151,8 +164,10 @@ def _split(documents: list[str], val_fraction: float) -> tuple[list[str], list[s
     held = [index % every == every - 1 for index in range(len(documents))]
     if not any(held):
         held[-1] = True
-    return ([text for text, out in zip(documents, held, strict=True) if not out],
-            [text for text, out in zip(documents, held, strict=True) if out])
+    return (
+        [text for text, out in zip(documents, held, strict=True) if not out],
+        [text for text, out in zip(documents, held, strict=True) if out],
+    )
 
 
 def _tokenize(documents: list[str]) -> bytes:

@@ -14,7 +14,7 @@ most healthy runs too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,8 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from altgrad.training.outcome import OutcomeKind
 
-GUARDED_SIGNALS = ("train_loss", "val_loss", "loss_excess", "grad_norm", "flip_yield", "stall_ratio",
-                   "stable_rank", "nonfinite_weights")
+GUARDED_SIGNALS = (
+    "train_loss",
+    "val_loss",
+    "loss_excess",
+    "grad_norm",
+    "flip_yield",
+    "stall_ratio",
+    "stable_rank",
+    "nonfinite_weights",
+)
 
 
 class GuardRule(BaseModel):
@@ -43,7 +51,9 @@ class GuardRule(BaseModel):
         if self.signal not in GUARDED_SIGNALS:
             raise ValueError(f"signal={self.signal!r} is not one of {', '.join(GUARDED_SIGNALS)}")
         if (self.limit is None) != (self.test == "nonfinite"):
-            raise ValueError(f"test={self.test!r} with limit={self.limit!r}: a limit belongs to above and below")
+            raise ValueError(
+                f"test={self.test!r} with limit={self.limit!r}: a limit belongs to above and below"
+            )
         return self
 
     def holds(self, value: float) -> bool:
@@ -92,7 +102,7 @@ class GuardPanel:
         self._since: list[int | None] = [None] * len(self.rules)
         self._held = [0] * len(self.rules)
 
-    def check(self, rows: list[Mapping[str, Any]]) -> Verdict | None:
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
         """The first rule that has held long enough, over the rows of one log interval (oldest first)."""
         for index, rule in enumerate(self.rules):
             verdict = self._check_rule(index, rule, rows)
@@ -100,42 +110,59 @@ class GuardPanel:
                 return verdict
         return None
 
-    def _check_rule(self, index: int, rule: GuardRule, rows: list[Mapping[str, Any]]) -> Verdict | None:
+    def _check_rule(self, index: int, rule: GuardRule, rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
         seen = [row for row in rows if row.get(rule.signal) is not None and row["step"] > rule.after_step]
         if not seen:
             return None
         breaking = [row for row in seen if rule.holds(row[rule.signal])]
         # A non-finite value anywhere in the interval counts; other rules judge the interval by its last row.
-        row = (breaking[0] if rule.test == "nonfinite" and breaking else seen[-1])
+        row = breaking[0] if rule.test == "nonfinite" and breaking else seen[-1]
         if not breaking or (rule.test != "nonfinite" and not rule.holds(row[rule.signal])):
             self._since[index], self._held[index] = None, 0
             return None
-        first = self._since[index] if self._since[index] is not None else int(breaking[0]["step"])
+        since = self._since[index]
+        first = int(breaking[0]["step"]) if since is None else since
         self._since[index] = first
         self._held[index] += 1
         if self._held[index] < rule.checks:
             return None
-        return Verdict(kind=OutcomeKind(rule.kind), signal=rule.signal, layer=worst_layer(rule, rows[-1]),
-                       step=int(row["step"]), value=float(row[rule.signal]), limit=rule.limit, first_seen=first)
+        return Verdict(
+            kind=OutcomeKind(rule.kind),
+            signal=rule.signal,
+            layer=worst_layer(rule, rows[-1]),
+            step=int(row["step"]),
+            value=float(row[rule.signal]),
+            limit=rule.limit,
+            first_seen=first,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rules": [rule.model_dump(mode="json") for rule in self.rules],
-                "since": list(self._since), "held": list(self._held)}
+        return {
+            "rules": [rule.model_dump(mode="json") for rule in self.rules],
+            "since": list(self._since),
+            "held": list(self._held),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the counts of the rules that are still the same; new or changed rules start afresh."""
-        saved = {str(rule): (since, held) for rule, since, held in
-                 zip(state["rules"], state["since"], state["held"], strict=True)}
+        saved = {
+            str(rule): (since, held)
+            for rule, since, held in zip(state["rules"], state["since"], state["held"], strict=True)
+        }
         for index, rule in enumerate(self.rules):
             self._since[index], self._held[index] = saved.get(str(rule.model_dump(mode="json")), (None, 0))
 
 
 def worst_layer(rule: GuardRule, row: Mapping[str, Any]) -> str | None:
     """The layer whose own value of the rule's signal is the most extreme in the rule's direction."""
-    layers = {name: values[rule.signal] for name, values in row.get("layers", {}).items()
-              if values.get(rule.signal) is not None and not math.isnan(values[rule.signal])}
+    layers = {
+        name: values[rule.signal]
+        for name, values in row.get("layers", {}).items()
+        if values.get(rule.signal) is not None and not math.isnan(values[rule.signal])
+    }
     if not layers:
-        return row.get("nonfinite_layer") if rule.kind == "nonfinite" else None
+        broken: str | None = row.get("nonfinite_layer") if rule.kind == "nonfinite" else None
+        return broken
     pick = min if rule.test == "below" else max
     return pick(layers, key=lambda name: layers[name])
 

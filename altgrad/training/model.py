@@ -7,6 +7,7 @@ modules: which of its layers compute in which format is decided afterwards, once
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +69,18 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
         self.block = config.block
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocabulary, config.width),
-            "wpe": nn.Embedding(config.block, config.width),
-            "h": nn.ModuleList(Block(config) for _ in range(config.layers)),
-            "ln_f": nn.LayerNorm(config.width, bias=False),
-        })
+        blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        embedding = nn.Embedding(vocabulary, config.width)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": embedding,
+                "wpe": nn.Embedding(config.block, config.width),
+                "h": blocks,
+                "ln_f": nn.LayerNorm(config.width, bias=False),
+            }
+        )
         self.lm_head = nn.Linear(config.width, vocabulary, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = embedding.weight
         self._initialise(config.layers)
 
     def _initialise(self, layers: int) -> None:
@@ -88,7 +93,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in cast(nn.ModuleList, self.transformer["h"]):
             x = block(x)
         logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
         return logits

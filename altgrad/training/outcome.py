@@ -30,8 +30,9 @@ class OutcomeKind(StrEnum):
     CANCELLED = "cancelled"
 
 
-GUARD_KINDS = frozenset({OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED,
-                         OutcomeKind.RANK_COLLAPSE})
+GUARD_KINDS = frozenset(
+    {OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED, OutcomeKind.RANK_COLLAPSE}
+)
 RESULT_KINDS = GUARD_KINDS | {OutcomeKind.DONE, OutcomeKind.PRUNED}
 
 

@@ -101,8 +101,9 @@ class TrialFolder:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     self._lock.close()
-                    raise TimeoutError(f"{self.path} has been owned by another process for "
-                                       f"{LOCK_WAIT_SECONDS:.0f} s") from None
+                    raise TimeoutError(
+                        f"{self.path} has been owned by another process for {LOCK_WAIT_SECONDS:.0f} s"
+                    ) from None
                 time.sleep(0.1)
 
     def __exit__(self, *_: object) -> None:

@@ -39,8 +39,9 @@ class StepSignals:
         self._optimizer = optimizer
         self._layers = {name: parameter for name, (parameter, _) in quantized_parameters(model).items()}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._ranked = self._layers or {name: module.weight for name, module in model.named_modules()
-                                        if isinstance(module, nn.Linear)}
+        self._ranked: dict[str, Tensor] = dict(self._layers) or {
+            name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
         self._sums: dict[str, Tensor] = {}
         self._rescaled: dict[str, int] = {}
         self._skipped = 0
@@ -63,15 +64,17 @@ class StepSignals:
         broken = [(~torch.isfinite(parameter)).sum().double() for parameter in self._names]
         fetched = torch.cat([torch.stack(ranks + broken), *self._sums.values()]).tolist()
         rank_values = dict(zip(self._ranked, fetched, strict=False))
-        broken_values = dict(zip(self._names.values(), fetched[len(ranks):], strict=False))
-        counted = fetched[len(ranks) + len(broken):]
+        broken_values = dict(zip(self._names.values(), fetched[len(ranks) :], strict=False))
+        counted = fetched[len(ranks) + len(broken) :]
         width = len(COUNTS)
-        sums = {name: counted[i * width:(i + 1) * width] for i, name in enumerate(self._sums)}
+        sums = {name: counted[i * width : (i + 1) * width] for i, name in enumerate(self._sums)}
         row = self._row(rank_values, broken_values, sums)
         self._sums, self._rescaled, self._skipped = {}, {}, 0
         return row
 
-    def _row(self, ranks: dict[str, float], broken: dict[str, float], sums: dict[str, list[float]]) -> dict[str, Any]:
+    def _row(
+        self, ranks: dict[str, float], broken: dict[str, float], sums: dict[str, list[float]]
+    ) -> dict[str, Any]:
         layers: dict[str, dict[str, Any]] = {name: {"stable_rank": rank} for name, rank in ranks.items()}
         for name, values in sums.items():
             layers[name] |= _counted(values) | {"rescaled": self._rescaled[name]}
@@ -86,6 +89,11 @@ class StepSignals:
 
 def _counted(values: list[float]) -> dict[str, Any]:
     flips, applied, gradient, expected, overflow = values
-    return {"flips": int(flips), "updates": int(applied), "gradient_updates": int(gradient),
-            "overflow": int(overflow), "stall_ratio": compute_stall_ratio(int(flips), int(applied)),
-            "flip_yield": flip_yield(flips, expected)}
+    return {
+        "flips": int(flips),
+        "updates": int(applied),
+        "gradient_updates": int(gradient),
+        "overflow": int(overflow),
+        "stall_ratio": compute_stall_ratio(int(flips), int(applied)),
+        "flip_yield": flip_yield(flips, expected),
+    }

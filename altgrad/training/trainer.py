@@ -58,8 +58,14 @@ class Trainer:
     `outcome` and, in memory, `rows` hold what happened in this attempt.
     """
 
-    def __init__(self, config: TrainConfig, reporter: Reporter | None = None, *, folder: Path | None = None,
-                 observe: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        reporter: Reporter | None = None,
+        *,
+        folder: Path | None = None,
+        observe: bool = True,
+    ) -> None:
         self.config = config
         self.reporter = reporter
         self.folder = None if folder is None else TrialFolder(folder)
@@ -121,8 +127,16 @@ class Trainer:
             pending.append(torch.stack([loss, norm]))
         self.step = end
         fetched = torch.stack(pending).tolist()
-        rows = [{"step": first + i, "train_loss": loss, "grad_norm": norm, "lr": rates[i],
-                 "loss_excess": self._excess(loss)} for i, (loss, norm) in enumerate(fetched)]
+        rows = [
+            {
+                "step": first + i,
+                "train_loss": loss,
+                "grad_norm": norm,
+                "lr": rates[i],
+                "loss_excess": self._excess(loss),
+            }
+            for i, (loss, norm) in enumerate(fetched)
+        ]
         last = rows[-1]
         if self.signals is not None:
             last |= self.signals.collect()
@@ -136,10 +150,11 @@ class Trainer:
 
     def _train_step(self, step: int) -> tuple[Tensor, Tensor]:
         config = self.config
-        inputs, targets = train_batch(self.corpus, block=config.model.block, batch=config.data.batch,
-                                      seed=config.seed, step=step)
+        inputs, targets = train_batch(
+            self.corpus, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step
+        )
         loss = token_loss(self.model, inputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
@@ -162,17 +177,28 @@ class Trainer:
 
     def _evaluate(self) -> float:
         config = self.config
-        return evaluate(self.model, val_batches(self.corpus, block=config.model.block, batch=config.data.batch,
-                                                count=config.data.eval_batches))
+        return evaluate(
+            self.model,
+            val_batches(
+                self.corpus, block=config.model.block, batch=config.data.batch, count=config.data.eval_batches
+            ),
+        )
 
     def _keep(self, rows: list[dict[str, Any]], verdict: Verdict | None) -> None:
         self.rows += rows
-        self._last |= {name: value for name, value in rows[-1].items()
-                       if name in ("train_loss", "val_loss", "bits_per_byte")}
+        self._last |= {
+            name: value
+            for name, value in rows[-1].items()
+            if name in ("train_loss", "val_loss", "bits_per_byte")
+        }
         if self.folder is None:
             return
         self.folder.append(rows)
-        if verdict is not None or self.step % self.config.checkpoint_interval == 0 or self.step >= self.config.steps:
+        if (
+            verdict is not None
+            or self.step % self.config.checkpoint_interval == 0
+            or self.step >= self.config.steps
+        ):
             save_checkpoint(self.folder.checkpoint_path, self._state())
 
     def _finish(self, verdict: Verdict | None) -> None:
@@ -184,9 +210,15 @@ class Trainer:
             self.folder.finish(self.outcome)
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "guards": self.panel.state_dict(), "first_loss": self._first_loss, "last": self._last,
-                "seconds": self._seconds}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "guards": self.panel.state_dict(),
+            "first_loss": self._first_loss,
+            "last": self._last,
+            "seconds": self._seconds,
+        }
 
     def _resume(self, folder: TrialFolder) -> None:
         state = load_checkpoint(folder.checkpoint_path)
@@ -196,5 +228,11 @@ class Trainer:
             self.panel.load_state_dict(state["guards"])
             self.step = self.resumed_from = state["step"]
             self._first_loss, self._last, self._seconds = state["first_loss"], state["last"], state["seconds"]
-        folder.begin({"config": self.config.model_dump(mode="json"), "data_sha256": self.corpus.sha256,
-                      "resumed_from": self.resumed_from}, after_step=self.step)
+        folder.begin(
+            {
+                "config": self.config.model_dump(mode="json"),
+                "data_sha256": self.corpus.sha256,
+                "resumed_from": self.resumed_from,
+            },
+            after_step=self.step,
+        )

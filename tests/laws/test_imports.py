@@ -40,8 +40,11 @@ def test_imports_run_down_only(path: Path):
 
 
 def test_only_the_sweep_floor_imports_ray():
-    users = {path.relative_to(PACKAGE).parts[0] for path in SOURCES
-             if any(name.split(".")[0] == "ray" for name in imported(path))}
+    users = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in SOURCES
+        if any(name.split(".")[0] == "ray" for name in imported(path))
+    }
     assert users <= {"sweep"}
 
 
@@ -59,12 +62,14 @@ def test_importing_is_light(module: str):
 
 
 def test_the_lower_floors_run_without_ray_and_without_numba():
-    code = ("import sys; sys.modules['ray'] = None; sys.modules['numba'] = None\n"
-            "from altgrad.training import Trainer, TrainConfig\n"
-            "config = TrainConfig(steps=2, log_interval=1, eval_interval=2, checkpoint_interval=2,"
-            " model={'layers': 1, 'heads': 1, 'width': 16, 'block': 16},"
-            " data={'batch': 2, 'eval_batches': 1}, optimizer={'kind': 'grid'}, format='E3M4')\n"
-            "print(Trainer(config).run().kind)")
+    code = (
+        "import sys; sys.modules['ray'] = None; sys.modules['numba'] = None\n"
+        "from altgrad.training import Trainer, TrainConfig\n"
+        "config = TrainConfig(steps=2, log_interval=1, eval_interval=2, checkpoint_interval=2,"
+        " model={'layers': 1, 'heads': 1, 'width': 16, 'block': 16},"
+        " data={'batch': 2, 'eval_batches': 1}, optimizer={'kind': 'grid'}, format='E3M4')\n"
+        "print(Trainer(config).run().kind)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "done", done.stderr
 

@@ -9,8 +9,13 @@ from altgrad.quantization import quantize, quantized_parameters
 from altgrad.training import ARMS, TrainConfig, Trainer
 from altgrad.training.record import TrialFolder, read_rows
 
-TINY = {"model": {"layers": 1, "heads": 2, "width": 32, "block": 32}, "data": {"batch": 4, "eval_batches": 1},
-        "log_interval": 5, "eval_interval": 10, "checkpoint_interval": 10}
+TINY = {
+    "model": {"layers": 1, "heads": 2, "width": 32, "block": 32},
+    "data": {"batch": 4, "eval_batches": 1},
+    "log_interval": 5,
+    "eval_interval": 10,
+    "checkpoint_interval": 10,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +68,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(arm, tmp_path: Path):
     resumed.run()
     assert resumed.resumed_from == 20
     volatile = {"tokens_per_s"}
-    rows = [[{k: v for k, v in row.items() if k not in volatile} for row in read_rows(t.folder.metrics_path)[0]]
-            for t in (straight, resumed)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in volatile} for row in read_rows(t.folder.metrics_path)[0]]
+        for t in (straight, resumed)
+    ]
     assert [row["step"] for row in rows[1]] == list(range(1, 31))
     assert str(rows[0]) == str(rows[1])
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
@@ -92,16 +99,26 @@ def test_a_finished_run_trains_nothing_when_started_again(tmp_path: Path):
 def test_layers_leave_resident_weights_as_they_are(arm, name):
     trainer = Trainer(config(arm, format=name, guards=()))
     trainer.run()
-    changed = sum(int((quantize(p.detach(), fmt, p.grid_scale) != p.detach()).sum())
-                  for p, fmt in quantized_parameters(trainer.model).values())
+    changed = sum(
+        int((quantize(p.detach(), fmt, p.grid_scale) != p.detach()).sum())
+        for p, fmt in quantized_parameters(trainer.model).values()
+    )
     assert changed == 0
     assert len(quantized_parameters(trainer.model)) == 5
 
 
 @pytest.mark.parametrize("format_name", ["FP32", "BF16"])
 def test_the_references_learn(format_name):
-    trainer = Trainer(TrainConfig(format=format_name, steps=80, log_interval=20, eval_interval=80,
-                                  checkpoint_interval=80, data={"batch": 8, "eval_batches": 2}))
+    trainer = Trainer(
+        TrainConfig(
+            format=format_name,
+            steps=80,
+            log_interval=20,
+            eval_interval=80,
+            checkpoint_interval=80,
+            data={"batch": 8, "eval_batches": 2},
+        )
+    )
     outcome = trainer.run()
     assert trainer.rows[0]["train_loss"] - outcome.val_loss > 2
 
@@ -117,11 +134,22 @@ def test_a_hopeless_learning_rate_ends_with_a_verdict_and_a_checkpoint(tmp_path:
 
 def test_the_identity_holds_what_changes_numbers_and_nothing_else():
     base = config()
-    same = [config(steps=500), config(guards=()), config(log_interval=10), config(data={"batch": 4, "eval_batches": 1,
-                                                                                         "source": "elsewhere"})]
+    same = [
+        config(steps=500),
+        config(guards=()),
+        config(log_interval=10),
+        config(data={"batch": 4, "eval_batches": 1, "source": "elsewhere"}),
+    ]
     assert {c.trial_id("d") for c in same} == {base.trial_id("d")}
-    other = [config(seed=1), config(format="E4M3"), config("manifold"), config(policy="head_bf16"),
-             config(optimizer={"kind": "adamw", "lr": 1e-3}), config(schedule={"kind": "cosine"}),
-             config(schedule={"kind": "cosine"}, steps=500), config(data={"batch": 8, "eval_batches": 1})]
+    other = [
+        config(seed=1),
+        config(format="E4M3"),
+        config("manifold"),
+        config(policy="head_bf16"),
+        config(optimizer={"kind": "adamw", "lr": 1e-3}),
+        config(schedule={"kind": "cosine"}),
+        config(schedule={"kind": "cosine"}, steps=500),
+        config(data={"batch": 8, "eval_batches": 1}),
+    ]
     ids = {c.trial_id("d") for c in other} | {base.trial_id("e"), base.trial_id("d")}
     assert len(ids) == len(other) + 2

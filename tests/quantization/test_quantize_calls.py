@@ -153,3 +153,17 @@ def test_one_seed_is_one_stream_for_both_kernels(monkeypatch):
     x = torch.full((1000,), 0.3)
     up = quantize(x, "E2M1", rounding="stochastic", seed=9) > 0.3
     assert torch.equal(up, drawn >= 1 - 0.6)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
+@pytest.mark.parametrize("options", [{"ste": "clipped"}, {"rounding": "stochastic", "seed": 3}])
+def test_compiles_into_one_graph_with_the_same_bits(options):
+    x = torch.randn(1000, requires_grad=True)
+
+    def rounded(x):
+        return quantize(x, "E4M3", 0.003, **options)
+
+    eager = rounded(x)
+    compiled = torch.compile(rounded, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.autograd.grad(eager.sum(), x)[0])

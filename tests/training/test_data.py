@@ -86,16 +86,21 @@ def test_a_single_text_is_cut_near_its_end(tmp_path: Path):
     assert bytes(corpus.val.tolist()) == b"b" * 100 + b"\0"
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: p / "missing.txt", "no such file"),
-    (lambda p: (p / "empty.txt").write_text("") and None or p / "empty.txt", "holds no text"),
-    (lambda p: (p / "bad.jsonl").write_text('{"text": "a"}\n{oops\n') and p / "bad.jsonl", "bad.jsonl:2"),
-    (lambda p: (p / "field.jsonl").write_text('{"body": "a"}\n') and p / "field.jsonl", "it has: body"),
-    (lambda p: p, "no text, JSONL or parquet"),
-])
-def test_a_bad_source_is_refused_with_what_is_wrong(tmp_path: Path, make, message):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "no such file"),
+        ("empty.txt", "", "holds no text"),
+        ("bad.jsonl", '{"text": "a"}\n{oops\n', "bad.jsonl:2"),
+        ("field.jsonl", '{"body": "a"}\n', "it has: body"),
+        (".", None, "no text, JSONL or parquet"),
+    ],
+)
+def test_a_bad_source_is_refused_with_what_is_wrong(tmp_path: Path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_corpus(DataConfig(source=str(make(tmp_path))))
+        load_corpus(DataConfig(source=str(tmp_path / name)))
 
 
 def test_a_split_too_small_for_the_block_is_refused(tmp_path: Path):

@@ -10,8 +10,10 @@ from altgrad.training.outcome import OutcomeKind
 
 
 def interval(end: int, **last: object) -> list[dict]:
-    rows = [{"step": step, "train_loss": 5.0 - 0.02 * step, "grad_norm": 1.0, "loss_excess": -0.02 * step}
-            for step in range(end - 9, end + 1)]
+    rows = [
+        {"step": step, "train_loss": 5.0 - 0.02 * step, "grad_norm": 1.0, "loss_excess": -0.02 * step}
+        for step in range(end - 9, end + 1)
+    ]
     rows[-1] |= {"flip_yield": 0.95, "nonfinite_weights": 0} | last
     return rows
 
@@ -33,11 +35,18 @@ def test_a_non_finite_loss_inside_an_interval_is_caught_at_its_own_step(poison):
     rows = interval(30)
     rows[3]["train_loss"] = poison
     verdict = run(GuardPanel(DEFAULT_GUARDS), [interval(10), interval(20), rows])
-    assert (verdict.kind, verdict.signal, verdict.step, verdict.limit) == (OutcomeKind.NONFINITE, "train_loss", 24, None)
+    assert (verdict.kind, verdict.signal, verdict.step, verdict.limit) == (
+        OutcomeKind.NONFINITE,
+        "train_loss",
+        24,
+        None,
+    )
 
 
 def test_non_finite_weights_name_their_layer():
-    verdict = run(GuardPanel(DEFAULT_GUARDS), [interval(10, nonfinite_weights=3, nonfinite_layer="lm_head.weight")])
+    verdict = run(
+        GuardPanel(DEFAULT_GUARDS), [interval(10, nonfinite_weights=3, nonfinite_layer="lm_head.weight")]
+    )
     assert (verdict.kind, verdict.layer, verdict.value) == (OutcomeKind.NONFINITE, "lm_head.weight", 3)
 
 
@@ -53,7 +62,13 @@ def test_a_low_flip_yield_must_last_and_names_the_worst_layer():
 
 def test_one_good_check_starts_the_count_again():
     low, good = {"flip_yield": 0.1}, {"flip_yield": 0.9}
-    course = [interval(30, **low), interval(40, **low), interval(50, **good), interval(60, **low), interval(70, **low)]
+    course = [
+        interval(30, **low),
+        interval(40, **low),
+        interval(50, **good),
+        interval(60, **low),
+        interval(70, **low),
+    ]
     assert run(GuardPanel(DEFAULT_GUARDS), course) is None
 
 

@@ -42,11 +42,14 @@ def train(optimizer, weight: nn.Parameter, grads) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: RoundedAdamW([p], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, format="E5M2"),
-    lambda p: ManifoldAdamW([p], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, manifold_aware=False),
-    lambda p: RoundedAdamW([p], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, format=None),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: RoundedAdamW([p], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, format="E5M2"),
+        lambda p: ManifoldAdamW([p], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, manifold_aware=False),
+        lambda p: RoundedAdamW([p], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, format=None),
+    ],
+)
 def test_master_adamw_is_torch_adamw_to_float32_rounding(make):
     ours, theirs = parameter(), parameter()
     train(make(ours), ours, gradients(100))
@@ -72,8 +75,11 @@ def test_one_learning_rate_is_one_mean_step(kind, name):
     shape = (512, 512)  # rungs are drawn: the mean over fewer weights would be noise
     reference, weight = parameter(shape=shape), parameter(shape=shape)
     grads = gradients(5, shape)
-    optimizer = (ManifoldAdamW([weight], lr=1e-4, format=name) if kind == "manifold"
-                 else GridOptim([weight], lr=1e-4, format=name, rung_clip=1e9, beta2=0.999))
+    optimizer = (
+        ManifoldAdamW([weight], lr=1e-4, format=name)
+        if kind == "manifold"
+        else GridOptim([weight], lr=1e-4, format=name, rung_clip=1e9, beta2=0.999)
+    )
     adamw = torch.optim.AdamW([reference], lr=1e-4, weight_decay=0.0)
     ours, theirs = 0.0, 0.0
     for grad in grads:
@@ -136,7 +142,9 @@ def test_no_weight_moves_by_more_than_rung_clip():
 
 def test_grid_steps_are_unbiased():
     weight = nn.Parameter(torch.full((200_000,), 0.5))
-    optimizer = GridOptim([weight], lr=0.25, format="E3M4", normalize="none", step_unit="rungs", tensor_scale=1.0)
+    optimizer = GridOptim(
+        [weight], lr=0.25, format="E3M4", normalize="none", step_unit="rungs", tensor_scale=1.0
+    )
     train(optimizer, weight, [torch.ones(200_000)])
     rungs = code_index(torch.full((1,), 0.5), "E3M4", 1.0) - code_index(weight.detach(), "E3M4", 1.0)
     assert set(rungs.tolist()) == {0, 1}
@@ -145,8 +153,16 @@ def test_grid_steps_are_unbiased():
 
 def test_carry_keeps_what_was_not_taken():
     weight = nn.Parameter(torch.full((1000,), 0.5))
-    optimizer = GridOptim([weight], lr=0.25, format="E3M4", momentum=0.0, normalize="none", step_unit="rungs",
-                          carry=True, tensor_scale=1.0)
+    optimizer = GridOptim(
+        [weight],
+        lr=0.25,
+        format="E3M4",
+        momentum=0.0,
+        normalize="none",
+        step_unit="rungs",
+        carry=True,
+        tensor_scale=1.0,
+    )
     start = code_index(weight.detach(), "E3M4", 1.0)
     train(optimizer, weight, [torch.ones(1000)] * 6)
     exact = code_index(weight.detach(), "E3M4", 1.0) + optimizer.state[weight]["carry"]
@@ -175,8 +191,9 @@ def test_flips_of_a_master_arm_are_code_changes_under_one_scale(arm):
     scale = before.abs().max() / get_format("E3M4").max
     train(optimizer, weight, gradients(1, seed=9))
     counts = optimizer.counts[weight]
-    assert int(counts.flips) == int((code_index(before, "E3M4", scale)
-                                     != code_index(weight.detach(), "E3M4", scale)).sum())
+    assert int(counts.flips) == int(
+        (code_index(before, "E3M4", scale) != code_index(weight.detach(), "E3M4", scale)).sum()
+    )
     assert 0 < float(counts.expected) <= int(counts.applied)
 
 
@@ -273,6 +290,7 @@ def test_randomness_depends_on_the_seed_and_not_on_the_format_or_the_object():
         weight = parameter()
         train(GridOptim([weight], lr=3e-3, format="E3M4", seed=seed), weight, gradients(3))
         return weight.detach()
+
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
 

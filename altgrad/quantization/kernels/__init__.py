@@ -17,7 +17,6 @@ where the tensor lies. `reference` says this in torch, `cpu` in numba; they agre
 from __future__ import annotations
 
 import math
-import struct
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -63,8 +62,8 @@ def grid_of(fmt: FloatFormat) -> Grid:
         unscale_rest=math.ldexp(1.0, mantissa - emin - first),
         max_index=fmt.max_index,
         max_value=fmt.max,
-        min_exponent_bits=_bits(math.ldexp(1.0, emin)),
-        max_exponent_bits=_bits(math.ldexp(1.0, emax)),
+        min_exponent_bits=(emin + 127) << 23,
+        max_exponent_bits=(emax + 127) << 23,
         mantissa_step=math.ldexp(1.0, -mantissa),
     )
 
@@ -98,7 +97,3 @@ def _splitmix64(state: int) -> int:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
     return state ^ (state >> 31)
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
