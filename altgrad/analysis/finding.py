@@ -59,7 +59,7 @@ def find(study: Study, results: int, trials: int) -> Finding:
         certainty = _certainty(study, verdicts, None, results, trials)
         return Finding(_without_reference(cells), certainty, results, trials)
     parts = [_training_part(study, verdicts), _failing_part(study, verdicts),
-             _stopped_arms_part(cells, verdicts), _gain_part(gain, study, policy)]
+             _failing_arms_part(study, cells, verdicts), _gain_part(gain, study, policy)]
     if policy != MAIN_POLICY:
         parts[0] = f"Under policy {policy}: {parts[0]}"
     headline = " ".join(part for part in parts if part)
@@ -162,12 +162,12 @@ def _training_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
     trains = [item for item in verdicts if item.verdict == "trains"]
     within = f"within {MARGIN:.0%} of BF16's loss ({_reference_loss(study)} nats)"
     if not trains:
-        return (f"None of {len(verdicts)} 8-bit formats trains {within}." if len(verdicts) > 1
+        return (f"None of the {_count(len(verdicts))} 8-bit formats trains {within}." if len(verdicts) > 1
                 else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}.")
     best = min(trains, key=lambda item: item.best.rank)
     names = _listed(item.format for item in trains)
     verb = "trains" if len(trains) == 1 else "train"
-    subject = (f"All {len(verdicts)} 8-bit formats train {within}" if len(trains) == len(verdicts) > 1
+    subject = (f"All {_count(len(verdicts))} 8-bit formats train {within}" if len(trains) == len(verdicts) > 1
                else f"{names} {verb} {within}")
     comparison = study.comparison(best.best)
     distance = f": {interval_text(comparison)} from BF16" if comparison and comparison.paired else ""
@@ -189,15 +189,16 @@ def _failing_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
     return "; ".join(pieces) + "." if pieces else ""
 
 
-def _stopped_arms_part(cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
-    """Arms stopped in all their seeds, in formats that train with another arm."""
+def _failing_arms_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
+    """Arms that fail in formats that train with another arm, by what ended them or how far above BF16 they end."""
     trains = {item.format for item in verdicts if item.verdict == "trains"}
-    stopped: dict[tuple[str, str], list[str]] = {}
+    failing: dict[str, list[str]] = {}
     for cell in cells:
-        if cell.format in trains and cell.stops and not cell.losses:
-            stopped.setdefault((cell.arm, cell.main_stop()[0]), []).append(cell.format)
-    pieces = [f"{arm} is stopped in {_listed(names)} ({signal})" for (arm, signal), names in stopped.items()]
-    return "; ".join(pieces) + "." if pieces else ""
+        judgement = study.judgement(cell)
+        if cell.format in trains and judgement.verdict == "fails":
+            reason = f"ends {judgement.excess:.0%} above BF16" if cell.losses else f"stopped by {stop_text(cell)}"
+            failing.setdefault(cell.arm, []).append(f"{cell.format} ({reason})")
+    return "; ".join(f"{arm} fails in {_listed(names)}" for arm, names in failing.items()) + "." if failing else ""
 
 
 def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
@@ -273,6 +274,11 @@ def _reference_loss(study: Study) -> str:
 def _seeds_text(cell: Cell) -> str:
     stopped = f"{len(cell.stops)} of {cell.n} seeds stopped"
     return f"{cell.arm}: {stopped if cell.stops else 'seeds disagree'}"
+
+
+def _count(number: int) -> str:
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+    return words[number] if number < len(words) else str(number)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -137,9 +138,10 @@ def _start(address: str) -> str | None:
 
 def _fault(trial: Any) -> Outcome:
     """What ended a trial that could not end itself, from Ray's own words."""
-    text = str(trial.get_error() or "the actor died").strip()
+    file = None if trial.error_file is None else Path(trial.error_file)
+    text = file.read_text().strip() if file is not None and file.exists() else "the actor died"
     kind = OutcomeKind.NODE_LOST
-    if "OutOfMemory" in text:
+    if "OutOfMemory" in text or "low on memory" in text:
         kind = OutcomeKind.OOM
     elif "TimeoutError" in text:
         kind = OutcomeKind.TIMEOUT

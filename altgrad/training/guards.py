@@ -155,7 +155,7 @@ class GuardPanel:
 
 def worst_layer(rule: GuardRule, row: Mapping[str, Any]) -> str | None:
     """The layer whose own value of the rule's signal is the most extreme in the rule's direction."""
-    layers = {
+    layers: dict[str, float] = {
         name: values[rule.signal]
         for name, values in row.get("layers", {}).items()
         if values.get(rule.signal) is not None and not math.isnan(values[rule.signal])

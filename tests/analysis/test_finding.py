@@ -80,11 +80,11 @@ def test_no_gain_is_said(tmp_path: Path) -> None:
     assert "Geometry-aware steps gain nothing over AdamW in any 8-bit format" in found.headline
 
 
-def test_a_stopped_arm_of_a_format_that_trains_is_named(tmp_path: Path) -> None:
-    table = {("E5M2", "adamw_nearest"): stall(), ("E4M3", "adamw_nearest"): stall()}
+def test_a_failing_arm_of_a_format_that_trains_is_named_with_its_reason(tmp_path: Path) -> None:
+    table = {("E5M2", "adamw_nearest"): stall(), ("E4M3", "adamw_nearest"): 1.0}
     plan = Plan(["BF16", "E4M3", "E5M2"], ["adamw", "adamw_nearest"], offset=offsets(table))
     found = finding_of(tmp_path, plan)
-    assert "adamw_nearest is stopped in E4M3 and E5M2 (flip_yield)." in found.headline
+    assert "adamw_nearest fails in E4M3 (ends 41% above BF16) and E5M2 (stopped by flip_yield" in found.headline
 
 
 def test_without_a_reference_nothing_is_decided(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_everything_failed(tmp_path: Path) -> None:
     plan = Plan(["BF16", "E5M2", "E4M3"], ["adamw"],
                 offset=lambda name, *_: 0.0 if name == "BF16" else explode())
     found = finding_of(tmp_path, plan)
-    assert found.headline.startswith("None of 2 8-bit formats trains within 10%")
+    assert found.headline.startswith("None of the two 8-bit formats trains within 10%")
     assert "Decided (2 seeds): E4M3 and E5M2 fail." in found.certainty
     gone = finding_of(tmp_path / "all", Plan(["BF16", "E5M2"], ["adamw"], offset=lambda *_: explode()))
     assert "Stopped in every seed: E5M2 adamw." in gone.headline and "Nothing is decided" in gone.certainty
