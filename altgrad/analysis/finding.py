@@ -167,7 +167,7 @@ def _training_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
     best = min(trains, key=lambda item: item.best.rank)
     names = _listed(item.format for item in trains)
     verb = "trains" if len(trains) == 1 else "train"
-    subject = (f"All {_count(len(verdicts))} 8-bit formats train {within}" if len(trains) == len(verdicts) > 1
+    subject = (f"{_all(len(verdicts))} 8-bit formats train {within}" if len(trains) == len(verdicts) > 1
                else f"{names} {verb} {within}")
     comparison = study.comparison(best.best)
     distance = f": {interval_text(comparison)} from BF16" if comparison and comparison.paired else ""
@@ -274,6 +274,10 @@ def _reference_loss(study: Study) -> str:
 def _seeds_text(cell: Cell) -> str:
     stopped = f"{len(cell.stops)} of {cell.n} seeds stopped"
     return f"{cell.arm}: {stopped if cell.stops else 'seeds disagree'}"
+
+
+def _all(number: int) -> str:
+    return "Both" if number == 2 else f"All {_count(number)}"
 
 
 def _count(number: int) -> str:
