@@ -146,6 +146,6 @@ def _fault(trial: Any) -> Outcome:
     elif "TimeoutError" in text:
         kind = OutcomeKind.TIMEOUT
     step = int((trial.last_result or {}).get("step", 0))
-    return Outcome(kind=kind, step=step, message=text.splitlines()[-1][:500])
+    return Outcome(kind=kind, step=step, message=text.splitlines()[-1][:200])
 
 

@@ -39,7 +39,7 @@ class Group:
     members: list[str]
     cell: str
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
-    """rung -> member -> validation loss, nats; infinite where the member can't have one"""
+    """rung -> member -> validation loss, nats; non-finite where the member has none"""
     judged: set[int] = field(default_factory=set)
     finished: set[str] = field(default_factory=set)
     unusable: bool = False
@@ -81,9 +81,7 @@ class Race:
             return
         for rung in self._rungs:
             if rung <= step:
-                group.scores.setdefault(rung, {}).setdefault(
-                    trial_id, loss if math.isfinite(loss) else math.inf
-                )
+                group.scores.setdefault(rung, {}).setdefault(trial_id, loss)
         self._judge(group, step)
 
     def ended(self, trial_id: str, kind: OutcomeKind, step: int) -> None:

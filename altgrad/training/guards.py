@@ -87,8 +87,9 @@ class Verdict:
 
     def message(self) -> str:
         where = f" in {self.layer}" if self.layer else ""
-        against = "is not finite" if self.limit is None else f"against a limit of {self.limit:g}"
-        return f"{self.signal}{where} was {self.value:g} at step {self.step}, {against} (since {self.first_seen})"
+        limit = "" if self.limit is None else f", limit {self.limit:g}"
+        since = "" if self.first_seen == self.step else f", since step {self.first_seen}"
+        return f"{self.signal}{where} was {self.value:g} at step {self.step}{limit}{since}"
 
 
 class GuardPanel:
@@ -129,7 +130,7 @@ class GuardPanel:
         return Verdict(
             kind=OutcomeKind(rule.kind),
             signal=rule.signal,
-            layer=worst_layer(rule, rows[-1]),
+            layer=worst_layer(rule, row, rows[-1]),
             step=int(row["step"]),
             value=float(row[rule.signal]),
             limit=rule.limit,
@@ -153,16 +154,18 @@ class GuardPanel:
             self._since[index], self._held[index] = saved.get(str(rule.model_dump(mode="json")), (None, 0))
 
 
-def worst_layer(rule: GuardRule, row: Mapping[str, Any]) -> str | None:
-    """The layer whose own value of the rule's signal is the most extreme in the rule's direction."""
+def worst_layer(rule: GuardRule, row: Mapping[str, Any], last: Mapping[str, Any]) -> str | None:
+    """Where it happened: the layer most extreme in the rule's direction, or the one whose numbers broke at `row`."""
+    if rule.kind == "nonfinite":
+        broken: str | None = row.get("nonfinite_layer", last.get("nonfinite_layer"))
+        return broken
     layers: dict[str, float] = {
         name: values[rule.signal]
-        for name, values in row.get("layers", {}).items()
+        for name, values in last.get("layers", {}).items()
         if values.get(rule.signal) is not None and not math.isnan(values[rule.signal])
     }
     if not layers:
-        broken: str | None = row.get("nonfinite_layer") if rule.kind == "nonfinite" else None
-        return broken
+        return None
     pick = min if rule.test == "below" else max
     return pick(layers, key=lambda name: layers[name])
 

@@ -83,8 +83,13 @@ class StepSignals:
         row["stable_rank"] = sum(ranks.values()) / len(ranks) if ranks else math.nan
         row["nonfinite_weights"] = int(sum(broken.values()))
         if row["nonfinite_weights"]:
-            row["nonfinite_layer"] = next(name for name, count in broken.items() if count)
+            row["nonfinite_layer"] = layer_name(next(name for name, count in broken.items() if count))
         return row | {"skipped_tensors": self._skipped, "layers": layers}
+
+
+def layer_name(parameter: str) -> str:
+    """The name of the layer that a weight belongs to."""
+    return parameter.removesuffix(".weight")
 
 
 def _counted(values: list[float]) -> dict[str, Any]:

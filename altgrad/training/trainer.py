@@ -29,7 +29,7 @@ from altgrad.training.metrics import bits_per_byte, evaluate, token_loss
 from altgrad.training.model import build_model
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
-from altgrad.training.signals import StepSignals
+from altgrad.training.signals import StepSignals, layer_name
 
 
 class Reporter(Protocol):
@@ -79,6 +79,7 @@ class Trainer:
         self.optimizer.telemetry = observe
         self.signals = StepSignals(self.model, self.optimizer) if observe else None
         self.panel = GuardPanel(config.guards)
+        self._names = [layer_name(name) for name, _ in self.model.named_parameters()]
         self.step = 0
         self.resumed_from: int | None = None
         self._base_lr = config.optimizer.lr
@@ -123,20 +124,10 @@ class Trainer:
         first, rates, pending = self.step + 1, [], []
         for step in range(first, end + 1):
             rates.append(self._set_learning_rate(step))
-            loss, norm = self._train_step(step)
-            pending.append(torch.stack([loss, norm]))
+            pending.append(self._train_step(step))
         self.step = end
         fetched = torch.stack(pending).tolist()
-        rows = [
-            {
-                "step": first + i,
-                "train_loss": loss,
-                "grad_norm": norm,
-                "lr": rates[i],
-                "loss_excess": self._excess(loss),
-            }
-            for i, (loss, norm) in enumerate(fetched)
-        ]
+        rows = [self._row(first + i, rates[i], *values) for i, values in enumerate(fetched)]
         last = rows[-1]
         if self.signals is not None:
             last |= self.signals.collect()
@@ -148,20 +139,46 @@ class Trainer:
         self._seconds += time.perf_counter() - started
         return rows
 
-    def _train_step(self, step: int) -> tuple[Tensor, Tensor]:
+    def _row(self, step: int, rate: float, loss: float, norm: float, *norms: float) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "step": step,
+            "train_loss": loss,
+            "grad_norm": norm,
+            "lr": rate,
+            "loss_excess": self._excess(loss),
+        }
+        if not math.isfinite(norm):
+            # Gradients flow backwards: of the broken layers, the last is the nearest to the cause.
+            broken = [
+                name for name, value in zip(self._names, norms, strict=True) if not math.isfinite(value)
+            ]
+            row["nonfinite_layer"] = broken[-1] if broken else None
+        return row
+
+    def _train_step(self, step: int) -> Tensor:
+        """One step; returns loss, total and per-parameter gradient norms, as one tensor that nobody waited for."""
         config = self.config
         inputs, targets = train_batch(
             self.corpus, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step
         )
         loss = token_loss(self.model, inputs, targets)
         loss.backward()
-        limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norms = self._before_update()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.signals is not None:
             self.signals.after_update()
-        return loss.detach(), norm.detach()
+        return torch.cat([loss.detach()[None], norms])
+
+    def _before_update(self) -> Tensor:
+        """Clips the gradients to the global norm; returns the total and each parameter's L2 norm before that."""
+        parameters = list(self.model.parameters())
+        gradients = [torch.zeros(()) if p.grad is None else p.grad for p in parameters]
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        total = torch.linalg.vector_norm(norms)
+        if self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, total)
+        return torch.cat([total[None], norms])
 
     def _set_learning_rate(self, step: int) -> float:
         rate = self._base_lr * learning_rate_factor(self.config.schedule, step, self.config.steps)

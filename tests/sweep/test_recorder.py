@@ -62,6 +62,21 @@ def test_a_resumed_worker_replaces_the_file(recorder: Recorder) -> None:
     assert sorted(steps(recorder)) == list(range(1, 31)) and steps(recorder)[9] == 3.0
 
 
+def test_a_replaced_file_is_read_anew_even_when_it_is_longer(recorder: Recorder) -> None:
+    write(recorder, 1, 9, after=0)
+    recorder.follow("t")
+    write(recorder, 6, 30, after=5, loss=2.0)
+    recorder.follow("t")
+    assert [steps(recorder)[step] for step in (5, 6, 9, 30)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_ingest_takes_an_ending_whose_rows_are_known(recorder: Recorder) -> None:
+    write(recorder, 1, 3, after=0, outcome=Outcome(kind=OutcomeKind.DONE, step=3))
+    recorder.follow("t")
+    assert recorder.ingest(["t"]) == 1
+    assert recorder.ledger.outcomes()["t"].kind is OutcomeKind.DONE
+
+
 def test_the_workers_ending_counts_before_the_drivers(recorder: Recorder) -> None:
     done, pruned = Outcome(kind=OutcomeKind.DONE, step=3), Outcome(kind=OutcomeKind.PRUNED, step=3)
     write(recorder, 1, 3, after=0, outcome=done)

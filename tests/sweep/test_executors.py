@@ -1,0 +1,102 @@
+"""The actor, without a cluster: it reports, it takes the next trial, and a trial's error stays that trial's."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from altgrad.sweep import executors
+from altgrad.sweep.driver import Breaker, Follower, _fault
+from altgrad.sweep.executors import TrialActor, run_request
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.progress import Progress
+from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.schedulers import HealthScheduler
+from altgrad.training.config import TrainConfig
+from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.record import TrialFolder
+
+CONFIG = TrainConfig.model_validate({
+    "steps": 10, "log_interval": 5, "eval_interval": 5, "checkpoint_interval": 5, "format": "E5M2",
+    "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1}})
+
+
+def request(folder: Path) -> dict[str, Any]:
+    return {"trial": run_request(folder.name, CONFIG, folder)}
+
+
+@pytest.fixture
+def actor(tmp_path: Path) -> TrialActor:
+    return TrialActor(config=request(tmp_path / "a"))
+
+
+def test_an_interval_a_step_and_the_ending_with_the_last(actor: TrialActor, tmp_path: Path) -> None:
+    first, last = actor.step(), actor.step()
+    assert first["step"] == 5 and math.isfinite(first["train_loss"]) and "done" not in first
+    assert last == {"step": 10, "outcome": "done", "done": True}
+    with TrialFolder(tmp_path / "a"):
+        """The ended trial's folder is free."""
+
+
+def test_a_reused_actor_frees_the_old_folder_and_runs_the_new(actor: TrialActor, tmp_path: Path) -> None:
+    actor.step()
+    assert actor.reset_config(request(tmp_path / "b"))
+    with TrialFolder(tmp_path / "a"):
+        """A trial that was stopped in the middle does not stay locked."""
+    assert [actor.step()["step"], actor.step()["step"]] == [5, 10]
+    assert (tmp_path / "b" / "outcome.json").exists() and not (tmp_path / "a" / "outcome.json").exists()
+
+
+@pytest.mark.parametrize(("error", "kind"), [
+    (MemoryError("no room"), OutcomeKind.OOM), (KeyError("planted"), OutcomeKind.BUG)])
+def test_an_error_is_an_outcome_with_its_traceback(actor: TrialActor, tmp_path: Path, error: Exception,
+                                                   kind: OutcomeKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+    monkeypatch.setattr(executors, "Trainer", broken)
+    assert actor.step() == {"step": 0, "outcome": str(kind), "done": True}
+    written = Outcome.from_dict(json.loads((tmp_path / "a" / "outcome.json").read_text()))
+    assert written.kind is kind and type(error).__name__ in written.message
+    assert "Traceback" in (tmp_path / "a" / "traceback.txt").read_text()
+    monkeypatch.undo()
+    actor.reset_config(request(tmp_path / "a"))
+    actor.step()
+    assert actor.step()["outcome"] == "done"
+    assert not (tmp_path / "a" / "traceback.txt").exists()
+
+
+def test_a_folder_that_another_process_owns_is_rays_to_retry(actor: TrialActor, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("altgrad.training.record.LOCK_WAIT_SECONDS", 0.2)
+    with TrialFolder(tmp_path / "a"), pytest.raises(TimeoutError):
+        actor.step()
+    assert not (tmp_path / "a" / "outcome.json").exists()
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("The actor died.\nThe worker process has died.", OutcomeKind.NODE_LOST),
+    ("ray.exceptions.OutOfMemoryError: task was killed", OutcomeKind.OOM),
+    ("TimeoutError: folder has been owned", OutcomeKind.TIMEOUT)])
+def test_rays_words_tell_the_kind_of_a_fault(tmp_path: Path, text: str, kind: OutcomeKind) -> None:
+    (tmp_path / "error.txt").write_text(text)
+    outcome = _fault(SimpleNamespace(error_file=str(tmp_path / "error.txt"), last_result={"step": 7}))
+    assert (outcome.kind, outcome.step, outcome.message) == (kind, 7, text.splitlines()[-1])
+    assert _fault(SimpleNamespace(error_file=None, last_result=None)).kind is OutcomeKind.NODE_LOST
+
+
+def test_three_equal_errors_break_the_sweep_and_different_ones_do_not(tmp_path: Path) -> None:
+    trials = dict.fromkeys("abcd", CONFIG)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.add_trials(trials, "0" * 64)
+        breaker = Breaker()
+        follower = Follower(Recorder(ledger, tmp_path), Progress(trials, 4, live=False),
+                            HealthScheduler(trials), breaker)
+        for trial_id, message in zip("abcd", ("x", "y", "x", "x"), strict=True):
+            assert not breaker.stop_all()
+            with TrialFolder(tmp_path / trial_id) as folder:
+                folder.finish(Outcome(kind=OutcomeKind.BUG, step=0, message=message))
+            follower.on_trial_complete(0, [], SimpleNamespace(config={"trial": {"trial_id": trial_id}}))
+    assert breaker.stop_all() and breaker.reason == "x"
