@@ -24,6 +24,7 @@ from altgrad.analysis.finding import Finding, find
 from altgrad.analysis.load import UNRESOLVED, Records, load, newest_setting, results_table
 from altgrad.analysis.stats import p_floor
 from altgrad.analysis.tables import DASH, cells_table, choices_table, geometry_table, stops_table
+from altgrad.training.outcome import OutcomeKind
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def write_report(out_dir: Path) -> Finding:
         raise ValueError(f"{out_dir / 'ledger.sqlite'} holds no trials")
     records = newest_setting(recorded)
     study = build_study(records.trials)
-    results = int((records.trials["state"] != UNRESOLVED).sum())
+    is_pruned = records.trials["outcome"] == OutcomeKind.PRUNED
+    results = int(((records.trials["state"] != UNRESOLVED) | is_pruned).sum())
     folder = out_dir / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     finding = replace(find(study, results, len(records.trials)), path=folder / "report.html")

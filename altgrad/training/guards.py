@@ -86,7 +86,8 @@ class Verdict:
     first_seen: int
 
     def message(self) -> str:
-        where = f" in {self.layer}" if self.layer else ""
+        is_local = self.kind is OutcomeKind.NONFINITE
+        where = "" if self.layer is None else f" in {self.layer}" if is_local else f" (worst in {self.layer})"
         limit = "" if self.limit is None else f", limit {self.limit:g}"
         since = "" if self.first_seen == self.step else f", since step {self.first_seen}"
         return f"{self.signal}{where} was {self.value:g} at step {self.step}{limit}{since}"

@@ -17,6 +17,7 @@ from synthetic import Plan, explode, stall, write_ledger
 from altgrad.analysis.curves import spread
 from altgrad.analysis.report import write_report
 from altgrad.training.config import ARMS
+from altgrad.training.outcome import Outcome, OutcomeKind
 
 EIGHT_BIT = ["E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0"]
 
@@ -167,3 +168,12 @@ def test_it_renders_in_a_browser(written: Path, tmp_path: Path, size: str) -> No
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
     seen = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1))  # type: ignore[union-attr]
     assert seen == {"wide": False, "images": [1170] * 5}, "the page scrolls sideways, or a picture is broken"
+
+
+def test_a_pruned_trial_is_a_result_and_not_a_number(tmp_path: Path) -> None:
+    pruned = Outcome(kind=OutcomeKind.PRUNED, step=50, signal="val_loss", value=4.0, limit=3.0, val_loss=4.0)
+    plan = Plan(["BF16", "E5M2"], ["adamw", "manifold"],
+                offset=lambda name, arm, seed: pruned if (name, arm) == ("E5M2", "manifold") else 0.0)
+    finding = write_report(write_ledger(tmp_path, plan))
+    assert (finding.results, finding.trials) == (8, 8) and "Incomplete" not in finding.certainty
+    assert "E5M2 with manifold" not in finding.headline
