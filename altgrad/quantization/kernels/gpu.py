@@ -1,0 +1,152 @@
+"""The rounding rule as Triton kernels: one read and one write of the tensor, which is the floor on a GPU.
+
+The rule is the package's; see its docstring. Three things keep the results those of the other kernels bit for bit:
+the division is the correctly rounded one (`div_rn`: Triton's own float32 division on a GPU is not), every other
+float operation is exact by construction, and the stochastic draw is the same counter hash of (seed, flat index).
+float16 and bfloat16 are widened on load and rounded on store, without a float32 tensor between; bfloat16 by its bits,
+which say the same on every device (the interpreter's own conversion truncates).
+
+Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from altgrad.quantization.kernels import NEAREST_U, Grid, Overflow, Rounding, hash_keys, overflow_values
+
+BLOCK = 1024
+
+
+@triton.jit
+def _hash(index, first, second):  # type: ignore[no-untyped-def]
+    """32 hashed bits of the flat index under two keys, uint32."""
+    h = index ^ first
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) ^ second
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _load(pointer, index, mask, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The elements as float32; bfloat16 comes as its bits."""
+    x = tl.load(pointer + index, mask=mask, other=0)
+    if IS_BFLOAT16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, index, value, mask, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rounds to the tensor's dtype, ties to even."""
+    if IS_BFLOAT16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
+        tl.store(pointer + index, rounded.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer + index, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _magnitude_code(bits, u, odd, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Code of the magnitude with these float32 bits, rounded by u, uint32; not yet clamped to the largest."""
+    magnitude = bits.to(tl.float32, bitcast=True)
+    is_normal = magnitude >= min_normal
+    steps = tl.where(is_normal, 0.0, magnitude) * unscale * unscale_rest
+    whole = steps.to(tl.int32)
+    below = tl.where(is_normal, (bits >> SHIFT) - OFFSET, whole.to(tl.uint32))
+    low = (bits & ((1 << SHIFT) - 1)) << (31 - SHIFT)
+    part = ((steps - whole.to(tl.float32)) * 2147483648.0).to(tl.int32).to(tl.uint32)
+    fraction = tl.where(is_normal, low, part)
+    return below + ((fraction + u + (below & odd)) >> 31)
+
+
+# A key of 1 must stay a number: specialised, it would become a constant without a type.
+@triton.jit(do_not_specialize=["first", "second", "u"])
+def _round(  # type: ignore[no-untyped-def]
+    x_pointer, out_pointer, scale_pointer, elements, first, second, min_normal, spacing, unscale, unscale_rest,
+    finite_over, infinite_over, u,
+    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, ODD: tl.constexpr,
+    STOCHASTIC: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < elements
+    scale = tl.load(scale_pointer)
+    y = tl.div_rn(_load(x_pointer, index, mask, IS_BFLOAT16), scale)
+    bits = y.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if STOCHASTIC:  # noqa: SIM108 (Triton compiles a branch on a constant away, but both sides of a conditional)
+        draw = _hash(index.to(tl.uint32), first.to(tl.uint32), second.to(tl.uint32)) >> 1
+    else:
+        draw = u.to(tl.uint32)
+    code = _magnitude_code(magnitude, draw, ODD, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
+    clamped = tl.minimum(code, MAX_INDEX)
+    normal = ((clamped + OFFSET) << SHIFT).to(tl.float32, bitcast=True)
+    value = tl.where(clamped >= (1 << (23 - SHIFT)), normal, clamped.to(tl.int32).to(tl.float32) * spacing)
+    value = tl.where(code > MAX_INDEX, finite_over, value)
+    value = tl.where(magnitude == 0x7F800000, infinite_over, value)
+    signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+    result = tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True) * scale
+    _store(out_pointer, index, result, mask, IS_BFLOAT16)
+
+
+@triton.jit(do_not_specialize=["u"])
+def _index(  # type: ignore[no-untyped-def]
+    x_pointer, out_pointer, scale_pointer, elements, min_normal, unscale, unscale_rest, u,
+    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, IS_BFLOAT16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < elements
+    y = tl.div_rn(_load(x_pointer, index, mask, IS_BFLOAT16), tl.load(scale_pointer))
+    bits = y.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    code = _magnitude_code(magnitude, u.to(tl.uint32), 1, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
+    code = tl.where(magnitude > 0x7F800000, 0, tl.minimum(code, MAX_INDEX)).to(tl.int32)
+    tl.store(out_pointer + index, tl.where(bits >= 0x80000000, -code, code), mask=mask)
+
+
+def quantize(
+    x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor
+) -> None:
+    """round(x / scale) * scale into `out`; contiguous tensors of one floating dtype, possibly the same one."""
+    finite_over, infinite_over = overflow_values(grid, rounding, overflow)
+    is_stochastic = rounding == "stochastic"
+    if is_stochastic and seed is None:
+        raise ValueError("stochastic rounding needs a seed, an integer of up to 64 bits; got None")
+    first, second = hash_keys(seed or 0) if is_stochastic else (0, 0)
+    is_nearest = rounding == "nearest"
+    _round[_programs(x)](
+        _plain(x), _plain(out), _scale_on(x, scale), x.numel(), first, second, grid.min_normal, grid.spacing,
+        grid.unscale, grid.unscale_rest, finite_over, infinite_over, NEAREST_U if is_nearest else 0,
+        SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index, ODD=int(is_nearest),
+        STOCHASTIC=is_stochastic, IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def code_index(x: Tensor, scale: float | Tensor, grid: Grid, out: Tensor) -> None:
+    """Signed code nearest to x / scale into the int32 `out`."""
+    _index[_programs(x)](
+        _plain(x), out, _scale_on(x, scale), x.numel(), grid.min_normal, grid.unscale, grid.unscale_rest, NEAREST_U,
+        SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index,
+        IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().view(torch.int16) if x.dtype == torch.bfloat16 else x.detach()
+
+
+def _programs(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), BLOCK),)
+
+
+def _scale_on(x: Tensor, scale: float | Tensor) -> Tensor:
+    """The scale as a float32 tensor on x's device: read by the kernel, so that nobody waits for it."""
+    return torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
+

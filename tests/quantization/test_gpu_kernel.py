@@ -1,0 +1,113 @@
+"""The Triton kernels equal the reference bit for bit: under the interpreter here, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton", reason="triton is not installed (extra 'gpu')")
+
+from altgrad.quantization import get_format  # noqa: E402
+from altgrad.quantization.kernels import gpu, grid_of, reference  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+FORMATS = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E4M3/ieee", "E5M2", "E5M2/finite", "E6M1", "E7M0", "E2M1", "E3M2",
+           "BF16", "FP16")  # fmt: skip
+SEED = 0x9876_5432_1FED_CBA9
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def inputs(name: str) -> torch.Tensor:
+    """Every value, every midpoint and their float32 neighbours, specials, and magnitudes from 2^-140 to 2^127."""
+    values = get_format(name).values[:: max(1, get_format(name).num_codes // 1024)]
+    middle = (values[1:].double() + values[:-1].double()).div(2).float()
+    points = torch.cat([values, middle])
+    infinity = torch.tensor(float("inf"))
+    around = torch.cat([points, torch.nextafter(points, infinity), torch.nextafter(points, -infinity)])
+    generator = torch.Generator().manual_seed(1)
+    exponents = torch.randint(-140, 128, (2000,), generator=generator).double()
+    spread = (torch.randn(2000, generator=generator).double() * torch.exp2(exponents)).float()
+    special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3.4e38])
+    return torch.cat([around, spread, special]).to(DEVICE)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal including the sign of zero; any NaN equals any other."""
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return bool((a.isnan() & b.isnan() | (a.view(bits) == b.view(bits))).all())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "toward_zero", "stochastic"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounding_is_the_references(name, rounding):
+    grid, x = grid_of(get_format(name)), inputs(name)
+    seed = SEED if rounding == "stochastic" else None
+    for scale in (1.0, 0.37, 2.0**-20):
+        out = torch.empty_like(x)
+        gpu.quantize(x, scale, grid, rounding, "saturate", seed, out)
+        expected = reference.quantize(x, torch.tensor(scale, device=DEVICE), grid, rounding, "saturate", seed)
+        assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["E4M3", "E5M2", "E0M7", "E7M0"])
+def test_half_inputs_are_widened_and_rounded_back(name, dtype):
+    grid, x = grid_of(get_format(name)), inputs(name).to(dtype)
+    for scale in (1.0, 0.37):
+        out = torch.empty_like(x)
+        gpu.quantize(x, scale, grid, "nearest", "saturate", None, out)
+        wide = reference.quantize(x.float(), torch.tensor(scale, device=DEVICE), grid, "nearest", "saturate")
+        assert same_bits(out, wide.to(dtype))
+
+
+def test_overflow_to_infinity_and_in_place():
+    grid, x = grid_of(get_format("E5M2")), inputs("E5M2")
+    expected = reference.quantize(x, 1.0, grid, "nearest", "inf")
+    assert expected.isinf().sum() > x.isinf().sum()
+    gpu.quantize(x, 1.0, grid, "nearest", "inf", None, x)
+    assert same_bits(x, expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_indices_are_the_references(name):
+    grid, x = grid_of(get_format(name)), inputs(name)
+    out = torch.empty(x.shape, dtype=torch.int32, device=DEVICE)
+    gpu.code_index(x, 0.37, grid, out)
+    assert torch.equal(out, reference.code_index(x, torch.tensor(0.37, device=DEVICE), grid))
+
+
+def test_seeds_that_are_small_numbers_stay_numbers():
+    grid, x = grid_of(get_format("E4M3")), inputs("E4M3")
+    for seed in (0, 1, 2**63):
+        out = torch.empty_like(x)
+        gpu.quantize(x, 1.0, grid, "stochastic", "saturate", seed, out)
+        assert same_bits(out, reference.quantize(x, 1.0, grid, "stochastic", "saturate", seed))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+def test_ratio_to_a_device_copy_is_printed(record_property):
+    x = torch.randn(2**26, device="cuda")
+    out = torch.empty_like(x)
+    grid = grid_of(get_format("E4M3"))
+
+    def seconds(work) -> float:
+        work()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    ratio = (seconds(lambda: gpu.quantize(x, 1.0, grid, "nearest", "saturate", None, out))
+             / seconds(lambda: out.copy_(x)))  # fmt: skip
+    record_property("quantize_over_copy", ratio)
+    print(f"quantize / copy_ on {torch.cuda.get_device_name()}: {ratio:.2f}")
+    assert torch.isfinite(out).all()
