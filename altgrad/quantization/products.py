@@ -1,0 +1,94 @@
+"""Matrix products of quantized operands: on the hardware's own 8-bit units, or emulated with the same operands.
+
+An operand is a tensor of exact grid values under one scale per tensor. Three kinds of pairs have hardware:
+
+* E4M3/fn and E5M2/ieee are torch's native float8 dtypes: `torch._scaled_mm`, on GPUs of compute capability 8.9 and
+  above; two E5M2 operands have no kernel there.
+* E0M7 and E1M6/finite are integers in -127 ... 127 times a power of two: `torch._int_mm` adds them exactly in int32
+  (K up to 133 000), on GPUs of compute capability 8.0 and above.
+* everything else is emulated: products of exact values, exact in float32, and summed in float32.
+
+Native and emulated products see the same operands, so they differ only by the order and width of their sums: at
+most about K · 2^-24 relative to the sum of the magnitudes in float32, and a native float8 accumulator may keep fewer
+bits. On the CPU emulation is the faster one and the default; both exist there, which is how they are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.formats import FloatFormat, get_format
+
+Product = Literal["auto", "native", "emulated"]
+
+FLOAT8_DTYPES: dict[FloatFormat, torch.dtype] = {
+    get_format("E4M3/fn"): torch.float8_e4m3fn,
+    get_format("E5M2/ieee"): torch.float8_e5m2,
+}
+INTEGER_FORMATS = frozenset({get_format("E0M7"), get_format("E1M6/finite")})
+FLOAT8_CAPABILITY, INT8_CAPABILITY = (8, 9), (8, 0)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Values on the grid of `fmt` times `scale` (0-d float32); `values` [rows, K] are the scaled ones, float32."""
+
+    values: Tensor
+    fmt: FloatFormat | None
+    scale: Tensor | None
+
+    @property
+    def transposed(self) -> Operand:
+        return Operand(self.values.T, self.fmt, self.scale)
+
+
+def matmul_transposed(a: Operand, b: Operand, product: Product = "auto") -> Tensor:
+    """a [M, K] · b [N, K]ᵀ, float32 [M, N]. ValueError where 'native' is asked for and the pair has no unit."""
+    kind = native_kind(a.fmt, b.fmt)
+    if product == "emulated" or (product == "auto" and not _is_worth_it(kind, a.values, b.values)):
+        return a.values @ b.values.T
+    if kind is None:
+        names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
+        raise ValueError(f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
+                         "E5M2), or two of E0M7 and E1M6; otherwise product='emulated'")  # fmt: skip
+    return _float8(a, b) if kind == "float8" else _int8(a, b)
+
+
+def native_kind(a: FloatFormat | None, b: FloatFormat | None) -> Literal["float8", "int8"] | None:
+    """The unit that multiplies these two formats, if there is one."""
+    if a in INTEGER_FORMATS and b in INTEGER_FORMATS:
+        return "int8"
+    are_float8 = a in FLOAT8_DTYPES and b in FLOAT8_DTYPES
+    both_e5m2 = a == b == get_format("E5M2")
+    return "float8" if are_float8 and not both_e5m2 else None
+
+
+def _is_worth_it(kind: str | None, a: Tensor, b: Tensor) -> bool:
+    """Whether the device has the unit and the shapes suit it (multiples of 16, and rows enough for int8)."""
+    if kind is None or a.device.type != "cuda":
+        return False
+    needed = FLOAT8_CAPABILITY if kind == "float8" else INT8_CAPABILITY
+    fits = a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0 and a.shape[0] % 16 == 0 and a.shape[0] > 16
+    return fits and torch.cuda.get_device_capability(a.device) >= needed
+
+
+def _float8(a: Operand, b: Operand) -> Tensor:
+    left, right = _scaled(a), _scaled(b)
+    codes = [(operand.values / scale).contiguous().to(FLOAT8_DTYPES[operand.fmt])  # type: ignore[index]
+             for operand, scale in ((a, left), (b, right))]  # fmt: skip
+    return torch._scaled_mm(codes[0], codes[1].T, scale_a=left, scale_b=right, out_dtype=torch.float32)
+
+
+def _int8(a: Operand, b: Operand) -> Tensor:
+    steps = [_scaled(operand) * operand.fmt.min_spacing for operand in (a, b)]  # type: ignore[union-attr]
+    codes = [(operand.values / step).round().to(torch.int8).contiguous()
+             for operand, step in zip((a, b), steps, strict=True)]  # fmt: skip
+    return torch._int_mm(codes[0], codes[1].T).to(torch.float32) * (steps[0] * steps[1])
+
+
+def _scaled(operand: Operand) -> Tensor:
+    return torch.ones((), device=operand.values.device) if operand.scale is None else operand.scale

@@ -1,0 +1,49 @@
+"""Native 8-bit products equal the emulated ones within the stated accumulation error, and say when they can't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from altgrad.quantization import compute_scale, get_format, quantize
+from altgrad.quantization.products import Operand, matmul_transposed, native_kind
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def operand(shape: tuple[int, int], name: str, seed: int, power_of_two: bool = False) -> Operand:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=generator) * 0.3).to(DEVICE)
+    scale = compute_scale(x, name, power_of_two=power_of_two)
+    return Operand(quantize(x, name, scale), get_format(name), scale)
+
+
+def accumulation_bound(a: Operand, b: Operand) -> torch.Tensor:
+    """K · 2^-23 of the sum of magnitudes: float32 sums in any order, and the operands' own last bit."""
+    return a.values.shape[1] * 2.0**-23 * (a.values.abs() @ b.values.abs().T)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(("left", "right"), [("E4M3", "E4M3"), ("E5M2", "E4M3"), ("E4M3", "E5M2"), ("E0M7", "E0M7"),
+                                             ("E1M6", "E1M6"), ("E0M7", "E1M6")])  # fmt: skip
+def test_native_equals_emulated(left, right, power_of_two):
+    a, b = operand((48, 128), left, 1, power_of_two), operand((32, 128), right, 2, power_of_two)
+    native = matmul_transposed(a, b, "native")
+    exact = a.values.double() @ b.values.double().T
+    for product in (native, matmul_transposed(a, b, "emulated")):
+        assert ((product.double() - exact).abs() <= accumulation_bound(a, b)).all()
+
+
+def test_integer_products_are_exact_under_power_of_two_scales():
+    a, b = operand((32, 512), "E0M7", 1, True), operand((32, 512), "E1M6", 2, True)
+    exact = a.values.double() @ b.values.double().T
+    assert torch.equal(matmul_transposed(a, b, "native").double(), exact)
+
+
+@pytest.mark.parametrize(("left", "right"), [("E5M2", "E5M2"), ("E3M4", "E4M3"), ("BF16", "BF16"), ("E0M7", "E4M3")])
+def test_pairs_without_a_unit_say_so(left, right):
+    assert native_kind(get_format(left), get_format(right)) is None
+    a, b = operand((16, 16), left, 1), operand((16, 16), right, 2)
+    with pytest.raises(ValueError, match="no hardware multiplies"):
+        matmul_transposed(a, b, "native")
+    assert torch.equal(matmul_transposed(a, b, "auto"), matmul_transposed(a, b, "emulated"))
