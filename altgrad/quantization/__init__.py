@@ -4,6 +4,23 @@ them.
 Imports torch and pydantic; numba only when a kernel is first used, and only where it is installed.
 """
 
+from altgrad.quantization.block_scaling import (
+    BLOCK_FORMATS,
+    BlockCodes,
+    BlockFormat,
+    block_decode,
+    block_encode,
+    block_quantize,
+    block_scale,
+    get_block_format,
+)
+from altgrad.quantization.conversion import (
+    ConversionRow,
+    ConversionTable,
+    dequantize_model,
+    quantize_model,
+    quantized_parameters,
+)
 from altgrad.quantization.flip_metrics import (
     WeightFlipTracker,
     compute_flip_rate,
@@ -13,15 +30,7 @@ from altgrad.quantization.flip_metrics import (
     flip_yield,
 )
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
-from altgrad.quantization.layers import (
-    ConversionRow,
-    ConversionTable,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    dequantize_model,
-    quantize_model,
-    quantized_parameters,
-)
+from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from altgrad.quantization.ops import (
     code_index,
     decode,
@@ -42,16 +51,29 @@ from altgrad.quantization.rank_health import (
     compute_stable_rank,
     variance_rank,
 )
-from altgrad.quantization.scaling import AmaxHistory, ScaleTracker, compute_scale, format_scale
+from altgrad.quantization.roles import Role
+from altgrad.quantization.scaling import (
+    AmaxHistory,
+    ScaleRule,
+    ScaleTracker,
+    compute_channel_scale,
+    compute_scale,
+    format_scale,
+    synchronize_amax,
+)
+from altgrad.quantization.weight_grid import WeightGrid, weight_grid
 
 NUMERICS_VERSION = 1
 """Raised whenever the same configuration would train to other numbers; it is part of a trial's identity."""
 
 __all__ = [
+    "BLOCK_FORMATS",
     "FORMATS",
     "NUMERICS_VERSION",
     "POLICIES",
     "AmaxHistory",
+    "BlockCodes",
+    "BlockFormat",
     "ConversionRow",
     "ConversionTable",
     "FloatFormat",
@@ -63,9 +85,17 @@ __all__ = [
     "RankTrendDetector",
     "RankWarning",
     "ReferenceRatioDetector",
+    "Role",
+    "ScaleRule",
     "ScaleTracker",
     "WeightFlipTracker",
+    "WeightGrid",
+    "block_decode",
+    "block_encode",
+    "block_quantize",
+    "block_scale",
     "code_index",
+    "compute_channel_scale",
     "compute_effective_rank",
     "compute_flip_rate",
     "compute_scale",
@@ -78,6 +108,7 @@ __all__ = [
     "expected_flips",
     "flip_yield",
     "format_scale",
+    "get_block_format",
     "get_format",
     "hash_uniform",
     "index_to_value",
@@ -86,6 +117,8 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantized_parameters",
+    "synchronize_amax",
     "ulp",
     "variance_rank",
+    "weight_grid",
 ]

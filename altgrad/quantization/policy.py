@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from altgrad.quantization.formats import get_format
+from altgrad.quantization.roles import Role, as_role
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head")
 """Last parts of the names that an output layer goes by."""
@@ -23,17 +24,17 @@ ATTENTION_PATTERN = r"(^|\.)(attn|attention|self_attn|self_attention)\."
 
 
 class LayerRule(BaseModel):
-    """Formats for the layers whose name matches; a format is a name `get_format` knows."""
+    """Roles for the layers whose name matches; a format's name alone means current amax and nearest rounding."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pattern: str = Field(description="regular expression searched in the layer's name")
-    weight: str | None = Field(default=None, description="format of the weight; none keeps BF16")
-    activation: str | None = Field(
-        default="BF16", description="format of input and output; none leaves them in float32"
+    weight: Role | None = Field(default=None, description="role of the weight; none keeps BF16")
+    activation: Role | None = Field(
+        default=Role(format="BF16"), description="role of the input; none leaves input and output in float32"
     )
-    gradient: str | None = Field(
-        default="BF16", description="format of the output's gradient; none leaves it in float32"
+    gradient: Role | None = Field(
+        default=Role(format="BF16"), description="role of the output's gradient; none leaves it in float32"
     )
 
     @field_validator("pattern")
@@ -45,10 +46,10 @@ class LayerRule(BaseModel):
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return pattern
 
-    @field_validator("weight", "activation", "gradient")
+    @field_validator("weight", "activation", "gradient", mode="before")
     @classmethod
-    def _exists(cls, name: str | None) -> str | None:
-        return None if name is None else get_format(name).name
+    def _from_name(cls, value: object) -> object:
+        return as_role(value) if isinstance(value, str) else value
 
     def matches(self, layer_name: str) -> bool:
         """Whether the pattern is found in the name."""
@@ -68,7 +69,8 @@ class PrecisionPolicy(BaseModel):
 
 
 def _everywhere(fmt: str, activation: str = "BF16", gradient: str = "BF16") -> LayerRule:
-    return LayerRule(pattern="", weight=fmt, activation=activation, gradient=gradient)
+    roles = {"weight": fmt, "activation": activation, "gradient": gradient}
+    return LayerRule.model_validate({"pattern": "", **roles})
 
 
 def _uniform(fmt: str) -> tuple[LayerRule, ...]:
@@ -97,8 +99,8 @@ def _classic(fmt: str) -> tuple[LayerRule, ...]:
     return (
         LayerRule(pattern=HEAD_PATTERN),
         LayerRule(pattern=r"(^|\.)c_proj$"),
-        LayerRule(pattern=ATTENTION_PATTERN, weight="E5M2"),
-        LayerRule(pattern=r"(^|\.)mlp\.", weight="E3M4"),
+        LayerRule(pattern=ATTENTION_PATTERN, weight=as_role("E5M2")),
+        LayerRule(pattern=r"(^|\.)mlp\.", weight=as_role("E3M4")),
         LayerRule(pattern=""),
     )
 

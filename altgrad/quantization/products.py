@@ -16,12 +16,12 @@ bits. On the CPU emulation is the faster one and the default; both exist there, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
 
 Product = Literal["auto", "native", "emulated"]
 
@@ -43,18 +43,37 @@ class Operand:
 
     @property
     def transposed(self) -> Operand:
-        return Operand(self.values.T, self.fmt, self.scale)
+        return self.with_values(self.values.T)
+
+    @property
+    def is_per_tensor(self) -> bool:
+        """Whether one scale holds for all values, which is what the native products take."""
+        return self.scale is None or self.scale.numel() == 1
+
+    def with_values(self, values: Tensor) -> Operand:
+        """The same operand in another shape."""
+        return Operand(values, self.fmt, self.scale)
+
+
+def check_product(product: str) -> Product:
+    """The product's kind, or a ValueError that says what is allowed."""
+    if product not in get_args(Product):
+        raise ValueError(unknown_message("product", product, get_args(Product)))
+    return cast(Product, product)
 
 
 def matmul_transposed(a: Operand, b: Operand, product: Product = "auto") -> Tensor:
     """a [M, K] · b [N, K]ᵀ, float32 [M, N]. ValueError where 'native' is asked for and the pair has no unit."""
-    kind = native_kind(a.fmt, b.fmt)
+    if torch.is_autocast_enabled(a.values.device.type):
+        with torch.autocast(a.values.device.type, enabled=False):
+            return matmul_transposed(a, b, product)
+    kind = native_kind(a.fmt, b.fmt) if a.is_per_tensor and b.is_per_tensor else None
     if product == "emulated" or (product == "auto" and not _is_worth_it(kind, a.values, b.values)):
         return a.values @ b.values.T
     if kind is None:
         names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
         raise ValueError(f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
-                         "E5M2), or two of E0M7 and E1M6; otherwise product='emulated'")  # fmt: skip
+                         "E5M2), or two of E0M7 and E1M6, one scale a tensor; otherwise 'emulated'")  # fmt: skip
     return _float8(a, b) if kind == "float8" else _int8(a, b)
 
 

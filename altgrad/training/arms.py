@@ -84,6 +84,8 @@ class RoundedAdamW(GridAwareOptimizer):
         scale = self._scale(step)
         target = step.weight - self._change(step, scale)
         new = target if rounding is None else quantize(target, fmt, scale, rounding=rounding, seed=step.seed)
+        # What counts is what the parameter's own dtype keeps.
+        new = new.to(step.parameter.dtype).float()
         counts = self._counts(step, target, new, scale) if self.telemetry else None
         step.parameter.copy_(new)
         if rounding is not None:
@@ -103,7 +105,7 @@ class RoundedAdamW(GridAwareOptimizer):
 
     def _counts(self, step: TensorStep, target: Tensor, new: Tensor, scale: Tensor) -> StepCounts:
         old, fmt = step.weight, step.fmt
-        change = target - old
+        change = (new if step.group["rounding"] is None else target) - old
         # Into a lower binade the way to the next code is the lower binade's spacing.
         spacing = torch.minimum(ulp(old, fmt, scale), ulp(target, fmt, scale))
         expected = (change.abs() / spacing).clamp_(max=1).sum()

@@ -71,8 +71,6 @@ class GridOptim(GridAwareOptimizer):
         tensor_scale: float | None = None,
         seed: int = 0,
     ) -> None:
-        if not rung_clip > 0:
-            raise ValueError(f"rung_clip={rung_clip} must be positive (rungs)")
         defaults = {
             "lr": lr,
             "format": format,

@@ -21,8 +21,14 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Mean validation loss in nats per token over batches of equal size."""
+    """Mean validation loss in nats per token over batches of equal size.
+
+    In evaluation mode, so that no scale history and no draw of stochastic rounding moves on.
+    """
+    was_training = model.training
+    model.eval()
     losses = [token_loss(model, inputs, targets) for inputs, targets in batches]
+    model.train(was_training)
     return float(torch.stack(losses).mean())
 
 

@@ -2,8 +2,8 @@
 
 A master arm (`rounding=None`) keeps float32 weights; the layer rounds them at each use under the current amax
 scale, and the gradient passes straight through. A resident arm keeps the weights on the format's grid; it owns one
-power-of-two scale per tensor, with twofold head-room, which the layer reads from the parameter (`grid_scale`), so
-that the layer is the identity on such weights. A scale doubles only when more than one weight in a thousand left
+power-of-two scale per tensor, with twofold head-room, which the layer shares (`WeightGrid`), so that the layer is the
+identity on such weights. A scale doubles only when more than one weight in a thousand left
 the grid for three steps in a row; that is counted as an event.
 
 Flips are differences of integer codes under one scale. `expected` is the sum of min(1, |change| / spacing): what
@@ -14,6 +14,7 @@ its own but the step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize
+from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, weight_grid
 
 HEADROOM = 2.0
 OVERFLOW_SHARE = 1e-3
@@ -73,6 +74,38 @@ class TensorStep:
         )
 
 
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a number >= 0", lambda value: 0 <= value < math.inf),
+    "eps": ("a number > 0", lambda value: 0 < value < math.inf),
+    "weight_decay": ("a number >= 0", lambda value: 0 <= value < math.inf),
+    "betas": ("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
+    "momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "beta2": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "max_stiffness": ("a number > 0", lambda value: value > 0),
+    "rung_clip": ("a number > 0, in rungs", lambda value: value > 0),
+    "tensor_scale": ("None or a number > 0", lambda value: value is None or 0 < value < math.inf),
+    "rounding": ("None, 'nearest' or 'stochastic'", lambda value: value in (None, "nearest", "stochastic")),
+    "precondition": ("'update' or 'gradient'", lambda value: value in ("update", "gradient")),
+    "normalize": ("'rms' or 'none'", lambda value: value in ("rms", "none")),
+    "step_unit": ("'weight', or the arm's own unit", lambda value: value in ("weight", "ulp", "rungs")),
+}
+"""What each argument of an arm may be, in words and as a test."""
+
+
+def check_arguments(group: dict[str, Any]) -> None:
+    """Raises ValueError that names the first argument out of its range, its value and what is allowed."""
+    for name, value in group.items():
+        if name in RANGES and not RANGES[name][1](value):
+            raise ValueError(f"{name}={value!r} is not allowed: {RANGES[name][0]}")
+    own_unit = "rungs" if "rung_clip" in group else "ulp"
+    if group.get("step_unit", "weight") not in ("weight", own_unit):
+        raise ValueError(f"step_unit={group['step_unit']!r} is not allowed: 'weight' or {own_unit!r}")
+    if group.get("carry") and group["rung_clip"] < 1:
+        raise ValueError(f"rung_clip={group['rung_clip']} is not allowed with carry: at least 1, one whole rung")
+    if group.get("format") is not None:
+        get_format(group["format"])
+
+
 class GridAwareOptimizer(torch.optim.Optimizer):
     """Plumbing shared by the arms: state, scales, randomness, counting, exact resume.
 
@@ -85,18 +118,28 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         self.telemetry = True
         self.counts: dict[Tensor, StepCounts] = {}
         self.skipped = 0
-        if defaults["lr"] < 0:
-            raise ValueError(f"lr={defaults['lr']} must not be negative")
-        if defaults["format"] is not None:
-            defaults["format"] = get_format(defaults["format"]).name
+        check_arguments(defaults)
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After copying, unpickling and loading: torch keeps groups and state only."""
+        super().__setstate__(state)
+        for name, value in (("telemetry", True), ("counts", {}), ("skipped", 0)):
+            self.__dict__.setdefault(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_arguments(self.defaults | param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["format"] is not None and self._is_resident(group):
-            for parameter in group["params"]:
+        if group["format"] is None:
+            return
+        group["format"] = get_format(group["format"]).name
+        for parameter in group["params"]:
+            if self._is_resident(group):
                 self._place_on_grid(parameter, group)
+            elif hasattr(parameter, "grid"):
+                # A master's scale follows its amax; one left by an earlier optimizer would not.
+                parameter.grid.join(get_format(group["format"])).scale = None
 
     def _is_resident(self, group: dict[str, Any]) -> bool:
         return group.get("rounding") is not None
@@ -104,15 +147,19 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _place_on_grid(self, parameter: Any, group: dict[str, Any]) -> None:
         fmt = get_format(group["format"])
+        grid = weight_grid(parameter).join(fmt)
+        weight = parameter.float()
         if group["tensor_scale"] is not None:
             scale = torch.tensor(float(group["tensor_scale"]), device=parameter.device)
+        elif grid.scale is not None and torch.equal(quantize(weight, fmt, grid.scale), weight):
+            scale = grid.scale
         elif fmt.total_bits > 8:
             scale = torch.tensor(1.0, device=parameter.device)
         else:
-            scale = compute_scale(parameter, fmt, power_of_two=True, headroom=HEADROOM)
+            scale = compute_scale(weight, fmt, power_of_two=True, headroom=HEADROOM)
         self.state[parameter].update(grid_scale=scale, overflow_streak=0)
-        parameter.grid_scale = scale
-        parameter.copy_(quantize(parameter.float(), fmt, scale))
+        grid.scale = scale
+        parameter.copy_(quantize(weight, fmt, scale))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -132,6 +179,9 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 
     def _step_tensor(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
         assert parameter.grad is not None
+        if parameter.grad.is_sparse:
+            raise ValueError(f"the gradient of parameter {index} {tuple(parameter.shape)} is sparse; dense ones are "
+                             "needed (nn.Embedding(sparse=False))")  # fmt: skip
         grad = parameter.grad.float()
         if not torch.isfinite(grad).all():
             self.skipped += 1
@@ -172,7 +222,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if state["overflow_streak"] < OVERFLOW_STEPS or fmt.total_bits > 8:
             return False
         state["overflow_streak"] = 0
-        state["grid_scale"] = parameter.grid_scale = state["grid_scale"] * 2
+        state["grid_scale"] = weight_grid(parameter).scale = state["grid_scale"] * 2
         seed = mix_seed(step.seed, 1)
         parameter.copy_(quantize(parameter.float(), fmt, state["grid_scale"], rounding=rounding, seed=seed))
         return True
@@ -188,4 +238,4 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                     value = value.detach().clone().to("cpu" if name == "step" else parameter.device)
                 self.state[parameter][name] = value
                 if name == "grid_scale":
-                    parameter.grid_scale = value
+                    weight_grid(parameter).scale = value

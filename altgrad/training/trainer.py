@@ -74,7 +74,9 @@ class Trainer:
         self.corpus: Corpus = load_corpus(config.data)
         self.model = build_model(config.model, vocabulary=VOCABULARY, seed=config.seed)
         if config.format != UNQUANTIZED:
-            self.conversion = quantize_model(self.model, policy=named_policy(config.policy, config.format))
+            self.conversion = quantize_model(
+                self.model, policy=named_policy(config.policy, config.format), seed=config.seed
+            )
         self.optimizer = build_optimizer(config, self.model)
         self.optimizer.telemetry = observe
         self.signals = StepSignals(self.model, self.optimizer) if observe else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from altgrad.analysis.test_matrix import TINY, VOCABULARY, Combination, combinations
-from altgrad.quantization import get_format, named_policy, quantize, quantize_model, quantized_parameters
+from altgrad.quantization import named_policy, quantize, quantize_model, quantized_parameters
 from altgrad.training.arms import build_optimizer
 from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.model import build_model
@@ -52,8 +52,6 @@ def test_combination(item: Combination) -> None:
     assert torch.isfinite(weight).all() and torch.isfinite(grad).all()
     assert (grad != 0).any(), "no gradient reached the weight"
     if item.arm in ON_THE_GRID:
-        fmt = get_format(item.format)
-        scale = getattr(weight, "grid_scale", 1.0)
-        assert torch.equal(quantize(weight.detach(), fmt, scale), weight.detach())
+        assert torch.equal(quantize(weight.detach(), item.format, weight.grid.scale), weight.detach())
     if item.arm not in MAY_STAND_STILL:
         assert not torch.equal(weight.detach(), before), "the arm moved nothing"

@@ -100,7 +100,7 @@ def test_layers_leave_resident_weights_as_they_are(arm, name):
     trainer = Trainer(config(arm, format=name, guards=()))
     trainer.run()
     changed = sum(
-        int((quantize(p.detach(), fmt, p.grid_scale) != p.detach()).sum())
+        int((quantize(p.detach(), fmt, p.grid.scale) != p.detach()).sum())
         for p, fmt in quantized_parameters(trainer.model).values()
     )
     assert changed == 0

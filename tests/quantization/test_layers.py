@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from altgrad.quantization import (
@@ -63,7 +64,7 @@ def test_weights_on_the_optimizers_grid_are_not_touched():
         linear.weight.copy_(quantize(linear.weight.detach(), "E4M3", scale))
     layer = QuantizedLinear(linear, weight="E4M3")
     assert not torch.equal(layer.quantized_weight(), linear.weight)  # under the current amax they would move
-    linear.weight.grid_scale = scale
+    linear.weight.grid.scale = scale
     assert torch.equal(layer.quantized_weight(), linear.weight)
 
 
@@ -166,3 +167,51 @@ def test_nan_in_the_weight_reaches_the_output():
     with torch.no_grad():
         linear.weight[0, 0] = float("nan")
     assert QuantizedLinear(linear, weight="E7M0")(torch.ones(1, 4))[0, 0].isnan()
+
+
+def test_gradients_are_those_of_a_plain_linear_on_the_dequantized_values():
+    """Where every operand is on its grid already, the layer is smooth in its sums: gradcheck of the plain product."""
+    torch.manual_seed(0)
+    layer = QuantizedLinear(nn.Linear(8, 6).double(), weight="E4M3", activation=None, gradient=None)
+    plain = nn.Linear(8, 6).double()
+    with torch.no_grad():
+        plain.weight.copy_(layer.quantized_weight())
+        plain.bias.copy_(layer.bias)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(plain, x.clone().requires_grad_())
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    g = torch.randn(5, 6, dtype=torch.float64)
+    for module, given in zip((layer, plain), inputs, strict=True):
+        module(given).backward(g)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_whose_swap_would_change_more_than_numbers_are_skipped_with_the_reason():
+    pruned, hooked = nn.Linear(4, 4), nn.Linear(4, 4)
+    torch.nn.utils.prune.random_unstructured(pruned, "weight", amount=0.5)
+    hooked.register_forward_hook(lambda *_: None)
+    encoder = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    table = quantize_model(nn.ModuleDict({"pruned": pruned, "hooked": hooked, "encoder": encoder}), format="E7M0")
+    reasons = {row.name: row.reason for row in table if row.kind == "Linear"}
+    assert not any(row.converted for row in table)
+    assert "pruning" in reasons["pruned"] and "hooks" in reasons["hooked"] and "fast path" in reasons["encoder.linear1"]
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E0M7", "E5M2", "BF16"])
+def test_an_infinity_stays_visible(name):
+    layer = QuantizedLinear(nn.Linear(8, 4), weight="E4M3", activation=name, gradient=name)
+    x = torch.randn(2, 8)
+    x[0, 3] = float("inf")
+    y = layer(x)
+    assert not torch.isfinite(y[0]).any() and torch.isfinite(y[1]).all()
+
+
+def test_autocast_does_not_change_the_product():
+    layer = QuantizedLinear(nn.Linear(64, 32), weight="E4M3", activation=None, gradient=None)
+    x = torch.randn(4, 64)
+    plain = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain)

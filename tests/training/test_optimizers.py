@@ -110,7 +110,7 @@ def test_resident_weights_stay_on_their_grid(arm, name):
     weight = parameter()
     optimizer = RESIDENT[arm]([weight], name)
     train(optimizer, weight, gradients(12))
-    assert torch.equal(weight.detach(), quantize(weight.detach(), name, weight.grid_scale))
+    assert torch.equal(weight.detach(), quantize(weight.detach(), name, weight.grid.scale))
     assert torch.isfinite(weight).all()
 
 
@@ -134,9 +134,9 @@ def test_a_zero_gradient_from_rest_moves_nothing(arm):
 def test_no_weight_moves_by_more_than_rung_clip():
     weight = parameter()
     optimizer = GridOptim([weight], lr=1.0, format="E3M4", rung_clip=3)
-    before = code_index(weight.detach(), "E3M4", weight.grid_scale)
+    before = code_index(weight.detach(), "E3M4", weight.grid.scale)
     train(optimizer, weight, gradients(1))
-    moved = (code_index(weight.detach(), "E3M4", weight.grid_scale) - before).abs()
+    moved = (code_index(weight.detach(), "E3M4", weight.grid.scale) - before).abs()
     assert moved.max() == 3
 
 
@@ -172,11 +172,11 @@ def test_carry_keeps_what_was_not_taken():
 def test_grid_step_returns_flips_and_updates_as_numbers():
     weight = parameter()
     optimizer = GridOptim([weight], lr=3e-3, format="E4M3")
-    before = code_index(weight.detach(), "E4M3", weight.grid_scale)
+    before = code_index(weight.detach(), "E4M3", weight.grid.scale)
     weight.grad = gradients(1)[0]
     grad = weight.grad.clone()
     flips, updates = optimizer.step()
-    after = code_index(weight.detach(), "E4M3", weight.grid_scale)
+    after = code_index(weight.detach(), "E4M3", weight.grid.scale)
     assert isinstance(flips, int) and flips == int((before != after).sum()) > 0
     assert updates == weight.numel()
     assert torch.equal(weight.grad, grad)
@@ -251,14 +251,14 @@ def test_a_non_finite_gradient_skips_the_tensor_and_is_counted(arm):
 def test_sustained_overflow_doubles_the_scale_once_and_is_an_event():
     weight = nn.Parameter(torch.full((4096,), 0.5))
     optimizer = RoundedAdamW([weight], lr=0.2, format="E0M7", rounding="stochastic")
-    before = float(weight.grid_scale)
+    before = float(weight.grid.scale)
     events = 0
     for _ in range(14):
         train(optimizer, weight, [-torch.ones(4096)])
         events += optimizer.counts[weight].rescaled
     assert events == 1
-    assert float(weight.grid_scale) == 2 * before
-    assert torch.equal(weight.detach(), quantize(weight.detach(), "E0M7", weight.grid_scale))
+    assert float(weight.grid.scale) == 2 * before
+    assert torch.equal(weight.detach(), quantize(weight.detach(), "E0M7", weight.grid.scale))
 
 
 @pytest.mark.parametrize("arm", [*RESIDENT, *MASTER])
@@ -277,7 +277,7 @@ def test_counting_changes_no_bit(arm):
 def test_weights_loaded_after_construction_are_honoured():
     weight = parameter()
     optimizer = GridOptim([weight], lr=3e-3, format="E4M3")
-    new = quantize(parameter(seed=8).detach(), "E4M3", weight.grid_scale)
+    new = quantize(parameter(seed=8).detach(), "E4M3", weight.grid.scale)
     with torch.no_grad():
         weight.copy_(new)
     train(optimizer, weight, [torch.zeros_like(new)])
@@ -295,8 +295,40 @@ def test_randomness_depends_on_the_seed_and_not_on_the_format_or_the_object():
     assert not torch.equal(run(1), run(2))
 
 
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="rung_clip"):
-        GridOptim([parameter()], rung_clip=-1)
-    with pytest.raises(ValueError, match="E9M9"):
-        RoundedAdamW([parameter()], format="E9M9")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: GridOptim([p], rung_clip=-1), "rung_clip=-1"),
+        (lambda p: GridOptim([p], rung_clip=0.5, carry=True), "rung_clip=0.5"),
+        (lambda p: GridOptim([p], normalize="RMS"), "normalize='RMS'"),
+        (lambda p: GridOptim([p], step_unit="ulp"), "step_unit='ulp'"),
+        (lambda p: GridOptim([p], momentum=1.5), "momentum=1.5"),
+        (lambda p: RoundedAdamW([p], format="E9M9"), "E9M9"),
+        (lambda p: RoundedAdamW([{"params": [p], "format": "E9M9"}]), "E9M9"),
+        (lambda p: RoundedAdamW([p], rounding="stochastc"), "rounding='stochastc'"),
+        (lambda p: RoundedAdamW([p], lr=float("nan")), "lr=nan"),
+        (lambda p: RoundedAdamW([p], lr=-1), "lr=-1"),
+        (lambda p: RoundedAdamW([p], betas=(0.9, 1.0)), "betas="),
+        (lambda p: RoundedAdamW([p], tensor_scale=0), "tensor_scale=0"),
+        (lambda p: ManifoldAdamW([p], precondition="updat"), "precondition='updat'"),
+        (lambda p: ManifoldAdamW([p], step_unit="rungs"), "step_unit='rungs'"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(parameter())
+
+
+def test_a_sparse_gradient_is_refused_with_the_parameter():
+    embedding = nn.Embedding(8, 4, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"\(8, 4\) is sparse"):
+        RoundedAdamW(embedding.parameters()).step()
+
+
+def test_counts_of_a_bfloat16_master_are_of_what_its_dtype_kept():
+    weight = parameter(dtype=torch.bfloat16, std=1.0)
+    before = weight.detach().clone()
+    optimizer = RoundedAdamW([weight], lr=1e-6, format="E4M3")
+    train(optimizer, weight, gradients(1))
+    assert int(optimizer.counts[weight].applied) == int((weight != before).sum()) < weight.numel() // 2
