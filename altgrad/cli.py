@@ -3,26 +3,29 @@
 Flags and configuration files say the same things as a `SweepSpec`; nothing is interpreted here that the spec
 does not validate. Bad input ends with exit code 2 and one line that names the flag or path, the value, what
 is allowed and the nearest match, before Ray starts and before any folder is touched. Exit code 1 means that
-trials are left unfinished.
+trials are left unfinished; an interrupt ends with 130, SIGTERM with 143, both with what is recorded kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from altgrad.sweep import monitor
-from altgrad.sweep.folder import PACKAGES, FolderError, cores, installed
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.folder import PACKAGES, FolderError, check_folder, check_ledger, cores, installed
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.resolve import SpecError, resolve
 from altgrad.sweep.run import RunOptions, SweepResult, preflight, run_sweep
 from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
+from altgrad.training.data import Corpus
 
 SPEC_FLAGS = {
     "formats": ("formats", "E5M2,E4M3 or all: the eight 8-bit splits, BF16 and FP16; FP32 is the reference"),
@@ -38,6 +41,10 @@ SPEC_FLAGS = {
     "guards": ("guards", "on or off"),
 }
 ADDRESS = re.compile(r"local|auto|(?!ray://)[\w.\-\[\]:]+:\d+")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: as an interrupt it unwinds everything in order."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,14 +72,48 @@ def _answer(parser: Parser, argv: list[str]) -> int:
         request, unknown = parser.parse_known_args(argv)
         if unknown:
             raise SpecError(_unknown_argument(parser, request, unknown[0]))
-        return int(request.handler(request))
+        code = int(request.handler(request))
+        sys.stdout.flush()
+        return code
     except FolderError as error:
         return _complain(f"--out: {error}")
     except SpecError as error:
         return _complain(str(error))
+    except BrokenPipeError:
+        # The reader (head, less) has left; the interpreter's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as error:
+        word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"{word}; what is recorded stays, and the same command goes on from there", file=sys.stderr)
+        return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While it lasts, SIGTERM interrupts the main thread and leaves as Terminated."""
+    came = False
+
+    def stop(number: int, frame: object) -> NoReturn:
+        nonlocal came
+        came = True
+        raise Terminated
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
     except KeyboardInterrupt:
-        print("interrupted; what is recorded stays, and the same command goes on from there", file=sys.stderr)
-        return 130
+        # Inside Ray's calls any exception of a signal handler comes out as a bare KeyboardInterrupt.
+        if came:
+            raise Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a path is expected")
+    return Path(text)
 
 
 def _complain(message: str) -> int:
@@ -121,11 +162,11 @@ def _parser() -> Parser:
 def _add_sweep_flags(parser: Parser) -> None:
     parser.add_argument("--preset", help=", ".join(PRESETS))
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it"
+        "--config", type=_path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it"
     )
     for flag, (key, help) in SPEC_FLAGS.items():
         parser.add_argument(f"--{flag}", dest=f"spec:{key}", metavar="X", help=help)
-    parser.add_argument("--out", type=Path, help="the sweep's folder; default runs/<name>")
+    parser.add_argument("--out", type=_path, help="the sweep's folder; default runs/<name>")
     parser.add_argument("--max-concurrent", metavar="N", help="trials at a time; default one per core")
     parser.add_argument(
         "--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head"
@@ -138,7 +179,7 @@ def _spec(request: argparse.Namespace) -> SweepSpec:
     if request.file is not None and request.config is not None:
         raise SpecError(f"{request.file} and --config {request.config}: one file, please")
     try:
-        preset = request.preset and check_choice(request.preset, PRESETS, "preset")
+        preset = None if request.preset is None else check_choice(request.preset, PRESETS, "preset")
     except ValueError as error:
         raise SpecError(f"--preset: {error}") from None
     flags = {name.removeprefix("spec:"): value for name, value in vars(request).items()
@@ -148,9 +189,9 @@ def _spec(request: argparse.Namespace) -> SweepSpec:
 
 def _options(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
     concurrent = request.max_concurrent
-    if concurrent is not None and not (concurrent.isdigit() and int(concurrent) >= 1):
+    if concurrent is not None and not re.fullmatch(r"0*[1-9][0-9]{0,8}", concurrent):
         raise SpecError(
-            f"--max-concurrent: {concurrent!r} is not allowed: a whole number of at least 1 is expected"
+            f"--max-concurrent: {concurrent!r} is not allowed: a whole number, at least 1, is expected"
         )
     if not ADDRESS.fullmatch(request.address):
         raise SpecError(
@@ -165,17 +206,21 @@ def _options(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
     )
 
 
-def _checked_corpus(spec: SweepSpec, request: argparse.Namespace) -> Any:
-    """The corpus, or a SpecError that names the source and, where it is missing, the nearest beside it."""
+def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus:
+    """The corpus, its notes printed; SpecError or FolderError, before a word is said, where a run can't be."""
     try:
-        return preflight(spec)
+        corpus = preflight(spec)
     except ValueError as error:
         path = Path(spec.data.source)
         is_missing = not path.exists() and path.parent.is_dir()
-        beside = [item.name for item in path.parent.iterdir()] if is_missing else []
+        close = nearest(path.name, ["pydoc", *(item.name for item in path.parent.iterdir())]) if is_missing else ""
         file = request.file or request.config
         where = "--" if getattr(request, "spec:data.source") is not None or file is None else f"{file}: "
-        raise SpecError(f"{where}{error}{nearest(path.name, ['pydoc', *beside])}") from None
+        raise SpecError(f"{where}{error}{close}") from None
+    check_folder(options.out, fresh=options.fresh)
+    for note in corpus.notes:
+        print(f"data: {note}")
+    return corpus
 
 
 def _run(request: argparse.Namespace) -> int:
@@ -183,13 +228,15 @@ def _run(request: argparse.Namespace) -> int:
         return _plan(request)
     spec = _spec(request)
     options = _options(request, spec)
-    _checked_corpus(spec, request)
+    _checked_corpus(spec, options, request)
     try:
-        result = run_sweep(spec, options)
+        with _terminable():
+            result = run_sweep(spec, options)
+    except BrokenPipeError:
+        raise
     except ConnectionError as error:
-        print(f"altgrad: --address {options.address}: no Ray cluster answers ({str(error).splitlines()[0]})",
-              file=sys.stderr)
-        return 1
+        reason = str(error).splitlines()[0]
+        raise SpecError(f"--address: {options.address!r}: no Ray cluster answers ({reason})") from None
     return _conclude(result)
 
 
@@ -215,7 +262,7 @@ def _conclude(result: SweepResult) -> int:
 def _plan(request: argparse.Namespace) -> int:
     spec = _spec(request)
     options = _options(request, spec)
-    trials = spec.trials(_checked_corpus(spec, request).sha256)
+    trials = spec.trials(_checked_corpus(spec, options, request).sha256)
     cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
     print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, "
           f"{spec.seeds} seeds")
@@ -223,9 +270,8 @@ def _plan(request: argparse.Namespace) -> int:
     print_table([("format", "arm", "policy", "trials"), *rows])
     for exclusion in spec.exclusions():
         print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
-    ledger_path = options.out / "ledger.sqlite"
-    if ledger_path.exists() and not options.fresh:
-        with Ledger(ledger_path) as ledger:
+    if not options.fresh and check_ledger(options.out / "ledger.sqlite"):
+        with monitor.open_ledger(options.out) as ledger:
             print(f"{options.out} lacks {len(ledger.remaining(trials))} of them")
     return 0
 

@@ -8,10 +8,15 @@ by the same validation loss flatters every cell slightly, and the cell with more
 A stopped run has no final loss. It is censored: never averaged in, and a cell with a stopped seed is "failed
 k of n" and ranks below every cell without one.
 
+Nothing is judged against a reference that did not learn: a run that blew up, or stood still, would make every
+format look as good as it. A run has learned if its final validation loss lies below the training loss of its
+first step by more than 10 % or by more than 0.5 nats. (An untrained byte model starts near ln 256 = 5.55 nats,
+on training and validation text alike, and one step moves the loss by some hundredths.)
+
 Verdicts, against the reference's loss with a margin (10 %), seed by seed:
 
-    trains      every seed finishes within the margin
-    fails       every seed is stopped, or ends outside the margin
+    trains      every seed finishes within the margin, and has learned
+    fails       every seed is stopped, ends outside the margin, or has not learned
     unclear     neither: the seeds disagree, or are too few to compare
 
 They are decided only with 2 seeds or more and none missing. `trains` must also leave room: the 95 % interval
@@ -25,7 +30,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -37,6 +42,7 @@ from altgrad.training.config import ARMS, UNQUANTIZED
 REFERENCE_FORMAT, REFERENCE_ARM, MAIN_POLICY = "BF16", "adamw", "uniform"
 MARGIN = 0.10
 ALPHA = 0.05
+LEARNED_SHARE, LEARNED_NATS = 0.10, 0.5
 SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest",
                   "grid": "adamw_sr", "grid_literal": "adamw_sr"}
 """For arms whose weights live on the grid, the plain arm that lives there too: only the step rule differs."""
@@ -46,9 +52,9 @@ SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest"
 class Cell:
     """One format, arm and policy at its chosen learning rate.
 
-    `losses` holds the finished seeds' validation losses in nats, `stops` the failed seeds' signals and
-    layers, `missing` the unresolved seeds; `signals` the finished seeds' mean final flip_yield, stall_ratio,
-    stable_rank, bits_per_byte.
+    `losses` holds the finished seeds' validation losses in nats, `starts` their training losses at the first
+    step, `stops` the failed seeds' signals and layers, `missing` the unresolved seeds; `signals` the finished
+    seeds' mean final flip_yield, stall_ratio, stable_rank, bits_per_byte.
     """
 
     format: str
@@ -64,6 +70,7 @@ class Cell:
     signals: Mapping[str, float]
     trial_ids: tuple[str, ...] = ()
     choices: int = 1
+    starts: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -87,6 +94,16 @@ class Cell:
         loss = sum(self.losses.values()) / len(self.losses) if self.losses else math.inf
         return len(self.stops) / self.n, len(self.missing), loss
 
+    @property
+    def learned(self) -> bool:
+        """Whether every finished seed has learned; False where none finished."""
+        return bool(self.losses) and all(map(self.seed_learned, self.losses))
+
+    def seed_learned(self, seed: int) -> bool:
+        """Whether the finished seed ended clearly below where it began; False where that is not known."""
+        start, loss = self.starts.get(seed, math.nan), self.losses[seed]
+        return loss < (1 - LEARNED_SHARE) * start or loss < start - LEARNED_NATS
+
     def main_stop(self) -> tuple[str, str]:
         """The commonest (signal, layer) of the stopped seeds."""
         return Counter(self.stops.values()).most_common(1)[0][0]
@@ -94,28 +111,35 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell against another: `differences` by seed, cell - other in nats, where both have finished."""
+    """One cell against another: `differences` by seed, cell - other in nats, where both have finished.
+
+    `sound` is False in a sweep whose reference did not learn: nothing is decided in it.
+    """
 
     cell: Cell
     other: Cell
     differences: Mapping[int, float]
     paired: Paired | None
     p_adjusted: float = math.nan
+    sound: bool = True
 
     @property
     def kind(self) -> str:
-        """measured, rescued (only the other was stopped, in every seed), lost (only this one), or stopped."""
+        """measured, rescued (the other was stopped in every seed, this one learned), lost (the reverse), or
+        stopped."""
         if self.cell.stops or self.other.stops:
-            if not self.cell.stops and not self.other.losses and self.cell.losses:
+            if not self.cell.stops and not self.other.losses and self.cell.learned:
                 return "rescued"
-            if not self.other.stops and not self.cell.losses and self.other.losses:
+            if not self.other.stops and not self.cell.losses and self.other.learned:
                 return "lost"
             return "stopped"
         return "measured" if self.paired else "no result"
 
     @property
     def decided(self) -> bool:
-        """Whether the difference is significant, or one side failed in each of 2 or more seeds."""
+        """Whether the difference is significant and one side learned, or one failed in each of 2 or more seeds."""
+        if not (self.sound and (self.cell.learned or self.other.learned)):
+            return False
         if self.kind in ("rescued", "lost"):
             return min(self.cell.n, self.other.n) >= 2 and not (self.cell.missing or self.other.missing)
         return self.kind == "measured" and self.p_adjusted <= ALPHA
@@ -141,6 +165,11 @@ class Study:
     geometry: list[Comparison] = field(default_factory=list)
     correction: str = "Holm"
     geometry_correction: str = "Holm"
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is a reference to judge by, and it learned in every finished seed."""
+        return self.reference is not None and self.reference.learned
 
     def comparison(self, cell: Cell) -> Comparison | None:
         return self.against_reference.get(key_of(cell))
@@ -177,9 +206,10 @@ def build_study(trials: pd.DataFrame) -> Study:
     reference = find_reference(cells)
     others = [] if reference is None else [cell for cell in cells if cell is not reference]
     compared = [compare(cell, reference) for cell in others if reference is not None]
-    compared, correction = _with_adjusted(compared)
-    judged = {} if reference is None else {key_of(cell): judge(cell, reference) for cell in cells}
-    geometry, geometry_correction = _with_adjusted(geometry_comparisons(cells))
+    sound = reference is None or reference.learned
+    compared, correction = _with_adjusted(compared, sound)
+    judged = {} if reference is None or not sound else {key_of(cell): judge(cell, reference) for cell in cells}
+    geometry, geometry_correction = _with_adjusted(geometry_comparisons(cells), sound)
     return Study(cells, reference, {key_of(item.cell): item for item in compared}, judged, geometry,
                  correction, geometry_correction)
 
@@ -205,6 +235,7 @@ def _cell(group: pd.DataFrame) -> Cell:
         format=str(first["format"]), arm=str(first["optimizer"]), policy=str(first["policy"]),
         lr=float(first["lr"]), rung_clip=float(first["rung_clip"]), geometry=bool(first["geometry"]),
         losses=dict(zip(map(int, finished["seed"]), map(float, finished["val_loss"]), strict=True)),
+        starts=dict(zip(map(int, finished["seed"]), map(float, finished["first_loss"]), strict=True)),
         stops={int(row["seed"]): (row["signal"] or "val_loss", row["layer"]) for _, row in failed.iterrows()},
         missing=tuple(int(seed) for seed in missing["seed"]),
         outcomes={str(kind): int(count) for kind, count in group["outcome"].value_counts().items()},
@@ -229,14 +260,16 @@ def judge(cell: Cell, reference: Cell, margin: float = MARGIN) -> Judgement:
     """Whether the cell trains within `margin` of the reference's loss; see the module."""
     common = sorted(set(cell.losses) & set(reference.losses))
     excesses = [cell.losses[seed] / reference.losses[seed] - 1 for seed in common]
+    trained = [excess <= margin and cell.seed_learned(seed)
+               for seed, excess in zip(common, excesses, strict=True)]
     mean = sum(excesses) / len(excesses) if excesses else math.nan
     enough = cell.n >= 2 and not cell.missing and len(common) == len(cell.losses)
     if not cell.n:
         return Judgement("no result")
-    if not cell.stops and excesses and max(excesses) <= margin:
+    if not cell.stops and excesses and all(trained):
         room = max(excesses) + max(excesses) - min(excesses) <= margin or t_interval(excesses)[1] <= margin
         return Judgement("trains", enough and room, mean)
-    if len(common) == len(cell.losses) and all(excess > margin for excess in excesses):
+    if len(common) == len(cell.losses) and not any(trained):
         apart = not cell.losses or min(cell.losses.values()) > max(reference.losses.values())
         return Judgement("fails", enough and apart, mean)
     return Judgement("unclear", False, mean)
@@ -268,9 +301,9 @@ def twin_control(cells: Sequence[Cell]) -> tuple[int, float] | None:
     return (len(found), max(found)) if found else None
 
 
-def _with_adjusted(compared: Sequence[Comparison]) -> tuple[list[Comparison], str]:
+def _with_adjusted(compared: Sequence[Comparison], sound: bool) -> tuple[list[Comparison], str]:
     tested = [item for item in compared if item.paired]
     p_values, method = adjust([dict(item.differences) for item in tested])
     adjusted = dict(zip(map(id, tested), p_values, strict=True))
-    return [Comparison(item.cell, item.other, item.differences, item.paired, adjusted.get(id(item), math.nan))
+    return [replace(item, p_adjusted=adjusted.get(id(item), math.nan), sound=sound)
             for item in compared], method

@@ -4,7 +4,8 @@ Three questions are answered in the order in which a reader asks them: which 8-b
 of BF16's loss, in their best arm), which fail and by which signal, and which format gains most from
 geometry-aware steps. The second line is the certainty. It separates what the seeds decide (gross failures, at
 2 seeds) from what they can't (close pairs: with n seeds an exact test cannot give a p below 2 / 2^n), and
-says when trials are missing.
+says when trials are missing. Where BF16 itself was not run, or did not learn, there is no measure and the
+finding says only that.
 """
 
 from __future__ import annotations
@@ -49,21 +50,27 @@ class _FormatVerdict:
     best: Cell
 
 
-def find(study: Study, results: int, trials: int) -> Finding:
-    """The finding of a study of which `results` of `trials` trials have a result."""
+def find(study: Study, results: int, trials: int, unevaluated: int = 0) -> Finding:
+    """The finding of a study of which `results` of `trials` trials have a result.
+
+    `unevaluated` of the others were trained through the last step asked for, but not evaluated at it.
+    """
+    missing = _missing_text(results, trials, unevaluated)
     policy = main_policy(study.cells)
     cells = [cell for cell in study.cells if cell.policy == policy and is_eight_bit(cell.format)]
+    if not study.is_sound:
+        headline = _unlearned(study.reference) if study.reference else _without_reference(study, cells)
+        certainty = " ".join([*missing, _why_nothing_is_decided(study, cells, bool(missing))])
+        return Finding(headline, certainty, results, trials)
     verdicts = _format_verdicts(study, cells)
     gain = best_gain(study, policy)
-    if study.reference is None:
-        certainty = _certainty(study, verdicts, None, results, trials)
-        return Finding(_without_reference(cells), certainty, results, trials)
-    parts = [_training_part(study, verdicts), _failing_part(study, verdicts),
+    parts = [_training_part(study, cells, verdicts), _failing_part(study, verdicts),
              _failing_arms_part(study, cells, verdicts), _gain_part(gain, study, policy)]
     if policy != MAIN_POLICY:
         parts[0] = f"Under policy {policy}: {parts[0]}"
     headline = " ".join(part for part in parts if part)
-    return Finding(headline, _certainty(study, verdicts, gain, results, trials), results, trials)
+    decided = _certainty(study, verdicts, gain) if cells else [_why_nothing_is_decided(study, cells, bool(missing))]
+    return Finding(headline, " ".join([*missing, *decided]), results, trials)
 
 
 def main_policy(cells: Sequence[Cell]) -> str:
@@ -108,7 +115,7 @@ def is_largest_decided(study: Study, gain: Comparison) -> bool:
 
 def _gains(study: Study, policy: str) -> list[Comparison]:
     return [item for item in study.geometry if item.other.arm == REFERENCE_ARM and item.cell.policy == policy
-            and is_eight_bit(item.cell.format)]
+            and is_eight_bit(item.cell.format) and item.cell.learned]
 
 
 def _order(item: Comparison) -> tuple[bool, float]:
@@ -155,10 +162,13 @@ def _format_verdicts(study: Study, cells: Sequence[Cell]) -> list[_FormatVerdict
     return found
 
 
-def _training_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
+def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
     assert study.reference is not None
     if not verdicts:
-        return f"No 8-bit format has a result; BF16 ends at {_reference_loss(study)} nats."
+        others = [f", {cell.format} at {_nats(cell.losses.values())}" for cell in study.cells
+                  if cell is not study.reference and cell.arm == REFERENCE_ARM and cell.losses and not cell.stops]
+        return (f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
+                f"nats{''.join(others)}.")
     trains = [item for item in verdicts if item.verdict == "trains"]
     within = f"within {MARGIN:.0%} of BF16's loss ({_reference_loss(study)} nats)"
     if not trains:
@@ -178,27 +188,33 @@ def _training_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
 def _failing_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
     pieces = []
     for item in verdicts:
-        judgement = study.judgement(item.best)
         if item.verdict == "unclear":
             pieces.append(f"{item.format} is unclear ({_seeds_text(item.best)})")
         elif item.verdict == "fails" and item.best.losses:
-            pieces.append(f"{item.format} fails ({item.best.arm}, its best arm, ends {judgement.excess:.0%} "
-                          "above BF16)")
+            reason = _failure_text(study, item.best)
+            pieces.append(f"{item.format} fails ({item.best.arm}, its best arm, {reason})")
         elif item.verdict == "fails":
-            pieces.append(f"{item.format} fails in every arm (stopped by {stop_text(item.best)})")
+            pieces.append(f"{item.format} fails in every arm ({_failure_text(study, item.best)})")
     return "; ".join(pieces) + "." if pieces else ""
 
 
 def _failing_arms_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
-    """Arms that fail in formats that train with another arm, by what ended them or how far above BF16 they end."""
+    """Arms that fail in formats that train with another arm, and how."""
     trains = {item.format for item in verdicts if item.verdict == "trains"}
     failing: dict[str, list[str]] = {}
     for cell in cells:
-        judgement = study.judgement(cell)
-        if cell.format in trains and judgement.verdict == "fails":
-            reason = f"ends {judgement.excess:.0%} above BF16" if cell.losses else f"stopped by {stop_text(cell)}"
-            failing.setdefault(cell.arm, []).append(f"{cell.format} ({reason})")
+        if cell.format in trains and study.judgement(cell).verdict == "fails":
+            failing.setdefault(cell.arm, []).append(f"{cell.format} ({_failure_text(study, cell)})")
     return "; ".join(f"{arm} fails in {_listed(names)}" for arm, names in failing.items()) + "." if failing else ""
+
+
+def _failure_text(study: Study, cell: Cell) -> str:
+    """Why a failing cell fails: what stopped it, that it did not learn, or how far above BF16 it ends."""
+    if not cell.losses:
+        return f"stopped by {stop_text(cell)}"
+    if not any(map(cell.seed_learned, cell.losses)):
+        return f"did not learn: {_course_text(cell)}"
+    return f"ends {study.judgement(cell).excess:.0%} above BF16"
 
 
 def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
@@ -222,11 +238,27 @@ def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
     return f"The largest gain of geometry-aware steps over AdamW is {name}: {interval_text(gain)}{beside}."
 
 
-def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Comparison | None, results: int,
-               trials: int) -> str:
+def _missing_text(results: int, trials: int, unevaluated: int) -> list[str]:
     parts = [] if results == trials else [f"Incomplete: {results} of {trials} trials have a result."]
-    if study.reference is None:
-        return " ".join([*parts, "Nothing is decided: there is no BF16 AdamW reference to compare with."])
+    if unevaluated:
+        who = "1 trial was" if unevaluated == 1 else f"{unevaluated} trials were"
+        parts.append(f"{who} trained past the steps asked for without an evaluation there, so nothing is known of "
+                     "them at this length: ask for the length they were trained to, or start afresh.")
+    return parts
+
+
+def _why_nothing_is_decided(study: Study, cells: Sequence[Cell], is_incomplete: bool) -> str:
+    if study.reference is not None and not study.is_sound:
+        return "Nothing is decided: without a reference that learned there is no measure of any format."
+    if not cells and not is_incomplete:
+        return "All trials have a result, but there was nothing to decide: that takes an 8-bit format beside BF16."
+    if study.reference is not None:
+        return "Nothing is decided: no 8-bit format was run."
+    return "Nothing is decided: there is no BF16 AdamW reference to compare with."
+
+
+def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Comparison | None) -> list[str]:
+    parts = []
     seeds = min((cell.n for cell in study.cells if cell.n), default=0)
     count = f"{seeds} seed{'s' if seeds != 1 else ''}"
     decided = [f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}"
@@ -241,7 +273,7 @@ def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Compariso
         parts.append(_gain_certainty(study, gain))
     if seeds and p_floor(seeds) > ALPHA:
         parts.append(f"Close pairs are not decided ({count}: p cannot go below {p_floor(seeds):.2g}).")
-    return " ".join(parts) or "Nothing is decided: no trial has a result."
+    return parts or ["Nothing is decided: no 8-bit format has a result."]
 
 
 def _gain_certainty(study: Study, gain: Comparison) -> str:
@@ -253,7 +285,25 @@ def _gain_certainty(study: Study, gain: Comparison) -> str:
     return f"The difference that geometry makes in {names} is decided{largest}."
 
 
-def _without_reference(cells: Sequence[Cell]) -> str:
+def _unlearned(reference: Cell) -> str:
+    count = sum(not reference.seed_learned(seed) for seed in reference.losses)
+    seeds = "" if count == len(reference.losses) else f" in {count} of {len(reference.losses)} seeds"
+    return (f"The reference, BF16 AdamW, did not learn{seeds} ({_course_text(reference)}), so nothing can be said "
+            "of any format.")
+
+
+def _course_text(cell: Cell) -> str:
+    """From where to where the finished seeds went, means of those whose first step is known, nats."""
+    end = f"ends at {_nats(cell.losses.values())} nats"
+    starts = [start for seed, start in cell.starts.items() if seed in cell.losses and not math.isnan(start)]
+    return f"{end}, first step {_nats(starts)}" if starts else f"{end}, its first step is not recorded"
+
+
+def _without_reference(study: Study, cells: Sequence[Cell]) -> str:
+    if not cells and (others := [cell for cell in study.cells if cell.losses and not cell.stops]):
+        best = min(others, key=lambda cell: cell.rank)
+        return (f"No 8-bit format and no BF16 AdamW reference was run; {best.format} with {best.arm} ends at "
+                f"{_nats(best.losses.values())} nats.")
     finished = [cell for cell in cells if cell.losses and not cell.stops]
     stopped = [cell for cell in cells if cell.stops and not cell.losses]
     parts = ["No BF16 AdamW reference has finished, so no format can be said to train or to fail."]
@@ -267,8 +317,13 @@ def _without_reference(cells: Sequence[Cell]) -> str:
 
 def _reference_loss(study: Study) -> str:
     assert study.reference is not None
-    losses = list(study.reference.losses.values())
-    return f"{math.fsum(losses) / len(losses):.3f}"
+    return _nats(study.reference.losses.values())
+
+
+def _nats(losses: Iterable[float]) -> str:
+    values = list(losses)
+    mean = math.fsum(values) / len(values)
+    return f"{mean:.3f}" if abs(mean) < 1000 else f"{mean:.2g}"
 
 
 def _seeds_text(cell: Cell) -> str:

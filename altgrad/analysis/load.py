@@ -7,10 +7,15 @@ distinction was for:
 
     finished      all steps trained, and a finite validation loss: the only trials whose loss is ever averaged
     failed        stopped by a guard, or trained to the end with a loss that is no number: censored, a result
-    unresolved    not run yet, interrupted, pruned, or ended without an evaluation: says nothing of the format
+    unresolved    not run yet, interrupted, pruned, or not evaluated at the last step: says nothing of the format
 
-`setting` is everything two trials must share to be comparable (task, model, data, schedule, clipping, steps):
-a folder used for two different studies holds two settings, and they are never mixed.
+Trials compare at equal steps only. A folder may hold a trial that an earlier sweep trained for longer than was
+asked for last: it is read at exactly the steps asked, losses from the row of that step and rows up to it. Where
+that row has no validation loss, the trial is unresolved at this length (`unevaluated` counts those).
+
+A folder may also hold trials of several sweeps. A report is of the last one: `of_sweep` keeps its trials, by
+their ids. `setting` is everything two trials must share to be comparable (task, model, data, schedule,
+clipping, steps): where the ids are not known, `newest_setting` keeps at least the settings apart.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +31,9 @@ from typing import Any
 
 import pandas as pd
 
-from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, is_settled
+from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked
 from altgrad.training.config import TrainConfig
-from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
+from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain
 
 PENDING = "pending"
@@ -40,10 +46,11 @@ RESULT_COLUMNS = ("trial_id", "task", "format", "optimizer", "policy", "lr", "ru
 
 @dataclass(frozen=True)
 class Records:
-    """`trials` (RESULT_COLUMNS, state, options, geometry, setting, steps, created) and `rows` (trial_id,
-    step, signals).
+    """`trials` (RESULT_COLUMNS, state, options, geometry, setting, steps, created, first_loss) and `rows`
+    (trial_id, step, signals), up to the steps asked of each trial. `first_loss` is the training loss of the
+    first row, nats.
 
-    `outside` counts the folder's trials of other settings, which `trials` and `rows` leave out.
+    `outside` counts the folder's trials of other sweeps, which `trials` and `rows` leave out.
     """
 
     trials: pd.DataFrame
@@ -52,7 +59,7 @@ class Records:
 
 
 def load(out_dir: Path) -> Records:
-    """The folder's trials and rows, of all settings; FileNotFoundError where there is no ledger."""
+    """The folder's trials and rows, of all its sweeps; FileNotFoundError where there is no ledger."""
     path = Path(out_dir) / "ledger.sqlite"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {out_dir} is not the folder of a sweep that has run")
@@ -60,12 +67,25 @@ def load(out_dir: Path) -> Records:
         connection.row_factory = sqlite3.Row
         entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
         endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
+        evaluations = connection.execute("SELECT trial_id, step, train_loss, val_loss, bits_per_byte FROM rows "
+                                         "WHERE val_loss IS NOT NULL")
+        evaluated = {(row["trial_id"], row["step"]): row for row in evaluations}
         names = ", ".join(("trial_id", "step", *ROW_SIGNALS))
         found = connection.execute(f"SELECT {names} FROM rows ORDER BY trial_id, step")
         rows = _rows_frame([tuple(row) for row in found])
-    records = [_trial(entry, endings.get(entry["trial_id"])) for entry in entries]
-    trials = pd.DataFrame(records, columns=list(records[0]) if records else list(RESULT_COLUMNS))
-    return Records(_with_final_signals(trials, rows), rows)
+    records = [_trial(entry, endings.get(entry["trial_id"]), evaluated) for entry in entries]
+    if not records:
+        return Records(pd.DataFrame(columns=list(RESULT_COLUMNS)), rows)
+    trials = pd.DataFrame(records)
+    asked = rows["trial_id"].map(trials.set_index("trial_id")["steps"])
+    rows = rows[rows["step"] <= asked].reset_index(drop=True)
+    return Records(_with_row_signals(trials, rows), rows)
+
+
+def of_sweep(records: Records, trial_ids: Sequence[str]) -> Records:
+    """The records of the trials named, in that order, with a count of the others."""
+    by_id = records.trials.set_index("trial_id", drop=False)
+    return _kept(records, by_id.loc[[name for name in trial_ids if name in by_id.index]])
 
 
 def newest_setting(records: Records) -> Records:
@@ -74,9 +94,18 @@ def newest_setting(records: Records) -> Records:
     if trials.empty or trials["setting"].nunique() == 1:
         return records
     newest = trials.sort_values("created", kind="stable")["setting"].iloc[-1]
-    kept = trials[trials["setting"] == newest].reset_index(drop=True)
-    rows = records.rows[records.rows["trial_id"].isin(set(kept["trial_id"]))].reset_index(drop=True)
-    return Records(kept, rows, outside=len(trials) - len(kept))
+    return _kept(records, trials[trials["setting"] == newest])
+
+
+def _kept(records: Records, trials: pd.DataFrame) -> Records:
+    rows = records.rows[records.rows["trial_id"].isin(set(trials["trial_id"]))].reset_index(drop=True)
+    outside = records.outside + len(records.trials) - len(trials)
+    return Records(trials.reset_index(drop=True), rows, outside)
+
+
+def unevaluated(trials: pd.DataFrame) -> int:
+    """How many trials were trained through the last step asked for without an evaluation at it."""
+    return int(((trials["outcome"] == OutcomeKind.DONE) & (trials["state"] == UNRESOLVED)).sum())
 
 
 def results_table(trials: pd.DataFrame) -> pd.DataFrame:
@@ -96,11 +125,12 @@ def _number(value: Any) -> float:
     return math.nan if plain is None else float(plain)
 
 
-def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None) -> dict[str, Any]:
+def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None,
+           evaluated: Mapping[tuple[str, int], sqlite3.Row]) -> dict[str, Any]:
     config = TrainConfig.model_validate_json(entry["config"])
-    outcome = None if ending is None else _outcome(ending)
-    if outcome is not None and outcome.kind in RESULT_KINDS and not is_settled(outcome, config):
-        outcome = None  # its ending holds no longer: more steps were asked for, or the guard is gone
+    row = evaluated.get((entry["trial_id"], config.steps))
+    at_step = None if row is None else {name: from_plain(row[name]) for name in row.keys()}  # noqa: SIM118
+    outcome = as_asked(None if ending is None else _outcome(ending), config, at_step)
     known = {} if outcome is None else outcome.to_dict()
     return {
         "trial_id": entry["trial_id"], "task": config.task, "format": config.format, "optimizer": config.arm,
@@ -139,10 +169,10 @@ def _setting(config: TrainConfig, data_sha256: str) -> str:
     return json.dumps({key: value for key, value in identity.items() if key not in varied}, sort_keys=True)
 
 
-def _with_final_signals(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds the last measured value of each of FINAL_SIGNALS."""
+def _with_row_signals(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds the last measured value of each of FINAL_SIGNALS, and `first_loss`."""
+    if rows.empty:
+        return trials.assign(**dict.fromkeys((*FINAL_SIGNALS, "first_loss"), math.nan))
     final = rows.groupby("trial_id")[list(FINAL_SIGNALS)].last()
-    joined = trials.drop(columns=list(FINAL_SIGNALS), errors="ignore")
-    if final.empty:
-        return joined.assign(**dict.fromkeys(FINAL_SIGNALS, math.nan))
-    return joined.join(final, on="trial_id")
+    first = rows.drop_duplicates("trial_id").set_index("trial_id")["train_loss"].rename("first_loss")
+    return trials.join(final, on="trial_id").join(first, on="trial_id")

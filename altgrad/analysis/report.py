@@ -1,9 +1,10 @@
 """The report of a sweep folder: one HTML file that needs nothing else, the same as Markdown, and the numbers
 as CSV.
 
-Everything is recomputed from the ledger each time, so a report can be written while the sweep still runs; it
-then says how many trials are missing. The HTML holds its pictures, runs no script and loads nothing from
-anywhere.
+The report is of the sweep that the folder ran last, whose trials `sweep.json` names; what earlier sweeps left
+in the folder is counted, listed in the CSV, and not mixed in. Everything is recomputed from the ledger each
+time, so a report can be written while the sweep still runs; it then says how many trials are missing. The HTML
+holds its pictures, runs no script and loads nothing from anywhere.
 """
 
 from __future__ import annotations
@@ -19,9 +20,25 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from altgrad.analysis import curves, figures
-from altgrad.analysis.cells import ALPHA, MARGIN, Study, build_study, twin_control
+from altgrad.analysis.cells import (
+    ALPHA,
+    LEARNED_NATS,
+    LEARNED_SHARE,
+    MARGIN,
+    Study,
+    build_study,
+    twin_control,
+)
 from altgrad.analysis.finding import Finding, find
-from altgrad.analysis.load import UNRESOLVED, Records, load, newest_setting, results_table
+from altgrad.analysis.load import (
+    UNRESOLVED,
+    Records,
+    load,
+    newest_setting,
+    of_sweep,
+    results_table,
+    unevaluated,
+)
 from altgrad.analysis.stats import p_floor
 from altgrad.analysis.tables import DASH, cells_table, choices_table, geometry_table, stops_table
 from altgrad.training.outcome import OutcomeKind
@@ -43,24 +60,33 @@ class Picture:
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-def write_report(out_dir: Path) -> Finding:
+def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Finding:
     """Writes report/ into the sweep's folder and returns its finding.
 
-    FileNotFoundError where the folder has no ledger; ValueError where the ledger holds no trial.
+    It is of the trials named, else of those under `trials` in sweep.json, else (a folder that does not say) of
+    all in the ledger that share the newest setting. FileNotFoundError where the folder has no ledger;
+    ValueError where the ledger holds none of the trials.
     """
     out_dir = Path(out_dir)
     recorded = load(out_dir)
-    if recorded.trials.empty:
-        raise ValueError(f"{out_dir / 'ledger.sqlite'} holds no trials")
-    records = newest_setting(recorded)
+    manifest = _manifest(out_dir)
+    named = manifest.pop("trials", None) if manifest else None
+    asked = named if trial_ids is None else trial_ids
+    selected = recorded if asked is None else of_sweep(recorded, asked)
+    if selected.trials.empty:
+        lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
+        raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
+    records = newest_setting(selected)
     study = build_study(records.trials)
     is_pruned = records.trials["outcome"] == OutcomeKind.PRUNED
     results = int(((records.trials["state"] != UNRESOLVED) | is_pruned).sum())
     folder = out_dir / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    finding = replace(find(study, results, len(records.trials)), path=folder / "report.html")
+    finding = find(study, results, len(records.trials), unevaluated(records.trials))
+    finding = replace(finding, path=folder / "report.html")
     results_table(recorded.trials).to_csv(folder / "results.csv", index=False)
-    context = _context(out_dir, records, study, finding, _pictures(records, study, folder / "figures"))
+    context = _context(_sweep_name(manifest, out_dir), manifest, records, study, finding)
+    context["pictures"] = _pictures(records, study, folder / "figures")
     for name in ("report.html", "report.md"):
         (folder / name).write_text(_render(f"{name}.jinja", context), encoding="utf-8")
     return finding
@@ -73,23 +99,34 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
-def _context(out_dir: Path, records: Records, study: Study, finding: Finding,
-             pictures: Sequence[Picture]) -> dict[str, Any]:
+def _manifest(out_dir: Path) -> dict[str, Any] | None:
+    path = out_dir / "sweep.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, study: Study,
+             finding: Finding) -> dict[str, Any]:
     trials = records.trials
-    manifest_path = out_dir / "sweep.json"
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else None
     seeds = max((cell.n for cell in study.cells), default=0)
     return {
-        "name": _sweep_name(manifest, out_dir), "finding": finding, "pictures": pictures,
-        "margin": f"{MARGIN:.0%}",
+        "name": name, "finding": finding, "margin": f"{MARGIN:.0%}",
+        "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats", "outside": _outside_text(records.outside),
         "cells": cells_table(study), "geometry": geometry_table(study), "stops": stops_table(trials),
         "learning_rates": choices_table(trials) if any(cell.choices > 1 for cell in study.cells) else None,
-        "counts": trials["outcome"].value_counts().to_dict(), "outside": records.outside, "seeds": seeds,
+        "counts": trials["outcome"].value_counts().to_dict(), "seeds": seeds,
         "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH, "alpha": ALPHA, "correction": study.correction,
         "geometry_correction": study.geometry_correction, "control": twin_control(study.cells),
         "hours": trials["seconds"].sum() / 3600,
         "provenance": None if manifest is None else _flat(manifest),
     }
+
+
+def _outside_text(count: int) -> str:
+    if not count:
+        return ""
+    who = "1 other trial of earlier sweeps in this folder is" if count == 1 else (
+        f"{count} other trials of earlier sweeps in this folder are")
+    return f"{who} left out; results.csv lists every trial."
 
 
 def _sweep_name(manifest: Mapping[str, Any] | None, out_dir: Path) -> str:

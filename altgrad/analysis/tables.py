@@ -36,7 +36,7 @@ def cells_table(study: Study) -> Table:
         verdict = judgement.verdict + (" (not decided)" if open_ else "")
         lines.append((cell.format, cell.arm, cell.policy, number(cell.lr, "g"), number(cell.rung_clip, "g"),
                       str(cell.n), _loss_text(cell), *_difference_texts(comparison),
-                      "reference" if cell is study.reference else verdict,
+                      _reference_text(cell) if cell is study.reference else verdict,
                       number(cell.signals["flip_yield"], ".2f"), number(cell.signals["stall_ratio"], ".2f"),
                       _outcomes_text(cell.outcomes)))
     table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
@@ -95,6 +95,10 @@ def number(value: float, form: str, missing: str = DASH) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     return format(value, form).replace("-", "−")
+
+
+def _reference_text(cell: Cell) -> str:
+    return "reference" if cell.learned else "reference (did not learn)"
 
 
 def _loss_text(cell: Cell) -> str:

@@ -8,10 +8,14 @@ run. The same error in three trials is a bug that more trials will not cure, and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+import signal
+import socket
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 OBJECT_STORE_BYTES = 200_000_000
+REACH_SECONDS = 5
 RETRIES = 2
 EQUAL_BUGS = 3
 
@@ -127,13 +132,43 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
     return breaker.reason
 
 
+def reach(address: str) -> None:
+    """Raises ConnectionError where no Ray cluster answers at `address`; stays connected to none."""
+    if address != "auto":
+        # Ray itself would knock for minutes at a port that nobody listens on.
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(str(error)) from None
+        return
+    _start(address)
+    ray.shutdown()
+
+
 def _start(address: str) -> str | None:
     """Starts a local Ray, or connects to a running one; returns where its dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         quiet |= {"num_cpus": cores(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
-    found = ray.init(address=address, **quiet).dashboard_url
+    with _sigterm_stays_the_callers():
+        found = ray.init(address=address, **quiet).dashboard_url
     return f"http://{found}" if found else None
+
+
+@contextlib.contextmanager
+def _sigterm_stays_the_callers() -> Iterator[None]:
+    """Undoes Ray's own handler, under which SIGTERM during a sweep aborts in C++ without a word."""
+    on_term = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM and callable(on_term):
+            on_term(signal.SIGTERM, None)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)
 
 
 def _fault(trial: Any) -> Outcome:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import sqlite3
 import subprocess
 import sys
 import time
@@ -31,8 +32,18 @@ class FolderError(RuntimeError):
     """The sweep's folder can't be used; the message says which and why."""
 
 
-def check_folder(out: Path) -> None:
-    """Raises FolderError where `out` is no place for a sweep; touches nothing."""
+def check_folder(out: Path, *, fresh: bool = False) -> None:
+    """Raises FolderError where `out` is no place for a sweep, or can't be moved aside for a `fresh` one.
+
+    Touches nothing.
+    """
+    try:
+        _check_folder(out, fresh)
+    except OSError as error:
+        raise FolderError(f"{out} can't be used: {error.strerror}") from None
+
+
+def _check_folder(out: Path, fresh: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FolderError(f"{out} is a file; a folder is expected")
     if out.is_dir():
@@ -40,28 +51,56 @@ def check_folder(out: Path) -> None:
         if content and not {"sweep.json", "ledger.sqlite"} & set(content):
             raise FolderError(f"{out} holds other things ({', '.join(sorted(content)[:3])}) and no sweep; "
                               "an empty or new folder is expected")
+        if fresh and content and Path.cwd().is_relative_to(out.resolve()):
+            raise FolderError(f"{out} with --fresh: the folder you stand in can't be moved aside; call from "
+                              "outside it")
+        if not fresh:
+            check_ledger(out / "ledger.sqlite")
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        raise FolderError(f"{out}: {standing} is a file; a folder is expected")
     if not os.access(standing, os.W_OK):
         raise FolderError(f"{out} can't be written: no permission on {standing}")
+
+
+def check_ledger(path: Path) -> bool:
+    """Whether a sweep is recorded at `path`; FolderError where the file is something else. Touches nothing."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    except sqlite3.DatabaseError as error:
+        raise FolderError(f"{path} is no readable ledger ({error})") from None
+    if tables and not {"trials", "rows", "outcomes"} <= tables:
+        raise FolderError(f"{path} is a database, but no ledger")
+    return bool(tables)
 
 
 @contextlib.contextmanager
 def owned(out: Path, *, fresh: bool = False) -> Iterator[Path]:
     """Owns `out` while the context lasts; with `fresh`, what stood there is moved to `out.<time>` first.
 
-    Raises FolderError where another live driver owns it.
+    Raises FolderError where another live driver owns it, or the file system refuses.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = _lock(out)
-    if fresh and any(item.name != LOCK for item in out.iterdir()):
-        out.rename(out.with_name(f"{out.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
-        out.mkdir()
-        lock.close()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
         lock = _lock(out)
+        if fresh and any(item.name != LOCK for item in out.iterdir()):
+            _move_aside(out.resolve())
+            lock.close()
+            lock = _lock(out)
+    except OSError as error:
+        raise FolderError(f"{out} can't be used: {error.strerror}") from None
     try:
         yield out
     finally:
         lock.close()
+
+
+def _move_aside(out: Path) -> None:
+    out.rename(out.with_name(f"{out.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    out.mkdir()
 
 
 def has_driver(out: Path) -> bool:

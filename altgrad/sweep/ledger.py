@@ -20,7 +20,7 @@ from typing import Any
 
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardRule
-from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
+from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
 ROW_SIGNALS = ("train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "loss_excess", "tokens_per_s",
@@ -64,14 +64,18 @@ class Ledger:
         self._connection.close()
 
     def add_trials(self, configs: Mapping[str, TrainConfig], data_sha256: str) -> None:
-        """Enters trials by id; a trial that is known keeps its first entry but takes the new configuration."""
+        """Enters trials by id, all or none; a known trial keeps its first entry but takes the new configuration.
+
+        The configuration says what was asked for last (steps, guards), not what the recorded rows went through.
+        """
         now = time.time()
-        self._connection.executemany(
-            "INSERT INTO trials VALUES (?,?,?,?,?,?,?,?,?,?,?) "
-            "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config",
-            [(trial_id, config.model_dump_json(), config.task, config.format, config.arm, config.policy,
-              config.optimizer.lr, getattr(config.optimizer, "rung_clip", None), config.seed, data_sha256, now)
-             for trial_id, config in configs.items()])
+        values = [(trial_id, config.model_dump_json(), config.task, config.format, config.arm, config.policy,
+                   config.optimizer.lr, getattr(config.optimizer, "rung_clip", None), config.seed, data_sha256, now)
+                  for trial_id, config in configs.items()]
+        with self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.executemany("INSERT INTO trials VALUES (?,?,?,?,?,?,?,?,?,?,?) "
+                                         "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config", values)
 
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Enters rows in one transaction; a step that is known is replaced."""
@@ -129,7 +133,11 @@ class Ledger:
 
 
 def is_settled(outcome: Outcome | None, config: TrainConfig) -> bool:
-    """Whether the ending leaves nothing to run: all steps done, pruned, or stopped by a guard still in force."""
+    """Whether the ending leaves nothing to run: all steps done, pruned, or stopped by a guard still in force.
+
+    A run that went further than `config.steps` is settled too: its rows hold what it was at that step, and
+    running could only take it further away. What it is worth there is for `as_asked` to say.
+    """
     if outcome is None:
         return False
     if outcome.kind is OutcomeKind.DONE:
@@ -137,6 +145,27 @@ def is_settled(outcome: Outcome | None, config: TrainConfig) -> bool:
     if outcome.kind in GUARD_KINDS:
         return outcome.step >= config.steps or any(_same_rule(rule, outcome) for rule in config.guards)
     return outcome.kind is OutcomeKind.PRUNED
+
+
+def as_asked(outcome: Outcome | None, config: TrainConfig, row: Mapping[str, Any] | None) -> Outcome | None:
+    """The ending that a run of exactly `config.steps` has, where `row` holds its signals at that step.
+
+    Trials compare at equal steps only, so a run that went on is read at the step asked for: whatever ended it
+    later is not seen. None where the ending holds no longer: more steps were asked for, or the guard is gone.
+    A done trial without an evaluation at that step has no `val_loss`, and its message says so.
+    """
+    if outcome is None or outcome.kind not in RESULT_KINDS:
+        return outcome
+    if not is_settled(outcome, config):
+        return None
+    if outcome.kind is not OutcomeKind.DONE and outcome.step < config.steps:
+        return outcome
+    if outcome.step == config.steps and any(_same_rule(rule, outcome) for rule in config.guards):
+        return outcome
+    at_step = {name: None if row is None else row[name] for name in ("train_loss", "val_loss", "bits_per_byte")}
+    missing = at_step["val_loss"] is None
+    message = f"not evaluated at step {config.steps} (trained to step {outcome.step})" if missing else ""
+    return Outcome(OutcomeKind.DONE, config.steps, **at_step, message=message, seconds=outcome.seconds)
 
 
 def _same_rule(rule: GuardRule, outcome: Outcome) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from altgrad.sweep.folder import has_driver
+from altgrad.sweep.folder import FolderError, check_ledger, has_driver
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.progress import ending_name
 from altgrad.sweep.resolve import SpecError
@@ -22,9 +22,15 @@ WHY_COLUMNS = ("trial", "format", "arm", "policy", "seed", "ending", "layer", "s
 
 
 def open_ledger(out: Path) -> Ledger:
-    """The ledger in `out`; SpecError, with the nearest sweep beside it, where there is none."""
+    """The ledger in `out`; SpecError, with the nearest sweep beside it, where there is none or it is broken."""
     path = out / "ledger.sqlite"
-    if not path.exists():
+    try:
+        is_recorded = check_ledger(path)
+    except (FolderError, OSError) as error:
+        raise SpecError(str(error)) from None
+    if path.exists() and not is_recorded:
+        raise SpecError(f"{path} is empty: no sweep has been recorded in it")
+    if not is_recorded:
         beside = [item.parent.name for item in out.absolute().parent.glob("*/ledger.sqlite")]
         raise SpecError(f"{out}: no sweep in this folder (no ledger.sqlite){nearest(out.name, beside)}")
     return Ledger(path)

@@ -10,8 +10,9 @@ never stops, and one infinity turns its cutoff into NaN. Here
   broken;
 * comparison is by rank. A group with a member that diverged, or that a guard ended, ranks behind every finite
   group and lends its value to no cutoff;
-* rungs lie at first_rung · reduction^k steps; of n groups seen at a rung the best ceil(n / reduction) go on.
-  One group alone is never stopped, and references never are.
+* rungs lie at first_rung · reduction^k steps (where first_rung is not given: a reduction² part of the steps,
+  and at least one evaluation); of n groups seen at a rung the best ceil(n / reduction) go on. One group alone
+  is never stopped, and references never are.
 
 A rung is reached by the first result at or behind its step that carries a validation loss. A group with a
 member that has already run to its end is left alone, so racing has an effect only where the seeds of a group
@@ -59,13 +60,10 @@ class Race:
         self._config = config
         self._groups: dict[str, Group] = {}
         self._group_of: dict[str, Group] = {}
-        self._rungs: list[int] = []
         self._stopped: dict[str, Outcome] = {}
         self._last_step = {trial_id: trial.steps for trial_id, trial in trials.items()}
-        rung = config.first_rung
-        while rung < max(self._last_step.values(), default=0):
-            self._rungs.append(rung)
-            rung *= config.reduction
+        longest = max(trials.values(), key=lambda trial: trial.steps)
+        self._rungs = config.rungs(longest.steps, longest.eval_interval)
         for trial_id, trial in trials.items():
             if is_reference(trial):
                 continue

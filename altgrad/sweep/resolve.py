@@ -8,6 +8,9 @@ file and path that a person wrote, the value, what is allowed and the nearest ma
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +41,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: not readable as {path.suffix[1:]}: {_one_line(error)}") from None
     if not isinstance(found, dict):
         raise SpecError(f"{path}: a mapping of keys is expected, found {type(found).__name__}")
-    return {"name": path.stem} | found
+    return {"name": _name_from(path.stem)} | found
+
+
+def _name_from(stem: str) -> str:
+    """A file's name as a sweep's: accents dropped, other letters as _; a checksum where nothing would be left."""
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-")
+    return name or f"sweep-{zlib.crc32(stem.encode('utf-8', 'surrogateescape')):08x}"
 
 
 def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None = None) -> SweepSpec:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.sweep.folder import check_folder, cores, manifest, owned
+from altgrad.sweep.folder import check_folder, check_ledger, cores, manifest, owned
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.progress import Progress, ending_name
 from altgrad.sweep.racing import Race
@@ -78,15 +78,20 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     nothing: it is an outcome.
     """
     corpus = preflight(spec)
-    check_folder(options.out)
+    check_folder(options.out, fresh=options.fresh)
     anchored = spec.model_copy(
         update={"data": spec.data.model_copy(update={"source": anchor(spec.data.source)})}
     )
     trials = anchored.trials(corpus.sha256)
+    if options.address != "local" and _is_any_left(trials, options):
+        _set_ray_environment()
+        from altgrad.sweep.driver import reach
+        reach(options.address)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), **manifest(),
                                         "data": {"source": spec.data.source, "sha256": corpus.sha256,
-                                                 "description": corpus.describe()}})
+                                                 "description": corpus.describe(), "notes": corpus.notes},
+                                        "trials": list(trials)})
         ledger.add_trials(trials, corpus.sha256)
         recorder = Recorder(ledger, out / "trials")
         recorder.ingest(ledger.trials())
@@ -109,15 +114,28 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
 def anchor(source: str) -> str:
     """The data source as workers can find it: an absolute path or glob, where it names files."""
     path = Path(source)
-    is_files = path.exists() or any(mark in source for mark in "*?[")
+    is_files = source != "pydoc" and (path.exists() or any(mark in source for mark in "*?["))
     return str(path.absolute()) if is_files else source
+
+
+def _is_any_left(trials: Mapping[str, TrainConfig], options: RunOptions) -> bool:
+    """Whether Ray will be needed, as far as can be seen without touching the folder."""
+    path = options.out / "ledger.sqlite"
+    if options.fresh or not check_ledger(path):
+        return True
+    with Ledger(path) as ledger:
+        return bool(ledger.remaining(trials))
+
+
+def _set_ray_environment() -> None:
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfig],
            left: Mapping[str, TrainConfig], recorder: Recorder) -> str | None:
     race = _race(spec, trials, recorder.ledger) if spec.scheduler == "asha" else None
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_ray_environment()
     with Progress(left, len(trials)) as progress:
         from altgrad.sweep.driver import drive
         return drive(left, recorder, progress, race, address=options.address,

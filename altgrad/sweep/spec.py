@@ -16,12 +16,12 @@ the same time, which is what racing groups against each other needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, ValidationInfo, field_validator, model_validator
 
 from altgrad.quantization import FORMATS, POLICIES, get_format
 from altgrad.sweep.exclusions import (
@@ -48,15 +48,36 @@ from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 
 ALL_FORMATS = tuple(FORMATS)
 Positive = Annotated[FiniteFloat, Field(gt=0)]
+_CHOICES = {
+    "formats": ", ".join((UNQUANTIZED, *ALL_FORMATS, "all")),
+    "optimizers": ", ".join((*ARMS, "all")),
+    "policies": ", ".join((*POLICIES, "all")),
+}
 
 
 class RaceConfig(Frozen):
     """When groups of one cell are compared, and how many go on."""
 
-    first_rung: int = Field(30, ge=1, description="steps before the first comparison")
+    first_rung: int | None = Field(
+        None,
+        ge=1,
+        description="steps before the first comparison; null: steps / reduction², at least one eval_interval",
+    )
     reduction: int = Field(
         3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart"
     )
+
+    def first(self, steps: int, eval_interval: int) -> int:
+        """The first rung of a run of `steps`: as asked, or derived."""
+        return self.first_rung or max(eval_interval, -(-steps // self.reduction**2))
+
+    def rungs(self, steps: int, eval_interval: int) -> list[int]:
+        """The rungs (steps) whose first evaluation comes before the last step, where stopping still saves."""
+        found, rung = [], self.first(steps, eval_interval)
+        while _evaluated_at(rung, eval_interval) < steps:
+            found.append(rung)
+            rung *= self.reduction
+        return found
 
 
 class SweepSpec(Frozen):
@@ -92,10 +113,22 @@ class SweepSpec(Frozen):
 
     @field_validator("formats", "optimizers", "policies", "lrs", "rung_clip", mode="before")
     @classmethod
-    def _commas_separate(cls, value: Any) -> Any:
+    def _commas_separate(cls, value: Any, info: ValidationInfo) -> Any:
+        items = value
         if isinstance(value, str):
-            return tuple(item for part in value.split(",") if (item := part.strip()))
-        return (value,) if isinstance(value, int | float) else value
+            items = tuple(item for part in value.split(",") if (item := part.strip()))
+        allowed = _CHOICES.get(str(info.field_name))
+        if not items and (isinstance(value, str) or allowed is not None):
+            raise ValueError(f"{value!r} names nothing; allowed: {allowed or 'numbers above 0'}")
+        return (items,) if isinstance(items, int | float) else items
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as True, which Python would count as 1."""
+        if not (info.field_name == "guards" and isinstance(value, bool)):
+            _refuse_booleans(value)
+        return value
 
     @field_validator("formats")
     @classmethod
@@ -125,6 +158,17 @@ class SweepSpec(Frozen):
             self.expand()
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return self
+
+    @model_validator(mode="after")
+    def _a_race_is_held(self) -> SweepSpec:
+        if self.scheduler == "asha" and not self.race.rungs(self.steps, self.eval_interval):
+            rung = self.race.first(self.steps, self.eval_interval)
+            raise ValueError(
+                f"scheduler='asha' with steps={self.steps} would compare nothing: the first rung, at step {rung} "
+                f"(race.first_rung), is evaluated at step {_evaluated_at(rung, self.eval_interval)} "
+                f"(eval_interval={self.eval_interval}); more steps than that are expected"
+            )
         return self
 
     def expand(self) -> list[TrainConfig]:
@@ -203,6 +247,22 @@ def nearest(name: str, allowed: Any) -> str:
     return f"; nearest: {close[0]}" if close else ""
 
 
+def _refuse_booleans(value: Any, path: str = "") -> None:
+    """Raises ValueError for a truth value anywhere in plain data; no key of a sweep but `guards` takes one."""
+    if isinstance(value, bool):
+        raise ValueError(f"{f'{path}=' if path else ''}{value!r} is not allowed: a yes or no is not expected here")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_booleans(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_booleans(item, path)
+
+
+def _evaluated_at(rung: int, eval_interval: int) -> int:
+    return -(-rung // eval_interval) * eval_interval
+
+
 def _format_name(name: str) -> str:
     if name.upper() == UNQUANTIZED:
         return UNQUANTIZED
@@ -228,6 +288,7 @@ def _has_raw_lr(optimizer: OptimizerConfig) -> bool:
 PRESETS: dict[str, SweepSpec] = {
     "quick": SweepSpec(),
     "standard": SweepSpec(
+        name="format_ablation_standard",
         formats=(UNQUANTIZED, *ALL_FORMATS),
         optimizers=("adamw", "adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid"),
         seeds=3,
@@ -235,6 +296,7 @@ PRESETS: dict[str, SweepSpec] = {
         eval_interval=50,
     ),
     "study": SweepSpec(
+        name="format_ablation_study",
         formats=(UNQUANTIZED, *ALL_FORMATS),
         optimizers=("all",),
         lrs=(1e-3, 2e-3, 4e-3, 8e-3),

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from altgrad.training.outcome import OutcomeKind
 
@@ -42,7 +42,7 @@ class GuardRule(BaseModel):
     kind: Literal["nonfinite", "diverged", "stalled", "rank_collapse"]
     signal: str = Field(description="a signal of the row: " + ", ".join(GUARDED_SIGNALS))
     test: Literal["nonfinite", "above", "below"]
-    limit: float | None = Field(None, description="in the signal's unit; null for test='nonfinite'")
+    limit: FiniteFloat | None = Field(None, description="in the signal's unit; null for test='nonfinite'")
     checks: int = Field(1, ge=1, description="consecutive log intervals for which the rule must hold")
     after_step: int = Field(0, ge=0, description="grace, steps")
 

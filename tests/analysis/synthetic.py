@@ -30,6 +30,8 @@ class Plan:
     steps: int = 100
     offset: Callable[[str, str, int], float | Outcome | None] = lambda *_: 0.0
     policy: str = "uniform"
+    start: float | None = None
+    """the training loss of every run's first step, nats; None: as the course of the run has it"""
     lrs: Sequence[float] = (3e-3,)
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +66,10 @@ def write_ledger(out_dir: Path, plan: Plan, manifest: dict[str, Any] | None = No
             result = plan.offset(config.format, config.arm, config.seed)
             if result is None:
                 continue
-            ledger.record_rows(trial_id, _rows(config, result))
+            rows = _rows(config, result)
+            if plan.start is not None:
+                rows[0]["train_loss"] = plan.start
+            ledger.record_rows(trial_id, rows)
             ledger.record_outcome(trial_id, result if isinstance(result, Outcome) else _done(config, result))
     if manifest is not None:
         (out_dir / "sweep.json").write_text(json.dumps(manifest))
@@ -72,9 +77,12 @@ def write_ledger(out_dir: Path, plan: Plan, manifest: dict[str, Any] | None = No
 
 
 def _done(config: TrainConfig, offset: float) -> Outcome:
+    return Outcome(OutcomeKind.DONE, config.steps, seconds=4.2, **_evaluation(config, offset))
+
+
+def _evaluation(config: TrainConfig, offset: float) -> dict[str, float]:
     loss = BASE_LOSS + 0.03 * config.seed + offset
-    return Outcome(OutcomeKind.DONE, config.steps, train_loss=loss, val_loss=loss,
-                   bits_per_byte=loss / math.log(2), seconds=4.2)
+    return {"train_loss": loss, "val_loss": loss, "bits_per_byte": loss / math.log(2)}
 
 
 def _rows(config: TrainConfig, result: float | Outcome) -> list[dict[str, Any]]:
@@ -95,4 +103,6 @@ def _rows(config: TrainConfig, result: float | Outcome) -> list[dict[str, Any]]:
                      "stable_rank": 12.0, "layers": {}})
     if isinstance(result, Outcome) and result.signal == "train_loss":
         rows[-1]["train_loss"] = result.value
+    if not isinstance(result, Outcome):
+        rows[-1] |= _evaluation(config, result)
     return rows

@@ -18,6 +18,7 @@ def cell(losses: dict[int, float], stops: tuple[int, ...] = (), missing: tuple[i
          **changes: object) -> Cell:
     fields = {"format": "E5M2", "arm": "adamw", "policy": "uniform", "lr": 1e-3, "rung_clip": math.nan,
               "geometry": False, "outcomes": {}, "signals": {}} | changes
+    fields.setdefault("starts", dict.fromkeys(losses, 5.5))
     return Cell(losses=losses, stops=dict.fromkeys(stops, ("flip_yield", "lm_head")), missing=missing,
                 **fields)  # type: ignore[arg-type]
 
@@ -47,6 +48,34 @@ BF16 = cell({0: 2.0, 1: 2.02}, format="BF16")
 def test_verdicts(own: Cell, verdict: str, decided: bool) -> None:
     judged = judge(own, BF16)
     assert (judged.verdict, judged.decided) == (verdict, decided)
+
+
+@pytest.mark.parametrize(("start", "end", "learned"), [
+    (5.545, 5.503, False), (5.5, 5.01, False), (5.5, 4.99, True),                # half a nat
+    (2.0, 1.81, False), (2.0, 1.79, True),                                       # a tenth
+    (5.5, 1.2e11, False), (math.nan, 2.0, False), (5.5, math.nan, False),
+])
+def test_learning_is_a_clear_fall_from_the_first_step(start: float, end: float, learned: bool) -> None:
+    assert cell({0: end}, starts={0: start}).learned is learned
+
+
+def test_one_seed_that_did_not_learn_is_enough_to_say_so() -> None:
+    assert not cell({0: 2.0, 1: 5.4}).learned and not cell({}, stops=(0,)).learned
+    assert not cell({0: 2.0}, starts={}).learned, "where the first step is unknown nothing is taken for granted"
+
+
+def test_a_format_that_did_not_learn_never_trains() -> None:
+    reference = cell({0: 4.95, 1: 4.96}, format="BF16")
+    assert judge(cell({0: 5.30, 1: 5.31}), reference).verdict == "fails", "within 10 %, yet where it began"
+    assert judge(cell({0: 4.90, 1: 5.31}), reference).verdict == "unclear"
+    assert judge(cell({0: 4.90, 1: 4.91}), reference).verdict == "trains"
+
+
+def test_finishing_without_learning_rescues_nothing() -> None:
+    stopped, blown = cell({}, stops=(0, 1)), cell({0: 1e11, 1: 2e11}, arm="manifold")
+    assert (compare(blown, stopped).kind, compare(stopped, blown).kind) == ("stopped", "stopped")
+    healthy = cell({0: 2.0, 1: 2.1}, arm="manifold")
+    assert (compare(healthy, stopped).kind, compare(stopped, healthy).kind) == ("rescued", "lost")
 
 
 def test_a_failure_that_overlaps_the_reference_is_not_decided() -> None:
@@ -124,3 +153,13 @@ def test_the_reference_is_the_uniform_one_and_needs_a_finished_seed(tmp_path: Pa
     assert reference is not None and reference.policy == "uniform"
     gone = study_of(tmp_path / "stopped", Plan(["BF16", "E5M2"], ["adamw"], offset=lambda *_: stall()))
     assert gone.reference is None
+
+
+def test_nothing_is_decided_by_a_reference_that_did_not_learn(tmp_path: Path) -> None:
+    def offset(name: str, arm: str, seed: int) -> float:
+        return 1e11 if (name, arm) == ("BF16", "adamw") else (-0.5 if arm == "manifold" else 0.0) + 0.001 * seed
+
+    study = study_of(tmp_path, Plan(["BF16", "E5M2"], ["adamw", "manifold"], seeds=8, offset=offset))
+    assert study.reference is not None and not study.is_sound and not study.judgements
+    assert not any(item.decided for item in (*study.geometry, *study.against_reference.values()))
+    assert min(item.p_adjusted for item in study.geometry) < 0.05, "it would be decided otherwise"

@@ -11,12 +11,13 @@ from synthetic import Plan, explode, stall, write_ledger
 
 from altgrad.analysis.cells import build_study
 from altgrad.analysis.finding import Finding, find
-from altgrad.analysis.load import load
+from altgrad.analysis.load import load, unevaluated
 
 
 def finding_of(tmp_path: Path, plan: Plan) -> Finding:
     trials = load(write_ledger(tmp_path, plan)).trials
-    return find(build_study(trials), int((trials["state"] != "unresolved").sum()), len(trials))
+    results = int((trials["state"] != "unresolved").sum())
+    return find(build_study(trials), results, len(trials), unevaluated(trials))
 
 
 def offsets(table: dict[tuple[str, str], object]) -> Callable[..., object]:
@@ -139,3 +140,54 @@ def test_another_policy_is_named(tmp_path: Path) -> None:
     write_ledger(tmp_path, Plan(["BF16"], ["adamw"]))
     found = finding_of(tmp_path, Plan(["E5M2"], ["adamw"], policy="classic"))
     assert found.headline.startswith("Under policy classic: E5M2 trains")
+
+
+@pytest.mark.parametrize(("start", "end", "said"), [
+    (5.5, 1.2e11, "ends at 1.2e+11 nats, first step 5.500"),
+    (2.425, 2.4, "ends at 2.415 nats, first step 2.425"),
+])
+def test_a_reference_that_did_not_learn_says_nothing_of_any_format(
+    tmp_path: Path, start: float, end: float, said: str
+) -> None:
+    plan = Plan(["BF16", "E5M2", "E4M3"], ["adamw", "manifold"], start=start, offset=lambda *_: end - 2.4)
+    found = finding_of(tmp_path, plan)
+    assert found.headline == (f"The reference, BF16 AdamW, did not learn ({said}), so nothing can be said of any "
+                              "format.")
+    assert found.certainty == ("Nothing is decided: without a reference that learned there is no measure of any "
+                               "format.")
+
+
+def test_one_seed_of_the_reference_that_did_not_learn_is_counted(tmp_path: Path) -> None:
+    plan = Plan(["BF16", "E5M2"], ["adamw"],
+                offset=lambda name, _, seed: 9.0 if (name, seed) == ("BF16", 1) else 0.0)
+    assert "BF16 AdamW, did not learn in 1 of 2 seeds" in finding_of(tmp_path, plan).headline
+
+
+def test_a_format_that_did_not_learn_is_said_to_fail_so(tmp_path: Path) -> None:
+    plan = Plan(["BF16", "E5M2"], ["adamw"], start=2.92,
+                offset=lambda name, *_: 0.23 if name == "E5M2" else 0.0)
+    found = finding_of(tmp_path, plan)
+    assert "E5M2 fails (adamw, its best arm, did not learn: ends at 2.645 nats, first step 2.920)." in found.headline
+    assert "Decided (2 seeds): E5M2 fails." in found.certainty
+
+
+@pytest.mark.parametrize(("formats", "headline"), [
+    (["FP32"], "No 8-bit format and no BF16 AdamW reference was run; FP32 with adamw ends at 2.475 nats."),
+    (["BF16"], "No 8-bit format was run; BF16 ends at 2.475 nats."),
+    (["BF16", "FP32"], "No 8-bit format was run; BF16 ends at 2.475 nats, FP32 at 2.475."),
+])
+def test_a_finished_run_of_references_alone_is_not_called_unfinished(
+    tmp_path: Path, formats: list[str], headline: str
+) -> None:
+    found = finding_of(tmp_path, Plan(formats, ["adamw"], seeds=6))
+    assert found.headline == headline
+    assert found.certainty == ("All trials have a result, but there was nothing to decide: that takes an 8-bit "
+                               "format beside BF16.")
+
+
+def test_a_length_without_evaluations_is_named(tmp_path: Path) -> None:
+    formats = ["BF16", "E5M2"]
+    write_ledger(tmp_path, Plan(formats, ["adamw"], steps=40))
+    found = finding_of(tmp_path, Plan(formats, ["adamw"], steps=20, offset=lambda *_: None))
+    assert found.certainty.startswith("Incomplete: 0 of 4 trials have a result. 4 trials were trained past the "
+                                      "steps asked for without an evaluation there")

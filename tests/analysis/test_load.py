@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from synthetic import DATA, Plan, explode, stall, write_ledger
 
-from altgrad.analysis.load import load, newest_setting, results_table
+from altgrad.analysis.load import load, newest_setting, of_sweep, results_table
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.config import ModelConfig, TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS
@@ -40,19 +40,55 @@ def test_non_finite_numbers_come_back(tmp_path: Path, value: float) -> None:
 
 @pytest.mark.parametrize(("outcome", "state", "shown"), [
     (None, "unresolved", "pending"),
-    (Outcome(OutcomeKind.DONE, 100, val_loss=2.5), "finished", "done"),
-    (Outcome(OutcomeKind.DONE, 100, val_loss=math.nan), "failed", "done"),
-    (Outcome(OutcomeKind.DONE, 100), "unresolved", "done"),
-    (Outcome(OutcomeKind.DONE, 60, val_loss=2.5), "unresolved", "pending"),
+    (Outcome(OutcomeKind.DONE, 100), "finished", "done"),
+    (Outcome(OutcomeKind.DONE, 60), "unresolved", "pending"),
     (stall(), "failed", "stalled"),
     (Outcome(OutcomeKind.PRUNED, 20, val_loss=3.0), "unresolved", "pruned"),
     (Outcome(OutcomeKind.OOM, 20), "unresolved", "oom"),
     (Outcome(OutcomeKind.BUG, 0, message="boom"), "unresolved", "bug"),
 ])
 def test_state_of_an_ending(tmp_path: Path, outcome: Outcome | None, state: str, shown: str) -> None:
-    record(tmp_path, TrainConfig(steps=100), outcome)
+    record(tmp_path, TrainConfig(steps=100), outcome, [{"step": 100, "val_loss": 2.5}])
     trial = load(tmp_path).trials.iloc[0]
     assert (trial["state"], trial["outcome"]) == (state, shown)
+
+
+@pytest.mark.parametrize(("value", "state"), [(2.5, "finished"), (math.nan, "failed"), (None, "unresolved")])
+def test_the_final_loss_is_read_from_the_last_row(tmp_path: Path, value: float | None, state: str) -> None:
+    """An outcome's own loss may be of an earlier evaluation: of a run that was resumed at its last step."""
+    outcome = Outcome(OutcomeKind.DONE, 100, val_loss=1.0)
+    record(tmp_path, TrainConfig(steps=100), outcome, [{"step": 50, "val_loss": 1.0}, {"step": 100, "val_loss": value}])
+    trial = load(tmp_path).trials.iloc[0]
+    assert trial["state"] == state and (trial["val_loss"] == 2.5) == (state == "finished")
+
+
+LATER = [Outcome(OutcomeKind.DONE, 40, val_loss=1.9), stall(step=30), explode(step=33),
+         Outcome(OutcomeKind.PRUNED, 40, signal="val_loss")]
+
+
+@pytest.mark.parametrize("later", LATER, ids=lambda outcome: str(outcome.kind))
+def test_a_longer_run_is_read_at_the_step_asked_for(tmp_path: Path, later: Outcome) -> None:
+    rows = [{"step": 10, "train_loss": 5.0, "flip_yield": 0.9},
+            {"step": 20, "train_loss": 2.7, "val_loss": 2.8, "bits_per_byte": 4.0, "flip_yield": 0.8},
+            {"step": 30, "train_loss": 2.2, "flip_yield": 0.1}]
+    record(tmp_path, TrainConfig(steps=20), later, rows)
+    records = load(tmp_path)
+    trial = records.trials.iloc[0]
+    assert (trial["state"], trial["outcome"], trial["step"]) == ("finished", "done", 20)
+    assert (trial["train_loss"], trial["val_loss"], trial["bits_per_byte"]) == (2.7, 2.8, 4.0)
+    assert trial["flip_yield"] == 0.8 and trial["first_loss"] == 5.0 and trial["signal"] == ""
+    assert list(records.rows["step"]) == [10, 20], "pictures, too, compare at equal steps"
+
+
+def test_a_longer_run_without_an_evaluation_there_says_so(tmp_path: Path) -> None:
+    record(tmp_path, TrainConfig(steps=20), LATER[0], [{"step": 20, "train_loss": 2.7}])
+    trial = load(tmp_path).trials.iloc[0]
+    assert (trial["state"], trial["message"]) == ("unresolved", "not evaluated at step 20 (trained to step 40)")
+
+
+def test_a_stop_at_the_last_step_asked_for_is_a_stop(tmp_path: Path) -> None:
+    record(tmp_path, TrainConfig(steps=30), stall(step=30), [{"step": 30, "val_loss": 2.8}])
+    assert load(tmp_path).trials["state"][0] == "failed"
 
 
 def test_a_stop_by_a_guard_that_is_gone_is_no_result(tmp_path: Path) -> None:
@@ -87,6 +123,14 @@ def test_settings_are_not_mixed(tmp_path: Path) -> None:
     records = newest_setting(load(tmp_path))
     assert (len(records.trials), records.outside) == (2, 3)
     assert set(records.rows["trial_id"]) == set(records.trials["trial_id"])
+
+
+def test_a_sweep_is_its_trials_in_its_order(tmp_path: Path) -> None:
+    write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], seeds=2))
+    ids = list(load(tmp_path).trials["trial_id"])
+    records = of_sweep(load(tmp_path), [ids[2], ids[0], "unknown"])
+    assert list(records.trials["trial_id"]) == [ids[2], ids[0]] and records.outside == 2
+    assert set(records.rows["trial_id"]) == {ids[2], ids[0]}
 
 
 def test_the_ledger_is_opened_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic import Plan, explode, stall, write_ledger
+from synthetic import DATA, Plan, explode, stall, write_ledger
 
 from altgrad.analysis.curves import spread
 from altgrad.analysis.report import write_report
@@ -177,3 +177,53 @@ def test_a_pruned_trial_is_a_result_and_not_a_number(tmp_path: Path) -> None:
     finding = write_report(write_ledger(tmp_path, plan))
     assert (finding.results, finding.trials) == (8, 8) and "Incomplete" not in finding.certainty
     assert "E5M2 with manifold" not in finding.headline
+
+
+def sweep_of(out_dir: Path, plan: Plan) -> list[str]:
+    """The plan run in the folder as a sweep of its own; returns its trials."""
+    ids = [config.trial_id(DATA) for config in plan.configs()]
+    write_ledger(out_dir, plan, {"spec": {"name": "s"}, "trials": ids})
+    return ids
+
+
+def test_the_report_is_of_the_sweep_that_ran_last(tmp_path: Path) -> None:
+    last = Plan(["BF16", "E5M2"], ["adamw"], steps=20)
+    sweep_of(tmp_path, last)
+    wide = sweep_of(tmp_path, Plan(["BF16", "E5M2", "E4M3"], ["adamw"], seeds=3, steps=20,
+                                   offset=lambda name, *_: None if name == "E4M3" else 0.0))
+    ids = sweep_of(tmp_path, last)
+    finding = write_report(tmp_path)
+    assert (finding.results, finding.trials) == (4, 4) and "Incomplete" not in finding.certainty
+    assert "E4M3" not in finding.headline
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "5 other trials of earlier sweeps in this folder are left out; results.csv lists every" in text
+        assert ids[0] not in text, "the ids are no provenance that anyone reads"
+    assert len(pd.read_csv(tmp_path / "report" / "results.csv")) == 9
+    assert write_report(tmp_path, wide).trials == 9, "trials given win over those of sweep.json"
+
+
+def test_trials_of_other_lengths_are_not_mixed_in(tmp_path: Path) -> None:
+    """Trained to 20, a part of it on to 40, then more seeds at 20: all compare at 20."""
+    sweep_of(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], steps=20))
+    sweep_of(tmp_path, Plan(["BF16"], ["adamw"], steps=40, offset=lambda *_: -0.9))
+    short = Plan(["BF16", "E5M2"], ["adamw"], seeds=3, steps=20,
+                 offset=lambda name, _, seed: 0.0 if seed == 2 else None)
+    sweep_of(tmp_path, short)
+    finding = write_report(tmp_path)
+    assert (finding.results, finding.trials) == (4, 6), "the rows at step 20 were written over without a loss"
+    assert "Decided (" not in finding.certainty.replace("Not decided (", "")
+    assert "2 trials were trained past the steps asked for" in finding.certainty
+
+
+def test_a_sweep_that_the_ledger_does_not_know_is_named(tmp_path: Path) -> None:
+    write_ledger(tmp_path, Plan(["BF16"], ["adamw"], steps=20), {"trials": ["feedfeedfeed"]})
+    with pytest.raises(ValueError, match="holds none of the sweep's 1 trials"):
+        write_report(tmp_path)
+
+
+def test_a_blown_up_reference_still_gives_a_report(tmp_path: Path) -> None:
+    finding = write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw", "grid"], steps=20,
+                                                       offset=lambda *_: 1.2e11)))
+    assert "did not learn" in finding.headline
+    assert "reference (did not learn)" in (tmp_path / "report" / "report.md").read_text()

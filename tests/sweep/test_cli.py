@@ -4,6 +4,7 @@ touched.
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ BAD = [
     (["--steps"], ["--steps", "expected one argument"]),
     (["--out", "taken"], ["--out", "taken", "other things"]),
     (["--out", "missing.text"], ["--out", "missing.text is a file"]),
+    (["--out", "missing.text/sub"], ["--out", "missing.text/sub", "missing.text is a file"]),
+    (["--out", ""], ["--out", "''", "a path is expected"]),
+    (["--max-concurrent", "²"], ["--max-concurrent", "'²'", "at least 1"]),
+    (["--preset", ""], ["--preset", "''", "quick, standard, study"]),
+    (["--data", ""], ["--data", "''", "'pydoc'"]),
+    (["--data", "missing.text"], ["--data", "missing.text", "too few for a block of 128"]),
+    (["--formats", ""], ["--formats", "''", "FP32, E0M7"]),
+    (["--lrs", ""], ["--lrs", "''", "numbers above 0"]),
+    (["--scheduler", "asha", "--steps", "20"], ["scheduler='asha'", "steps=20", "first_rung"]),
+    (["--address", "127.0.0.1:9"], ["--address", "'127.0.0.1:9'", "no Ray cluster answers"]),
 ]
 
 
@@ -71,6 +82,52 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(
     for part in expected:
         assert part in captured.err
     assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_auto_without_a_cluster_leaves_no_folder(elsewhere: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    def nobody(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+    monkeypatch.setattr("ray.init", nobody)
+    assert main(["run", "--address", "auto"]) == 2
+    assert "--address: 'auto': no Ray cluster answers" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--out", "taken"], ["--out", "afile/sub"]])
+def test_a_plan_finds_what_a_run_would(flags: list[str], elsewhere: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "afile").touch()
+    (elsewhere / "taken").mkdir()
+    (elsewhere / "taken" / "thesis.tex").touch()
+    assert main(["plan", *flags]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_plan_says_which_text_is_left_aside(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "test"):
+        (elsewhere / f"{name}.txt").write_text("words " * 1000)
+    assert main(["plan", "--data", "."]) == 0
+    assert capsys.readouterr().out.count("data: test text is not read: test.txt\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "garbage " * 100])
+@pytest.mark.parametrize("command", ["status", "why", "report"])
+def test_a_ledger_that_is_none_is_one_clear_line(command: str, content: str, elsewhere: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "ledger.sqlite").write_text(content)
+    assert main([command, str(elsewhere)]) == 2
+    captured = capsys.readouterr()
+    assert "ledger.sqlite is" in captured.err and captured.err.count("\n") == 1
+    assert (elsewhere / "ledger.sqlite").read_text() == content
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "altgrad", "formats"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_bad_input_loads_no_ray() -> None:

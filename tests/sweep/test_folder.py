@@ -1,14 +1,17 @@
 """One driver owns a folder, a dead one owns nothing, and nothing is ever deleted."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.folder import FolderError, check_folder, has_driver, manifest, owned
+from altgrad.sweep.folder import FolderError, check_folder, check_ledger, has_driver, manifest, owned
+from altgrad.sweep.ledger import Ledger
 
 OWNER = """
 import sys, time
@@ -64,3 +67,36 @@ def test_the_manifest_names_versions_and_machine() -> None:
     found = manifest()
     assert {"torch", "ray", "altgrad"} <= set(found["versions"])
     assert found["machine"]["cores"] >= 1 and {"git", "numerics", "python"} <= set(found)
+
+
+def test_a_path_through_a_file_and_the_folder_one_stands_in_are_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FolderError, match="file is a file"):
+        check_folder(tmp_path / "file" / "sub")
+    with pytest.raises(FolderError, match="can't be used"), owned(tmp_path / "file" / "sub"):
+        pass
+    (tmp_path / "sweep" / "trials").mkdir(parents=True)
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "sweep" / "trials")
+    check_folder(Path(".."))
+    for out in (Path(".."), tmp_path / "sweep"):
+        with pytest.raises(FolderError, match="can't be moved aside"):
+            check_folder(out, fresh=True)
+
+
+def test_a_ledger_that_is_none_is_refused_and_an_empty_one_holds_no_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.touch()
+    assert not check_ledger(path)
+    path.write_text("garbage " * 100)
+    with pytest.raises(FolderError, match="no readable ledger"):
+        check_folder(tmp_path)
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE recipes (name)")
+    with pytest.raises(FolderError, match="no ledger"):
+        check_folder(tmp_path)
+    path.unlink()
+    Ledger(path).close()
+    assert check_ledger(path)

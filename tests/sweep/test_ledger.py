@@ -1,11 +1,12 @@
 """The ledger keeps what it is given, non-finite numbers included, and knows what is left."""
 
 import math
+import sqlite3
 from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.ledger import Ledger, as_asked
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
@@ -69,6 +70,33 @@ def test_interruptions_and_bugs_are_tried_again_and_pruning_is_final(
 ) -> None:
     ledger.record_outcome("t", Outcome(kind=kind, step=40))
     assert left(ledger) == (kind is not OutcomeKind.PRUNED)
+
+
+def test_trials_are_entered_all_or_none(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        with pytest.raises(sqlite3.Error):
+            ledger.add_trials({"a": CONFIG, object(): CONFIG}, "0" * 64)  # type: ignore[dict-item]
+        assert ledger.trials() == {}
+
+
+AT_50 = {"train_loss": 2.9, "val_loss": 3.0, "bits_per_byte": 4.3}
+
+
+def test_a_longer_run_is_worth_what_it_was_at_the_step_asked_for() -> None:
+    longer = Outcome(kind=OutcomeKind.DONE, step=100, val_loss=2.0, seconds=7.0)
+    short = CONFIG.model_copy(update={"steps": 50})
+    assert as_asked(longer, short, AT_50) == Outcome(OutcomeKind.DONE, 50, **AT_50, seconds=7.0)
+    unknown = as_asked(longer, short, None)
+    assert unknown is not None and unknown.val_loss is None and "not evaluated at step 50" in unknown.message
+    assert as_asked(longer, CONFIG.model_copy(update={"steps": 101}), None) is None
+
+
+def test_a_stop_counts_up_to_the_step_asked_for() -> None:
+    rule = next(rule for rule in DEFAULT_GUARDS if rule.kind == "stalled")
+    stop = Outcome(OutcomeKind.STALLED, 60, signal=rule.signal, limit=rule.limit)
+    for steps, kind in ((50, "done"), (60, "stalled"), (61, "stalled")):
+        asked = as_asked(stop, CONFIG.model_copy(update={"steps": steps}), AT_50)
+        assert asked is not None and asked.kind == kind
 
 
 def test_an_unknown_signal_is_refused(ledger: Ledger) -> None:

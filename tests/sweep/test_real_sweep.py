@@ -47,6 +47,7 @@ def test_a_small_sweep_fills_the_ledger(first: SweepResult) -> None:
 def test_the_folder_says_what_ran_on_what_and_keeps_no_scratch(first: SweepResult) -> None:
     found = json.loads((first.out / "sweep.json").read_text())
     assert SweepSpec.model_validate(found["spec"]) == tiny()
+    assert found["trials"] == list(tiny().trials(found["data"]["sha256"])) and found["data"]["notes"] == []
     assert len(found["data"]["sha256"]) == 64 and found["versions"]["torch"]
     assert sorted(item.name for item in first.out.iterdir() if not item.name.startswith("ledger")) == [
         ".lock", "sweep.json", "trials"]
@@ -107,6 +108,20 @@ def wait_until(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_sweep_like_an_interrupt(tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    driver = altgrad(out)
+    wait_until(lambda: list((out / "trials").glob("*/checkpoint/state.pt")), 240)
+    driver.terminate()
+    text, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 143, text
+    assert "terminated; what is recorded stays" in text and "Traceback" not in text and "***" not in text
+    with Ledger(out / "ledger.sqlite") as ledger:
+        assert ledger.row_counts()
+    assert not (out / ".tune").exists()
 
 
 @pytest.mark.slow

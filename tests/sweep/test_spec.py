@@ -198,3 +198,49 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("{}")
     with pytest.raises(SpecError, match=r"no such file; nearest: mine\.yaml"):
         resolve(SweepSpec(), {}, tmp_path / "mne.yaml")
+
+
+def test_presets_have_folders_of_their_own() -> None:
+    assert len({spec.name for spec in PRESETS.values()}) == len(PRESETS)
+
+
+@pytest.mark.parametrize(("stem", "name"), [
+    ("my sweep", "my_sweep"), ("-é (2)", "e_2"), ("..", None), ("日本", None)])
+def test_a_file_of_any_name_gives_a_valid_name_of_its_own(tmp_path: Path, stem: str, name: str | None) -> None:
+    path = tmp_path / f"{stem}.yaml"
+    path.write_text("seeds: 1\n")
+    found = resolve(SweepSpec(), {}, path).name
+    assert found == name if name else found.startswith("sweep-")
+
+
+@pytest.mark.parametrize(("text", "where"), [
+    ("seeds: yes", "seeds: True"), ("steps: true", "steps: True"), ("lrs: [on]", "lrs: True"),
+    ("rung_clip: on", "rung_clip: True"), ("model: {layers: on}", "model: layers=True"),
+    ("guards: [{kind: stalled, signal: flip_yield, test: below, limit: yes}]", "guards: limit=True")])
+def test_yes_is_no_number(tmp_path: Path, text: str, where: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=f"{where} is not allowed"):
+        resolve(SweepSpec(), {}, path)
+
+
+@pytest.mark.parametrize("text", ["formats: []", "formats: ' , '", "optimizers: ''", "policies: []"])
+def test_an_axis_without_a_point_names_the_choices(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=r"names nothing; allowed: .*all"):
+        resolve(SweepSpec(), {}, path)
+
+
+@pytest.mark.parametrize(("steps", "rungs"), [(100, [20, 60]), (300, [34, 102]), (21, [20])])
+def test_the_first_rung_follows_the_steps(steps: int, rungs: list[int]) -> None:
+    spec = SweepSpec(steps=steps, scheduler="asha")
+    assert spec.race.rungs(spec.steps, spec.eval_interval) == rungs
+
+
+@pytest.mark.parametrize("changes", [{"steps": 20}, {"steps": 30, "race": {"first_rung": 30}},
+                                     {"steps": 40, "race": {"first_rung": 21}}])
+def test_a_race_without_a_comparison_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"scheduler='asha' with steps=\d+ would compare nothing"):
+        SweepSpec.model_validate({"scheduler": "asha"} | changes)
+    SweepSpec.model_validate(changes)

@@ -108,3 +108,75 @@ def test_a_split_too_small_for_the_block_is_refused(tmp_path: Path):
     corpus = load_corpus(DataConfig(source=str(tmp_path / "a.txt")))
     with pytest.raises(ValueError, match="too few for a block of 128"):
         list(val_batches(corpus, block=128, batch=1, count=1))
+
+
+def texts_of(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text * 200)
+    return folder
+
+
+def split_bytes(source: Path | str) -> tuple[set[str], set[str], str]:
+    """Letters in the training split, letters in the validation split, the notes."""
+    corpus = load_corpus(DataConfig(source=str(source)))
+    train, val = (set(bytes(split.tolist()).decode()) - {"\0"} for split in (corpus.train, corpus.val))
+    return train, val, " | ".join(corpus.notes)
+
+
+def test_without_dev_text_validation_comes_from_train_and_test_is_left_alone(tmp_path: Path):
+    train, val, notes = split_bytes(texts_of(tmp_path, {"train.txt": "t", "test.txt": "x", "README.md": "r"}))
+    assert (train, val) == ({"t"}, {"t"})
+    assert "test text is not read: test.txt" in notes and "held out" in notes and "README.md" in notes
+
+
+@pytest.mark.parametrize("source", [".", "*/*.txt", "**/*.txt"])
+def test_sub_folders_named_like_splits_are_the_splits(tmp_path: Path, source: str):
+    texts_of(tmp_path, {"train/a.txt": "a", "train/test.txt": "b", "dev/a.txt": "d", "test/train.txt": "x"})
+    train, val, notes = split_bytes(tmp_path / source)
+    assert (train, val) == ({"a", "b"}, {"d"})
+    assert "test text is not read: test/train.txt" in notes
+
+
+def test_shards_are_their_split_and_names_above_the_source_say_nothing(tmp_path: Path):
+    root = texts_of(tmp_path / "test", {
+        "train-00000-of-00002.txt": "a", "train-00001-of-00002.txt": "b", "validation.txt": "d", "test_1.txt": "x"})
+    assert split_bytes(root)[:2] == ({"a", "b"}, {"d"})
+
+
+def test_test_text_without_train_text_is_read_and_said_to_be(tmp_path: Path):
+    train, val, notes = split_bytes(texts_of(tmp_path, {"a.txt": "a", "b.txt": "b", "test.txt": "x"}))
+    assert train | val == {"a", "b", "x"} and "test.txt" in notes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("utf.jsonl", b'{"text": "a"}\n{"text": "\xff\xfe"}\n', r"utf.jsonl:2: no UTF-8 text"),
+        ("num.jsonl", b'{"text": 5}\n', r"num.jsonl:1: field 'text' holds 5, which is no text"),
+        ("list.jsonl", b"[1, 2]\n", r"list.jsonl:1: a record with field 'text' is expected, found \[1, 2\]"),
+        ("broken.parquet", b"PAR1 nonsense", r"broken.parquet: not readable as parquet"),
+    ],
+)
+def test_a_broken_record_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(DataConfig(source=str(tmp_path / name)))
+
+
+def test_a_parquet_column_of_numbers_is_no_text_and_a_dictionary_of_text_is(tmp_path: Path):
+    source = tmp_path / "int.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 3]}), source)
+    with pytest.raises(ValueError, match=r"int.parquet: column 'text' holds int64"):
+        load_corpus(DataConfig(source=str(source)))
+    encoded = tmp_path / "dictionary.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array(DOCUMENTS).dictionary_encode()}), encoded)
+    assert load_corpus(DataConfig(source=str(encoded))).documents == 30
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("words " * 100)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data '': an empty name; allowed: 'pydoc'"):
+        load_corpus(DataConfig(source=""))

@@ -103,3 +103,9 @@ def test_a_rule_with_an_unknown_signal_or_a_misplaced_limit_is_refused():
         GuardRule(kind="stalled", signal="flip_yield", test="below")
     with pytest.raises(ValidationError, match="limit"):
         GuardRule(kind="nonfinite", signal="train_loss", test="nonfinite", limit=1.0)
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf, -math.inf])
+def test_a_limit_that_nothing_can_cross_is_refused(limit):
+    with pytest.raises(ValidationError, match="finite"):
+        GuardRule(kind="diverged", signal="train_loss", test="above", limit=limit)
