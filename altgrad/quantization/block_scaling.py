@@ -194,7 +194,10 @@ def _e8m0_values(codes: Tensor) -> Tensor:
 
 
 def _over_elements(scales: Tensor, fmt: BlockFormat, length: int) -> Tensor:
-    return scales.repeat_interleave(fmt.size, -1)[..., :length]
+    # A tensor of counts, not a slice of equal ones or an index i // size: torch 2.13's inductor loses the tail of
+    # those loops and leaves the elements of a short last block unwritten.
+    starts = torch.arange(0, length, fmt.size, device=scales.device)
+    return scales.repeat_interleave((length - starts).clamp(max=fmt.size), -1, output_size=length)
 
 
 def _block_amax(x: Tensor, size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Block formats against gfloat, torchao (where installed) and a numpy reference, and their own laws."""
 
 import math
+import shutil
 
 import gfloat
 import gfloat.formats
@@ -381,6 +382,15 @@ def test_compiles_to_the_same_bits():
         )
         assert_same_bits(traced(x), block_quantize(x, name))
         torch.compiler.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+@pytest.mark.parametrize("shape", [(40,), (5, 70)])
+def test_inductor_writes_short_last_blocks_too(shape):
+    x = torch.randn(shape)
+    traced = torch.compile(lambda t: block_quantize(t, "MXFP8_E4M3"), fullgraph=True)
+    assert_same_bits(traced(x), block_quantize(x, "MXFP8_E4M3"))
+    torch.compiler.reset()
 
 
 def test_storage():
