@@ -8,20 +8,15 @@ that training has failed; the sign of zero is kept and so are subnormals. A scal
 rounds in the division and in the product, as hardware does; so do values whose quotient falls below float32's
 normals (2^-126).
 
-The same law holds on every path. Contiguous float32 CPU tensors under a scalar scale go to the numba kernels,
-everything else to the torch reference; the environment variable ALTGRAD_KERNEL=reference|numba chooses for
-them. Under torch.compile the reference is traced, and fuses into one loop.
+The same law holds on every path: `kernels.dispatch` says which kernel a tensor gets, and how calls look under
+torch.compile.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from types import ModuleType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -30,13 +25,14 @@ from torch import Tensor
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
 from altgrad.quantization.kernels import (
     MAX_HASHED_ELEMENTS,
-    Grid,
     Overflow,
     Rounding,
+    dispatch,
     grid_of,
     mix_seed,
     reference,
 )
+from altgrad.quantization.kernels.dispatch import Scale, kernel_in_use
 
 __all__ = [
     "code_index",
@@ -50,7 +46,6 @@ __all__ = [
     "ulp",
 ]
 
-Scale = float | Tensor
 StraightThrough = Literal["identity", "clipped"]
 
 
@@ -68,7 +63,7 @@ def quantize(
     """x rounded to scale * (values of fmt), same shape and dtype; gradient straight through, none for the
     scale.
 
-    `scale`: positive, a float or a tensor that broadcasts to x. `rounding`: nearest | stochastic |
+    `scale`: positive, a float or a tensor that broadcasts to x, where NaN makes NaN. `rounding`: nearest | stochastic |
     toward_zero; stochastic takes the draw of flat element i from (seed, i) alone. `overflow`: saturate | inf.
     `ste`: "clipped" zeroes the gradient where |x / scale| exceeds the largest value. `out` (may be x)
     receives the result without gradient. ValueError: unknown names, a scale that is no positive float32, no
@@ -91,7 +86,7 @@ def quantize(
         return _quantize_into(x, fmt, scale, rounding, overflow, seed, out, wants_gradient)
     if wants_gradient:
         return cast(Tensor, _StraightThrough.apply(x, fmt, scale, rounding, overflow, seed, ste == "clipped"))
-    return _rounded(x, fmt, scale, rounding, overflow, seed)
+    return dispatch.rounded(x.detach(), fmt, scale, rounding, overflow, seed)
 
 
 def encode(
@@ -124,6 +119,7 @@ def encode(
 def decode(codes: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     """Values of bit patterns times scale, float32; inverse of `encode` on the grid."""
     fmt = get_format(fmt)
+    _check_integers("codes", codes)
     patterns = codes.to(torch.int64)
     if codes.dtype == torch.int16:
         patterns = patterns & 0xFFFF
@@ -139,28 +135,14 @@ def code_index(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
 
     Differences of indices count grid steps; values beyond the largest have its index.
     """
-    grid = grid_of(get_format(fmt))
     _check_floating(x)
-    x, scale = x.detach(), _as_scale(scale)
-    kernel = _numba_for(x)
-    if kernel is None:
-        return reference.code_index(x.to(torch.float32), scale, grid)
-    out = torch.empty(x.shape, dtype=torch.int32)
-    kernel.code_index(*_scalar_scaled(x, scale), grid, out)
-    return out
+    return dispatch.code_index(x.detach(), get_format(fmt), _as_scale(scale))
 
 
 def index_to_value(index: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     """Value at a signed place of the ordered grid times scale, float32; clamped to its ends."""
-    grid = grid_of(get_format(fmt))
-    scale = _as_scale(scale)
-    kernel = _numba_for(index, torch.int32)
-    number = _scalar(scale)
-    if kernel is None or number is None:
-        return reference.index_to_value(index, scale, grid)
-    out = torch.empty(index.shape, dtype=torch.float32)
-    kernel.index_to_value(index, number, grid, out)
-    return out
+    _check_integers("codes", index)
+    return dispatch.index_to_value(index, get_format(fmt), _as_scale(scale))
 
 
 def ulp(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
@@ -169,33 +151,15 @@ def ulp(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     Zeros and subnormals have the smallest spacing, values beyond the largest that of the top binade, NaN has
     NaN.
     """
-    grid = grid_of(get_format(fmt))
     _check_floating(x)
-    x, scale = x.detach(), _as_scale(scale)
-    kernel = _numba_for(x)
-    number = _scalar(scale)
-    if kernel is None or number is None:
-        return reference.ulp(x.to(torch.float32), scale, grid)
-    out = torch.empty(x.shape, dtype=torch.float32)
-    kernel.ulp(x, number, grid, out)
-    return out
+    return dispatch.ulp(x.detach(), get_format(fmt), _as_scale(scale))
 
 
 def hash_uniform(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Draws in [0, 1), float32 of 24 bits, hashed from (seed, flat index) as stochastic rounding does."""
     size, device = torch.Size(shape), torch.device(device)
     _check_seed(size.numel(), seed)
-    out = torch.empty(size, device=device)
-    kernel = _numba_for(out)
-    if kernel is None:
-        return reference.uniform(size, seed, device)
-    kernel.uniform(seed, out)
-    return out
-
-
-def kernel_in_use(tensor: Tensor) -> Literal["numba", "reference"]:
-    """Which kernel a tensor of this device, layout and dtype gets."""
-    return "reference" if _numba_for(tensor) is None else "numba"
+    return dispatch.uniform(size, seed, device)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -206,7 +170,7 @@ class _StraightThrough(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         if clipped:
             ctx.save_for_backward((x.to(torch.float32) / scale).abs() <= fmt.max)
-        return _rounded(x, fmt, scale, rounding, overflow, seed)
+        return dispatch.rounded(x.detach(), fmt, scale, rounding, overflow, seed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -227,76 +191,43 @@ def _quantize_into(
             f"out must be {x.dtype} {tuple(x.shape)} on {x.device}; "
             f"got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
-    kernel = _numba_for(x)
-    number = _scalar(scale)
-    if kernel is not None and number is not None and out.is_contiguous():
-        kernel.quantize(x, number, grid_of(fmt), rounding, overflow, seed, out)
-        return out
-    return out.copy_(_rounded(x, fmt, scale, rounding, overflow, seed))
-
-
-def _rounded(
-    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None
-) -> Tensor:
-    grid: Grid = grid_of(fmt)
-    carrier = x.detach().to(torch.float32)
-    kernel = _numba_for(carrier)
-    if kernel is None:
-        return reference.quantize(carrier, scale, grid, rounding, overflow, seed).to(x.dtype)
-    result = torch.empty_like(carrier)
-    scaled, number = _scalar_scaled(carrier, scale)
-    kernel.quantize(scaled, number, grid, rounding, overflow, seed, result)
-    if scaled is not carrier:
-        result.mul_(scale)
-    return result.to(x.dtype)
-
-
-def _scalar_scaled(x: Tensor, scale: Scale) -> tuple[Tensor, float]:
-    """x with a number to divide it by; where the scale is no single number, x already divided and 1."""
-    number = _scalar(scale)
-    return (x, number) if number is not None else ((x / scale).contiguous(), 1.0)
-
-
-def _scalar(scale: Scale) -> float | None:
-    if not isinstance(scale, Tensor):
-        return scale
-    return float(scale.item()) if scale.numel() == 1 and scale.device.type == "cpu" else None
+    return dispatch.round_into(x.detach(), fmt, scale, rounding, overflow, seed, out)
 
 
 def _as_scale(scale: Scale) -> Scale:
-    """The scale rounded to float32; a float is checked, a tensor is not (that would wait for its device)."""
+    """The scale rounded to float32 and checked, but on a device (the check would wait for it) or in a
+    graph."""
     if isinstance(scale, Tensor):
-        return scale.detach().to(torch.float32)
-    rounded = float(scale) if torch.compiler.is_compiling() else _float32(float(scale))
-    if not 0.0 < rounded < math.inf:
-        raise ValueError(f"scale must be a positive number within float32's range; got {scale!r}")
-    return rounded
+        rounded = scale.detach().to(torch.float32)
+        if rounded.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_scales(rounded)
+        return rounded
+    number = float(scale) if torch.compiler.is_compiling() else _float32(float(scale))
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"{_SCALE_MESSAGE}; got {scale!r}")
+    return number
+
+
+_SCALE_MESSAGE = "scale must be a positive number within float32's range"
+
+
+def _check_scales(scale: Tensor) -> None:
+    """NaN passes: computed from data, it says that these hold one, and the result will say so too."""
+    if scale.numel() == 1:
+        number = scale.item()
+        if number <= 0.0 or number == math.inf:
+            raise ValueError(f"{_SCALE_MESSAGE}; got {number!r}")
+        return
+    is_bad = (scale <= 0) | (scale == math.inf)
+    if bool(is_bad.any()):
+        raise ValueError(
+            f"{_SCALE_MESSAGE}; got {scale[is_bad][0].item()!r} in {int(is_bad.sum())} of {scale.numel()} places"
+        )
 
 
 @lru_cache(maxsize=256)
 def _float32(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32).item())
-
-
-def _numba_for(x: Tensor, dtype: torch.dtype = torch.float32) -> ModuleType | None:
-    if x.device.type != "cpu" or x.dtype != dtype or not x.is_contiguous() or torch.compiler.is_compiling():
-        return None
-    return _numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
-
-
-@cache
-def _numba_kernels(forced: str) -> ModuleType | None:
-    """The numba kernels, or None where numba is not installed or the reference is asked for."""
-    if forced not in ("", "numba", "reference"):
-        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, ("numba", "reference")))
-    is_installed = importlib.util.find_spec("numba") is not None
-    if forced == "numba" and not is_installed:
-        raise ModuleNotFoundError(
-            "ALTGRAD_KERNEL=numba asks for numba, which is not installed: pip install numba"
-        )
-    if forced == "reference" or not is_installed:
-        return None
-    return importlib.import_module("altgrad.quantization.kernels.cpu")
 
 
 @cache
@@ -310,13 +241,24 @@ def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_floating(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"expected a floating-point tensor, got {x.dtype}")
+
+
+def _check_integers(what: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor of {what}, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"expected an integer tensor of {what}, got {x.dtype}")
 
 
 def _check_seed(elements: int, seed: int | None) -> None:
     if seed is None:
         raise ValueError("stochastic rounding needs a seed, an integer of up to 64 bits; got None")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if elements > MAX_HASHED_ELEMENTS:
         raise ValueError(
             f"stochastic rounding takes up to {MAX_HASHED_ELEMENTS} elements a call; got {elements}"

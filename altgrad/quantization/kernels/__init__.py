@@ -20,10 +20,15 @@ import math
 from functools import cache
 from typing import Literal, NamedTuple
 
+import torch
+
 from altgrad.quantization.formats import FloatFormat
 
 Rounding = Literal["nearest", "stochastic", "toward_zero"]
 Overflow = Literal["saturate", "inf"]
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Element types the fast kernels read and write; others pass through float32."""
 
 NEAREST_U = (1 << 30) - 1
 MAX_HASHED_ELEMENTS = 1 << 32

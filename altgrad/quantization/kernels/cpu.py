@@ -1,254 +1,186 @@
-"""The rounding rule as numba loops: contiguous float32 on the CPU at memory speed, without a compiler
-installed.
+"""The numba kernels for contiguous float32, bfloat16 and float16 tensors on the CPU, at memory speed and
+without a compiler installed.
 
-Loops are free of branches, or LLVM does not vectorise them, and every integer step is cast back to 32 bits,
-as numba widens to 64. They release the interpreter lock and use one thread: callers own the threads.
-
-Compiled code is kept on disk so that worker processes load it. The folder carries a hash of this package's
-sources, for numba notices an edit in a kernel's own file only; where neither the package nor the user's cache
-folder can be written, kernels are compiled anew in each process.
+Half-width inputs are widened and narrowed inside the loop, with no float32 tensor between. Large tensors are
+cut into one piece per thread torch may use (`torch.set_num_threads`), each piece under its own released
+interpreter lock: numba's own threading layers either abort when two threads enter them (workqueue) or need a
+library that may be missing (omp, tbb).
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from typing import Any
 
-import numba
 import numpy as np
-from numba import config, types
-from numba.extending import intrinsic
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from altgrad.quantization.kernels import NEAREST_U, Grid, Overflow, Rounding, hash_keys, overflow_values
+from altgrad.quantization.kernels import Grid, Overflow, Rounding, hash_keys, loops, overflow_values
 
-_U32 = np.uint32
-_F32 = np.float32
+THREADED_FROM = 1 << 17
+"""Elements from which a second thread repays its start."""
 
+_WORDS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16}
+_VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
-def _cache_folder() -> str | None:
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    own = f"numba-{digest.hexdigest()[:16]}"
-    asked = os.environ.get("NUMBA_CACHE_DIR")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    parents = [Path(asked)] if asked else [Path(__file__).parent / "__pycache__", user / "altgrad"]
-    for folder in (parent / own for parent in parents):
-        if _is_writable(folder):
-            return str(folder)
-    return None
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-_FOLDER = _cache_folder()
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled on its first call, cached in our folder without moving anyone else's cache."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = _FOLDER or ""
-    try:
-        kernel: Callable[..., Any] = numba.njit(nogil=True, cache=_FOLDER is not None)(function)
-        return kernel
-    finally:
-        config.CACHE_DIR = before
-
-
-@intrinsic
-def _bits(typingctx, number):  # type: ignore[no-untyped-def]
-    """The bits of a float32 as uint32."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
-def _float(typingctx, bits):  # type: ignore[no-untyped-def]
-    """The float32 of those bits."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
-
-
-@numba.njit
-def _split(y, shift, offset, min_normal, unscale, unscale_rest):  # type: ignore[no-untyped-def]
-    """Code below |y| and the 31-bit fraction of the way to the next."""
-    bits = _U32(_bits(y) & _U32(0x7FFFFFFF))
-    magnitude = _float(bits)
-    is_normal = magnitude >= min_normal
-    steps = (_F32(0.0) if is_normal else magnitude) * unscale * unscale_rest
-    whole = np.int32(steps)
-    below = _U32(_U32(bits >> shift) - offset) if is_normal else _U32(whole)
-    low = _U32(_U32(bits << _U32(_U32(32) - shift)) >> _U32(1))
-    part = _U32(np.int32((steps - _F32(whole)) * _F32(2147483648.0)))
-    return below, low if is_normal else part
-
-
-@numba.njit
-def _value(index, shift, offset, spacing):  # type: ignore[no-untyped-def]
-    """Value of a magnitude code."""
-    normal = _float(_U32(_U32(index + offset) << shift))
-    return normal if index >= _U32(_U32(1) << _U32(_U32(23) - shift)) else _F32(np.int32(index)) * spacing
-
-
-@numba.njit
-def _finish(y, index, shift, offset, spacing, max_index, finite_over, infinite_over):  # type: ignore[no-untyped-def]
-    """Signed value of a rounded magnitude code, with the overflow and NaN policies."""
-    bits = _bits(y)
-    exponent_and_mantissa = _U32(bits & _U32(0x7FFFFFFF))
-    value = _value(min(index, max_index), shift, offset, spacing)
-    value = finite_over if index > max_index else value
-    value = infinite_over if exponent_and_mantissa == _U32(0x7F800000) else value
-    signed = _U32(_bits(value) | _U32(bits & _U32(0x80000000)))
-    return _float(bits if exponent_and_mantissa > _U32(0x7F800000) else signed)
-
-
-@numba.njit
-def _hash(counter, key, second_key):  # type: ignore[no-untyped-def]
-    """32 hashed bits of a counter, as in the reference."""
-    h = _U32(counter ^ key)
-    h = _U32(_U32(h ^ _U32(h >> _U32(16))) * _U32(0x7FEB352D))
-    h = _U32(_U32(h ^ _U32(h >> _U32(15))) ^ second_key)
-    h = _U32(h * _U32(0x846CA68B))
-    return _U32(h ^ _U32(h >> _U32(16)))
-
-
-@_compiled
-def _round_fixed(  # type: ignore[no-untyped-def]
-    x, out, scale, shift, offset, min_normal, spacing, unscale, unscale_rest, max_index, finite_over,
-    infinite_over, u, odd,
-):  # fmt: skip
-    scale, min_normal, spacing = _F32(scale), _F32(min_normal), _F32(spacing)
-    unscale, unscale_rest = _F32(unscale), _F32(unscale_rest)
-    finite_over, infinite_over = _F32(finite_over), _F32(infinite_over)
-    shift, offset, max_index, u, odd = _U32(shift), _U32(offset), _U32(max_index), _U32(u), _U32(odd)
-    for i in range(x.size):
-        y = _F32(x[i] / scale)
-        below, fraction = _split(y, shift, offset, min_normal, unscale, unscale_rest)
-        index = _U32(below + _U32(_U32(fraction + _U32(u + _U32(below & odd))) >> _U32(31)))
-        out[i] = _finish(y, index, shift, offset, spacing, max_index, finite_over, infinite_over) * scale
-
-
-@_compiled
-def _round_stochastic(  # type: ignore[no-untyped-def]
-    x, out, scale, shift, offset, min_normal, spacing, unscale, unscale_rest, max_index, finite_over,
-    infinite_over, key, second_key,
-):  # fmt: skip
-    scale, min_normal, spacing = _F32(scale), _F32(min_normal), _F32(spacing)
-    unscale, unscale_rest = _F32(unscale), _F32(unscale_rest)
-    finite_over, infinite_over = _F32(finite_over), _F32(infinite_over)
-    shift, offset, max_index = _U32(shift), _U32(offset), _U32(max_index)
-    key, second_key = _U32(key), _U32(second_key)
-    for i in range(x.size):
-        h = _hash(_U32(i), key, second_key)
-        y = _F32(x[i] / scale)
-        below, fraction = _split(y, shift, offset, min_normal, unscale, unscale_rest)
-        index = _U32(below + _U32(_U32(fraction + _U32(h >> _U32(1))) >> _U32(31)))
-        out[i] = _finish(y, index, shift, offset, spacing, max_index, finite_over, infinite_over) * scale
-
-
-@_compiled
-def _index(x, out, scale, shift, offset, min_normal, unscale, unscale_rest, max_index, u):  # type: ignore[no-untyped-def]
-    scale, min_normal = _F32(scale), _F32(min_normal)
-    unscale, unscale_rest = _F32(unscale), _F32(unscale_rest)
-    shift, offset, max_index, u = _U32(shift), _U32(offset), _U32(max_index), _U32(u)
-    for i in range(x.size):
-        y = _F32(x[i] / scale)
-        bits = _bits(y)
-        below, fraction = _split(y, shift, offset, min_normal, unscale, unscale_rest)
-        index = _U32(below + _U32(_U32(fraction + _U32(u + _U32(below & _U32(1)))) >> _U32(31)))
-        index = min(index, max_index)
-        index = _U32(0) if (bits & _U32(0x7FFFFFFF)) > _U32(0x7F800000) else index
-        out[i] = np.int32(-np.int32(index) if bits >= _U32(0x80000000) else np.int32(index))
-
-
-@_compiled
-def _value_of_index(index, out, scale, shift, offset, spacing, max_index):  # type: ignore[no-untyped-def]
-    scale, spacing = _F32(scale), _F32(spacing)
-    shift, offset, max_index = _U32(shift), _U32(offset), np.int32(max_index)
-    for i in range(index.size):
-        clamped = np.int32(min(max(np.int32(index[i]), np.int32(-max_index)), max_index))
-        value = _value(_U32(np.int32(abs(clamped))), shift, offset, spacing)
-        out[i] = (-value if clamped < 0 else value) * scale
-
-
-@_compiled
-def _spacing_at(x, out, scale, lowest, highest, mantissa_step):  # type: ignore[no-untyped-def]
-    scale, mantissa_step = _F32(scale), _F32(mantissa_step)
-    lowest, highest = _U32(lowest), _U32(highest)
-    for i in range(x.size):
-        y = _F32(x[i] / scale)
-        exponent = min(max(_U32(_bits(y) & _U32(0x7F800000)), lowest), highest)
-        out[i] = _float(exponent) * mantissa_step * scale if y == y else y
-
-
-@_compiled
-def _uniform(out, key, second_key):  # type: ignore[no-untyped-def]
-    key, second_key = _U32(key), _U32(second_key)
-    for i in range(out.size):
-        out[i] = _F32(np.int32(_hash(_U32(i), key, second_key) >> _U32(8))) * _F32(2.0**-24)
+Words = NDArray[Any]
 
 
 def quantize(
     x: Tensor, scale: float, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor
 ) -> None:
-    """round(x / scale) * scale into `out`; both contiguous float32 CPU tensors, possibly the same one."""
-    finite_over, infinite_over = overflow_values(grid, rounding, overflow)
-    arguments = (
-        _flat(x), _flat(out), scale, grid.shift, grid.offset, grid.min_normal, grid.spacing, grid.unscale,
-        grid.unscale_rest, grid.max_index, finite_over, infinite_over,
-    )  # fmt: skip
+    """round(x / scale) * scale into `out`, of x's dtype; both contiguous, possibly the same tensor."""
+    loop, numbers = _loop(x.dtype, scale, grid, rounding, overflow)
+    keys: tuple[int, ...] = ()
     if rounding == "stochastic":
         if seed is None:
             raise ValueError("stochastic rounding needs a seed, an integer of up to 64 bits; got None")
-        _round_stochastic(*arguments, *hash_keys(seed))
-    elif rounding == "nearest":
-        _round_fixed(*arguments, NEAREST_U, 1)
-    else:
-        _round_fixed(*arguments, 0, 0)
+        keys = hash_keys(seed)
+    words = _words(x)
+    target = None if out.data_ptr() == x.data_ptr() else _words(out)
+
+    def piece(begin: int, end: int) -> None:
+        part = None if target is None else target[begin:end]
+        loop(words[begin:end], part, *numbers, *((*keys, begin) if keys else ()))
+
+    _in_pieces(x.numel(), piece)
 
 
 def code_index(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Signed code nearest to x / scale into the int32 `out`."""
-    _index(
-        _flat(x), _flat(out), scale, grid.shift, grid.offset, grid.min_normal, grid.unscale,
-        grid.unscale_rest, grid.max_index, NEAREST_U,
-    )  # fmt: skip
+    words, target = _words(x), _flat(out)
+    constants = _constants(grid, "nearest", "saturate")
+    _in_pieces(
+        x.numel(),
+        lambda a, b: loops.nearest_index(
+            words[a:b], target[a:b], scale, constants, grid.offset, grid.max_index
+        ),
+    )
 
 
 def index_to_value(index: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Value of the signed int32 code times scale into the float32 `out`."""
-    _value_of_index(_flat(index), _flat(out), scale, grid.shift, grid.offset, grid.spacing, grid.max_index)
+    codes, target = _flat(index), _flat(out)
+    numbers = (scale, grid.shift, grid.offset, grid.spacing, grid.max_index)
+    _in_pieces(index.numel(), lambda a, b: loops.value_of_index(codes[a:b], target[a:b], *numbers))
 
 
 def ulp(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Spacing of the scaled grid at x into the float32 `out`."""
-    _spacing_at(
-        _flat(x), _flat(out), scale, grid.min_exponent_bits, grid.max_exponent_bits, grid.mantissa_step
-    )
+    words, target = _words(x), _flat(out)
+    numbers = (scale, grid.min_exponent_bits, grid.max_exponent_bits, grid.mantissa_step)
+    _in_pieces(x.numel(), lambda a, b: loops.spacing_at(words[a:b], target[a:b], *numbers))
 
 
 def uniform(seed: int, out: Tensor) -> None:
     """The draws in [0, 1) of a seed, 24 bits each, into the float32 `out`."""
-    _uniform(_flat(out), *hash_keys(seed))
+    target, keys = _flat(out), hash_keys(seed)
+    _in_pieces(out.numel(), lambda a, b: loops.uniform(target[a:b], *keys, a))
 
 
-def _flat(x: Tensor) -> Any:
-    return x.detach().view(-1).numpy()
+@lru_cache(maxsize=256)
+def _loop(
+    dtype: torch.dtype, scale: float, grid: Grid, rounding: Rounding, overflow: Overflow
+) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The loop for a call and the numbers it takes between its arrays and its keys."""
+    inverse = _exact_inverse(scale)
+    if dtype == torch.bfloat16 and rounding == "nearest" and inverse is not None:
+        narrow = _narrow_numbers(grid, scale, overflow)
+        if narrow is not None:
+            return loops.round_nearest_in_16_bits, narrow
+    loop = {
+        "nearest": loops.round_nearest,
+        "stochastic": loops.round_stochastic,
+        "toward_zero": loops.round_toward_zero,
+    }[rounding]
+    return loop, (scale, inverse, _constants(grid, rounding, overflow))
+
+
+def _exact_inverse(scale: float) -> float | None:
+    """1 / scale where multiplying by it is dividing by scale, in every bit: for powers of two; else None."""
+    significand, exponent = math.frexp(scale)
+    return math.ldexp(1.0, 1 - exponent) if significand == 0.5 and -125 <= exponent <= 127 else None
+
+
+def _narrow_numbers(grid: Grid, scale: float, overflow: Overflow) -> tuple[int, ...] | None:
+    """What the 16-bit loop needs under a power-of-two scale; None where it does not hold.
+
+    It wants the scaled grid to be made of normal bfloat16 numbers. Without mantissa bits ties follow the
+    parity of the exponent, which an odd power of two would change.
+    """
+    mantissa = 23 - grid.shift
+    spacing, largest = grid.spacing * scale, grid.max_value * scale
+    is_odd_power = math.frexp(scale)[1] % 2 == 0
+    if mantissa > 7 or (mantissa == 0 and is_odd_power):
+        return None
+    if spacing < 2.0**-124 or largest > torch.finfo(torch.bfloat16).max:
+        return None
+    over = largest if overflow == "saturate" else math.inf
+    top_halves = (_word(number) >> 16 for number in (spacing, spacing / 2, largest, over))
+    least = 7 - mantissa
+    parity = (0x7F, 0x80) if mantissa else (0x7FFF, 0)
+    return (least + (_word(grid.min_normal * scale) >> 23), least, *top_halves, *parity)
+
+
+@cache
+def _constants(grid: Grid, rounding: Rounding, overflow: Overflow) -> Words:
+    """What the loops need of a format, in one array: a single argument costs far less a call than twelve."""
+    _, beyond = overflow_values(grid, rounding, overflow)
+    return np.array(
+        [
+            grid.shift,
+            0x7FFFFFFF & -(1 << grid.shift),  # the bits kept of a normal
+            (1 << (grid.shift - 1)) - 1,  # half a spacing less one bit
+            1,  # the last bit kept breaks ties
+            _word(grid.min_normal),
+            _word(math.ldexp(grid.spacing, 23)),
+            _word(grid.spacing),
+            _word(grid.unscale),
+            _word(grid.unscale_rest),
+            _word(grid.max_value),
+            _word(beyond),
+        ],
+        dtype=np.uint32,
+    )
+
+
+def _word(number: float) -> int:
+    return int(np.float32(number).view(np.uint32))
+
+
+def _words(x: Tensor) -> Words:
+    view: Words = x.detach().view(-1).view(_VIEWS[x.dtype]).numpy()
+    return view.view(_WORDS[x.dtype])
+
+
+def _flat(x: Tensor) -> Words:
+    flat: Words = x.detach().view(-1).numpy()
+    return flat
+
+
+def _in_pieces(size: int, work: Callable[[int, int], object]) -> None:
+    """work(begin, end) over 0 ... size, on as many threads as torch may use where the size repays it."""
+    threads = torch.get_num_threads() if size >= THREADED_FROM else 1
+    if threads == 1:
+        work(0, size)
+        return
+    step = -(-size // threads + 63) // 64 * 64
+    waiting = [_pool().submit(work, a, min(a + step, size)) for a in range(step, size, step)]
+    work(0, min(step, size))
+    for piece in waiting:
+        piece.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="altgrad-kernel")
+
+
+# A forked child has the pool's queue but none of its threads: a task put there would wait for ever.
+os.register_at_fork(after_in_child=_pool.cache_clear)

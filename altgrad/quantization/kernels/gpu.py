@@ -53,7 +53,9 @@ def _store(pointer, index, value, mask, IS_BFLOAT16: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _magnitude_code(bits, u, odd, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+def _magnitude_code(
+    bits, u, odd, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Code of the magnitude with these float32 bits, rounded by u, uint32; not yet clamped to the largest."""
     magnitude = bits.to(tl.float32, bitcast=True)
     is_normal = magnitude >= min_normal
@@ -112,7 +114,13 @@ def _index(  # type: ignore[no-untyped-def]
 
 
 def quantize(
-    x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor
+    x: Tensor,
+    scale: float | Tensor,
+    grid: Grid,
+    rounding: Rounding,
+    overflow: Overflow,
+    seed: int | None,
+    out: Tensor,
 ) -> None:
     """round(x / scale) * scale into `out`; contiguous tensors of one floating dtype, possibly the same one."""
     finite_over, infinite_over = overflow_values(grid, rounding, overflow)
@@ -149,4 +157,3 @@ def _programs(x: Tensor) -> tuple[int]:
 def _scale_on(x: Tensor, scale: float | Tensor) -> Tensor:
     """The scale as a float32 tensor on x's device: read by the kernel, so that nobody waits for it."""
     return torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
-

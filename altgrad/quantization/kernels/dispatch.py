@@ -1,0 +1,210 @@
+"""Which kernel a tensor gets, and the same calls as torch.library ops.
+
+Contiguous CPU tensors of float32, bfloat16 and float16 under a scalar scale go to the numba kernels, everything
+else to the torch reference; the environment variable ALTGRAD_KERNEL=reference|numba chooses for them.
+
+Under torch.compile a CPU tensor's call becomes one op of the graph, `altgrad::quantize` and its like, which
+runs the kernel: torch cannot look into numba code, and need not. On other devices the reference is traced and
+fuses with its neighbours. Eager calls do not pass through the ops, whose dispatch costs more than a small
+tensor's rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
+from altgrad.quantization.kernels import KERNEL_DTYPES, Overflow, Rounding, grid_of, reference
+
+Scale = float | Tensor
+
+
+def rounded(
+    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None
+) -> Tensor:
+    """round(x / scale) * scale, x's shape and dtype."""
+    if _is_traced(x):
+        return cast(Tensor, _quantize_op(x, _tensor(scale), fmt.name, rounding, overflow, _as_int64(seed)))
+    grid, number = grid_of(fmt), scalar(scale)
+    carrier = x if number is not None and x.dtype in KERNEL_DTYPES else x.to(torch.float32)
+    kernel = numba_for(carrier)
+    if kernel is None:
+        return reference.quantize(x.to(torch.float32), scale, grid, rounding, overflow, seed).to(x.dtype)
+    result = torch.empty_like(carrier)
+    if number is not None:
+        kernel.quantize(carrier, number, grid, rounding, overflow, seed, result)
+    else:
+        kernel.quantize((carrier / scale).contiguous(), 1.0, grid, rounding, overflow, seed, result)
+        result.mul_(scale)
+    return result.to(x.dtype)
+
+
+def round_into(
+    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None,
+    out: Tensor,
+) -> Tensor:  # fmt: skip
+    """`rounded`, written to `out` (may be x) without a tensor between where a kernel can."""
+    kernel = numba_for(x) if out.is_contiguous() else None
+    number = scalar(scale)
+    if kernel is None or number is None:
+        return out.copy_(rounded(x, fmt, scale, rounding, overflow, seed))
+    kernel.quantize(x, number, grid_of(fmt), rounding, overflow, seed, out)
+    return out
+
+
+def code_index(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
+    """Signed code of the value nearest to x / scale, int32, saturating; NaN gives 0."""
+    if _is_traced(x):
+        return cast(Tensor, _code_index_op(x, _tensor(scale), fmt.name))
+    grid, kernel = grid_of(fmt), numba_for(x)
+    if kernel is None:
+        return reference.code_index(x.to(torch.float32), scale, grid)
+    number = scalar(scale)
+    if number is None:
+        x, number = (x.to(torch.float32) / scale).contiguous(), 1.0
+    out = torch.empty(x.shape, dtype=torch.int32)
+    kernel.code_index(x, number, grid, out)
+    return out
+
+
+def index_to_value(index: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
+    """Value of a signed code times scale, float32; codes beyond the last are clamped to it."""
+    if _is_traced(index):
+        return cast(Tensor, _index_to_value_op(index, _tensor(scale), fmt.name))
+    kernel, number = numba_for(index, (torch.int32,)), scalar(scale)
+    if kernel is None or number is None:
+        return reference.index_to_value(index, scale, grid_of(fmt))
+    out = torch.empty(index.shape, dtype=torch.float32)
+    kernel.index_to_value(index, number, grid_of(fmt), out)
+    return out
+
+
+def ulp(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
+    """Spacing of the scaled grid at x, float32; NaN where x / scale is."""
+    if _is_traced(x):
+        return cast(Tensor, _ulp_op(x, _tensor(scale), fmt.name))
+    kernel, number = numba_for(x), scalar(scale)
+    if kernel is None or number is None:
+        return reference.ulp(x.to(torch.float32), scale, grid_of(fmt))
+    out = torch.empty(x.shape, dtype=torch.float32)
+    kernel.ulp(x, number, grid_of(fmt), out)
+    return out
+
+
+def uniform(size: torch.Size, seed: int, device: torch.device) -> Tensor:
+    """The draws in [0, 1) of a seed, 24 bits each, float32."""
+    out = torch.empty(size, device=device)
+    kernel = numba_for(out)
+    if kernel is None:
+        return reference.uniform(size, seed, device)
+    kernel.uniform(seed, out)
+    return out
+
+
+def kernel_in_use(tensor: Tensor) -> Literal["numba", "reference"]:
+    """Which kernel a tensor of this device, layout and dtype gets."""
+    return "reference" if numba_for(tensor) is None else "numba"
+
+
+def numba_for(x: Tensor, dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> ModuleType | None:
+    """The numba kernels if they can take this tensor, else None."""
+    if (
+        x.device.type != "cpu"
+        or x.dtype not in dtypes
+        or not x.is_contiguous()
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    return _numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
+
+
+def scalar(scale: Scale) -> float | None:
+    """The scale as one number, None where it is none or lies on a device that would have to be waited for."""
+    if not isinstance(scale, Tensor):
+        return scale
+    return float(scale.item()) if scale.numel() == 1 and scale.device.type == "cpu" else None
+
+
+@cache
+def _numba_kernels(forced: str) -> ModuleType | None:
+    """The numba kernels, or None where numba is not installed or the reference is asked for."""
+    if forced not in ("", "numba", "reference"):
+        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, ("numba", "reference")))
+    is_installed = importlib.util.find_spec("numba") is not None
+    if forced == "numba" and not is_installed:
+        raise ModuleNotFoundError(
+            "ALTGRAD_KERNEL=numba asks for numba, which is not installed: pip install numba"
+        )
+    if forced == "reference" or not is_installed:
+        return None
+    return importlib.import_module("altgrad.quantization.kernels.cpu")
+
+
+def _is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+def _tensor(scale: Scale) -> Tensor:
+    return scale if isinstance(scale, Tensor) else torch.full((), scale)
+
+
+def _as_int64(seed: int | None) -> int | None:
+    """The same 64 bits as a signed integer, which is what an op's arguments can hold."""
+    return None if seed is None else (seed if seed < 1 << 63 else seed - (1 << 64))
+
+
+@torch.library.custom_op("altgrad::quantize", mutates_args=())
+def _quantize_op(
+    x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None
+) -> Tensor:
+    modes = cast(Rounding, rounding), cast(Overflow, overflow)
+    return rounded(x, get_format(fmt), scale, *modes, seed).contiguous()
+
+
+@_quantize_op.register_fake
+def _quantize_shape(
+    x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return gradient, None, None, None, None, None
+
+
+_quantize_op.register_autograd(_straight_through)
+
+
+@torch.library.custom_op("altgrad::code_index", mutates_args=())
+def _code_index_op(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return code_index(x, get_format(fmt), scale).contiguous()
+
+
+@_code_index_op.register_fake
+def _code_index_shape(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int32, device=x.device)
+
+
+@torch.library.custom_op("altgrad::index_to_value", mutates_args=())
+def _index_to_value_op(index: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return index_to_value(index, get_format(fmt), scale).contiguous()
+
+
+@torch.library.custom_op("altgrad::ulp", mutates_args=())
+def _ulp_op(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return ulp(x, get_format(fmt), scale).contiguous()
+
+
+@_index_to_value_op.register_fake
+@_ulp_op.register_fake
+def _float32_shape(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
