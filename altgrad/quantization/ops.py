@@ -80,7 +80,7 @@ def quantize(
         )
     if rounding == "stochastic":
         _check_seed(x.numel(), seed)
-    scale = _as_scale(scale)
+    scale = _as_scale(scale, x)
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     if out is not None:
         return _quantize_into(x, fmt, scale, rounding, overflow, seed, out, wants_gradient)
@@ -104,7 +104,7 @@ def encode(
         raise ValueError(
             f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'"
         )
-    y = x.detach().to(torch.float32) / _as_scale(scale)
+    y = x.detach().to(torch.float32) / _as_scale(scale, x)
     is_nan = torch.isnan(y)
     if not fmt.has_nan and bool(is_nan.any()):
         raise ValueError(f"{int(is_nan.sum())} NaN to encode, and {fmt.name} has no code for NaN")
@@ -126,7 +126,7 @@ def decode(codes: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     is_exact_width = fmt.total_bits == (16 if codes.dtype == torch.int16 else 8)
     if not is_exact_width and bool(((patterns < 0) | (patterns >= fmt.num_codes)).any()):
         raise ValueError(f"{fmt.name} has the codes 0 to {fmt.num_codes - 1}; got {int(patterns.max())}")
-    return _decode_table(fmt).to(codes.device)[patterns] * _as_scale(scale)
+    return _decode_table(fmt).to(codes.device)[patterns] * _as_scale(scale, codes)
 
 
 def code_index(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
@@ -136,13 +136,13 @@ def code_index(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     Differences of indices count grid steps; values beyond the largest have its index.
     """
     _check_floating(x)
-    return dispatch.code_index(x.detach(), get_format(fmt), _as_scale(scale))
+    return dispatch.code_index(x.detach(), get_format(fmt), _as_scale(scale, x))
 
 
 def index_to_value(index: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     """Value at a signed place of the ordered grid times scale, float32; clamped to its ends."""
     _check_integers("codes", index)
-    return dispatch.index_to_value(index, get_format(fmt), _as_scale(scale))
+    return dispatch.index_to_value(index, get_format(fmt), _as_scale(scale, index))
 
 
 def ulp(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
@@ -152,7 +152,7 @@ def ulp(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     NaN.
     """
     _check_floating(x)
-    return dispatch.ulp(x.detach(), get_format(fmt), _as_scale(scale))
+    return dispatch.ulp(x.detach(), get_format(fmt), _as_scale(scale, x))
 
 
 def hash_uniform(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -194,10 +194,10 @@ def _quantize_into(
     return dispatch.round_into(x.detach(), fmt, scale, rounding, overflow, seed, out)
 
 
-def _as_scale(scale: Scale) -> Scale:
-    """The scale rounded to float32 and checked, but on a device (the check would wait for it) or in a
-    graph."""
+def _as_scale(scale: Scale, x: Tensor) -> Scale:
+    """The scale of x rounded to float32 and checked; values not on a device (it would be waited for) or in a graph."""
     if isinstance(scale, Tensor):
+        _check_broadcast(scale, x)
         rounded = scale.detach().to(torch.float32)
         if rounded.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_scales(rounded)
@@ -206,6 +206,14 @@ def _as_scale(scale: Scale) -> Scale:
     if not 0.0 < number < math.inf:
         raise ValueError(f"{_SCALE_MESSAGE}; got {scale!r}")
     return number
+
+
+def _check_broadcast(scale: Tensor, x: Tensor) -> None:
+    """A scale may have fewer axes than x, or axes of one; it never makes x larger."""
+    padded = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
+    fits = len(padded) == x.dim() and all(a in (1, b) for a, b in zip(padded, x.shape, strict=True))
+    if scale.numel() != 1 and not fits:
+        raise ValueError(f"scale of shape {tuple(scale.shape)} does not broadcast to x of shape {tuple(x.shape)}")
 
 
 _SCALE_MESSAGE = "scale must be a positive number within float32's range"

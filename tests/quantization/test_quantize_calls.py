@@ -167,3 +167,11 @@ def test_compiles_into_one_graph_with_the_same_bits(options):
     compiled = torch.compile(rounded, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(compiled, eager)
     assert torch.equal(torch.autograd.grad(compiled.sum(), x)[0], torch.autograd.grad(eager.sum(), x)[0])
+
+
+@pytest.mark.parametrize("shape", [(4000, 1), (2, 1000), (999,), (1000, 1, 1)])
+@pytest.mark.parametrize("call", [quantize, encode, code_index, ulp])
+def test_a_scale_that_would_enlarge_the_tensor_is_refused(call, shape):
+    with pytest.raises(ValueError, match="does not broadcast"):
+        call(torch.randn(1000), "E5M2", torch.full(shape, 0.5))
+    assert quantize(torch.randn(3, 1000), "E5M2", torch.full((1000,), 0.5)).shape == (3, 1000)

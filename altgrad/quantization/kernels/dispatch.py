@@ -1,7 +1,8 @@
 """Which kernel a tensor gets, and the same calls as torch.library ops.
 
-Contiguous CPU tensors of float32, bfloat16 and float16 under a scalar scale go to the numba kernels, everything
-else to the torch reference; the environment variable ALTGRAD_KERNEL=reference|numba chooses for them.
+Contiguous tensors of float32, bfloat16 and float16 under a scalar scale go to the numba kernels on the CPU and to the
+Triton kernels (rounding and codes) on a GPU, everything else to the torch reference; the environment variable
+ALTGRAD_KERNEL=reference|numba|triton chooses for them.
 
 Under torch.compile a CPU tensor's call becomes one op of the graph, `altgrad::quantize` and its like, which
 runs the kernel: torch cannot look into numba code, and need not. On other devices the reference is traced and
@@ -26,6 +27,7 @@ from altgrad.quantization.formats import FloatFormat, get_format, unknown_messag
 from altgrad.quantization.kernels import KERNEL_DTYPES, Overflow, Rounding, grid_of, reference
 
 Scale = float | Tensor
+FORCIBLE = ("", "numba", "triton", "reference")
 
 
 def rounded(
@@ -36,6 +38,10 @@ def rounded(
         return cast(Tensor, _quantize_op(x, _tensor(scale), fmt.name, rounding, overflow, _as_int64(seed)))
     grid, number = grid_of(fmt), scalar(scale)
     carrier = x if number is not None and x.dtype in KERNEL_DTYPES else x.to(torch.float32)
+    if (triton := triton_for(x, scale)) is not None:
+        result = torch.empty_like(x)
+        triton.quantize(x, scale, grid, rounding, overflow, seed, result)
+        return result
     kernel = numba_for(carrier)
     if kernel is None:
         return reference.quantize(x.to(torch.float32), scale, grid, rounding, overflow, seed).to(x.dtype)
@@ -53,6 +59,9 @@ def round_into(
     out: Tensor,
 ) -> Tensor:  # fmt: skip
     """`rounded`, written to `out` (may be x) without a tensor between where a kernel can."""
+    if out.is_contiguous() and (triton := triton_for(x, scale)) is not None:
+        triton.quantize(x, scale, grid_of(fmt), rounding, overflow, seed, out)
+        return out
     kernel = numba_for(x) if out.is_contiguous() else None
     number = scalar(scale)
     if kernel is None or number is None:
@@ -66,6 +75,10 @@ def code_index(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     if _is_traced(x):
         return cast(Tensor, _code_index_op(x, _tensor(scale), fmt.name))
     grid, kernel = grid_of(fmt), numba_for(x)
+    if (triton := triton_for(x, scale)) is not None:
+        out = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+        triton.code_index(x, scale, grid, out)
+        return out
     if kernel is None:
         return reference.code_index(x.to(torch.float32), scale, grid)
     number = scalar(scale)
@@ -110,9 +123,21 @@ def uniform(size: torch.Size, seed: int, device: torch.device) -> Tensor:
     return out
 
 
-def kernel_in_use(tensor: Tensor) -> Literal["numba", "reference"]:
-    """Which kernel a tensor of this device, layout and dtype gets."""
+def kernel_in_use(tensor: Tensor) -> Literal["numba", "triton", "reference"]:
+    """Which kernel rounds a tensor of this device, layout and dtype, under one scale."""
+    if triton_for(tensor, 1.0) is not None:
+        return "triton"
     return "reference" if numba_for(tensor) is None else "numba"
+
+
+def triton_for(x: Tensor, scale: Scale) -> ModuleType | None:
+    """The Triton kernels if they can take this tensor under this scale, else None."""
+    is_plain = x.dtype in KERNEL_DTYPES and x.is_contiguous() and x.numel() > 0
+    if x.device.type != "cuda" or not is_plain or torch.compiler.is_compiling():
+        return None
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        return None
+    return _triton_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
 
 
 def numba_for(x: Tensor, dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> ModuleType | None:
@@ -137,16 +162,24 @@ def scalar(scale: Scale) -> float | None:
 @cache
 def _numba_kernels(forced: str) -> ModuleType | None:
     """The numba kernels, or None where numba is not installed or the reference is asked for."""
-    if forced not in ("", "numba", "reference"):
-        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, ("numba", "reference")))
+    if forced not in FORCIBLE:
+        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, FORCIBLE[1:]))
     is_installed = importlib.util.find_spec("numba") is not None
     if forced == "numba" and not is_installed:
         raise ModuleNotFoundError(
             "ALTGRAD_KERNEL=numba asks for numba, which is not installed: pip install numba"
         )
-    if forced == "reference" or not is_installed:
+    if forced in ("reference", "triton") or not is_installed:
         return None
     return importlib.import_module("altgrad.quantization.kernels.cpu")
+
+
+@cache
+def _triton_kernels(forced: str) -> ModuleType | None:
+    """The Triton kernels, or None where triton is not installed or another kernel is asked for."""
+    if forced not in ("", "triton") or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("altgrad.quantization.kernels.gpu")
 
 
 def _is_traced(x: Tensor) -> bool:

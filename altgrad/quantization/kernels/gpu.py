@@ -53,9 +53,9 @@ def _store(pointer, index, value, mask, IS_BFLOAT16: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _magnitude_code(
+def _magnitude_code(  # type: ignore[no-untyped-def]
     bits, u, odd, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Code of the magnitude with these float32 bits, rounded by u, uint32; not yet clamped to the largest."""
     magnitude = bits.to(tl.float32, bitcast=True)
     is_normal = magnitude >= min_normal
