@@ -337,14 +337,18 @@ def _doctor(request: argparse.Namespace) -> int:
 
     import torch
 
-    from altgrad.quantization.ops import kernel_in_use
+    from altgrad.quantization.kernels.dispatch import kernel_report
+    try:
+        kernels = kernel_report()
+    except (ValueError, ModuleNotFoundError) as error:
+        raise SpecError(str(error)) from None
     versions = [(name, installed(name) or "missing") for name in PACKAGES]
     print_table(
         [
             ("python", platform.python_version()),
             *versions,
             ("cores", str(cores())),
-            ("kernel", kernel_in_use(torch.zeros(1))),
+            *kernels,
             ("cuda", _yes_no(torch.cuda.is_available())),
         ]
     )

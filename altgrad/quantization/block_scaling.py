@@ -36,7 +36,7 @@ from torch.nn import functional
 
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
 from altgrad.quantization.kernels import Rounding
-from altgrad.quantization.ops import StraightThrough, decode, encode, quantize
+from altgrad.quantization.ops import StraightThrough, decode, encode, quantize, quantize_blocks
 
 BlockScale = Literal["E8M0", "E4M3"]
 DEFAULT_SIZE: dict[BlockScale, int] = {"E8M0": 32, "E4M3": 16}
@@ -126,7 +126,7 @@ def block_quantize(
     `quantize` and concern the elements; scales are always found as the module says. ValueError for a 0-d x.
     """
     fmt = get_block_format(fmt)
-    return quantize(x, fmt.element, block_scale(x, fmt), rounding=rounding, seed=seed, ste=ste)
+    return quantize_blocks(x, fmt.element, block_scale(x, fmt), rounding=rounding, seed=seed, ste=ste)
 
 
 def block_encode(x: Tensor, fmt: str | BlockFormat) -> BlockCodes:
@@ -148,7 +148,7 @@ def block_decode(stored: BlockCodes, fmt: str | BlockFormat) -> Tensor:
             f"blocks of {fmt.size} do not fit codes {tuple(codes.shape)} with scales {tuple(scales.shape)}"
         )
     values = _scale_values(scales, fmt) * tensor_scale
-    return decode(codes, fmt.element, _over_elements(values, fmt, codes.shape[-1]))
+    return decode(codes, fmt.element) * _over_elements(values, fmt, codes.shape[-1])
 
 
 def block_scale(x: Tensor, fmt: str | BlockFormat) -> Tensor:

@@ -35,7 +35,7 @@ class ConversionRow:
 
 
 class ConversionTable(Sequence[ConversionRow]):
-    """Converted and skipped layers in the model's order; prints as an aligned table."""
+    """Converted and skipped layers in the model's order; prints as an aligned table, at a prompt by itself."""
 
     def __init__(self, rows: Sequence[ConversionRow]) -> None:
         self._rows = tuple(rows)
@@ -61,7 +61,10 @@ class ConversionTable(Sequence[ConversionRow]):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
             for line in [header, *body]
         )
-        return "\n".join(line.rstrip() for line in lines)
+        count = f"{sum(row.converted for row in self._rows)} of {len(self._rows)} layers converted"
+        return "\n".join([*(line.rstrip() for line in lines), count])
+
+    __repr__ = __str__
 
 
 def quantize_model(

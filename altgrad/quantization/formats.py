@@ -58,6 +58,8 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         split = f"E{self.exponent_bits}M{self.mantissa_bits}"
+        if not (type(self.exponent_bits) is type(self.mantissa_bits) is int):
+            raise TypeError(f"{split}: bits are counted in whole numbers")
         if self.exponent_bits > 8:
             raise ValueError(
                 f"{split}: {self.exponent_bits} exponent bits reach beyond float32, the carrier here; "
@@ -225,7 +227,11 @@ def _parse(name: str) -> FloatFormat:
 
 def get_format(name: str | FloatFormat) -> FloatFormat:
     """The format of a name ("E5M2", "E4M3/ieee", "BF16"); a FloatFormat passes through, else ValueError."""
-    return name if isinstance(name, FloatFormat) else _parse(name)
+    if isinstance(name, FloatFormat):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"a format is a FloatFormat or its name, got {name!r}")
+    return _parse(name)
 
 
 _REGISTERED = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0", "FP16", "BF16")

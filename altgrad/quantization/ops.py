@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -28,10 +28,9 @@ from altgrad.quantization.kernels import (
     Overflow,
     Rounding,
     dispatch,
-    grid_of,
     mix_seed,
-    reference,
 )
+from altgrad.quantization.kernels import codes as bit_patterns
 from altgrad.quantization.kernels.dispatch import Scale, kernel_in_use
 
 __all__ = [
@@ -63,11 +62,14 @@ def quantize(
     """x rounded to scale * (values of fmt), same shape and dtype; gradient straight through, none for the
     scale.
 
-    `scale`: positive, a float or a tensor that broadcasts to x, where NaN makes NaN. `rounding`: nearest | stochastic |
-    toward_zero; stochastic takes the draw of flat element i from (seed, i) alone. `overflow`: saturate | inf.
-    `ste`: "clipped" zeroes the gradient where |x / scale| exceeds the largest value. `out` (may be x)
-    receives the result without gradient. ValueError: unknown names, a scale that is no positive float32, no
-    seed, inf without an infinity.
+    `scale`: a float or a tensor that broadcasts to x. `rounding`: nearest | stochastic | toward_zero; stochastic takes
+    the draw of flat element i from (seed, i) alone. `overflow`: saturate, at the largest value whose product with the
+    scale is finite in x's dtype (E6M1 stops at 49152 in float16, which ends at 65504) | inf. `ste`: "clipped" zeroes
+    the gradient where |x / scale| exceeds that value. `out` (may be x) receives the result without gradient.
+
+    ValueError: unknown names, no seed, inf without an infinity, a scale that is no positive float32. A scale tensor is
+    checked on the CPU only: on a device that would wait for it, and in a graph it is not there yet; there a scale that
+    is zero, negative or NaN makes NaN or nonsense, and nobody says so.
     """
     fmt = get_format(fmt)
     _check_choice("rounding", rounding, get_args(Rounding))
@@ -89,6 +91,19 @@ def quantize(
     return dispatch.rounded(x.detach(), fmt, scale, rounding, overflow, seed)
 
 
+def quantize_blocks(
+    x: Tensor, fmt: FloatFormat, scale: Tensor, *, rounding: Rounding, seed: int | None, ste: StraightThrough
+) -> Tensor:
+    """`quantize` under scales that a block format found in x itself: positive, or NaN, which makes NaN."""
+    _check_choice("rounding", rounding, get_args(Rounding))
+    _check_choice("ste", ste, get_args(StraightThrough))
+    if rounding == "stochastic":
+        _check_seed(x.numel(), seed)
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _StraightThrough.apply(x, fmt, scale, rounding, "saturate", seed, ste == "clipped"))
+    return dispatch.rounded(x.detach(), fmt, scale, rounding, "saturate", seed)
+
+
 def encode(
     x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate"
 ) -> Tensor:
@@ -104,29 +119,13 @@ def encode(
         raise ValueError(
             f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'"
         )
-    y = x.detach().to(torch.float32) / _as_scale(scale, x)
-    is_nan = torch.isnan(y)
-    if not fmt.has_nan and bool(is_nan.any()):
-        raise ValueError(f"{int(is_nan.sum())} NaN to encode, and {fmt.name} has no code for NaN")
-    beyond = fmt.max_index + (1 if overflow == "inf" else 0)
-    code = reference.rounded_magnitude(y, grid_of(fmt), "nearest").clamp(max=beyond)
-    if fmt.has_nan:
-        code = torch.where(is_nan, fmt.nan_code, code)
-    code = code + torch.signbit(y) * (fmt.num_codes // 2)
-    return code.to(torch.uint8) if fmt.total_bits <= 8 else code.to(torch.int16)
+    return bit_patterns.encode(x.detach(), fmt, _as_scale(scale, x), overflow)
 
 
 def decode(codes: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     """Values of bit patterns times scale, float32; inverse of `encode` on the grid."""
-    fmt = get_format(fmt)
     _check_integers("codes", codes)
-    patterns = codes.to(torch.int64)
-    if codes.dtype == torch.int16:
-        patterns = patterns & 0xFFFF
-    is_exact_width = fmt.total_bits == (16 if codes.dtype == torch.int16 else 8)
-    if not is_exact_width and bool(((patterns < 0) | (patterns >= fmt.num_codes)).any()):
-        raise ValueError(f"{fmt.name} has the codes 0 to {fmt.num_codes - 1}; got {int(patterns.max())}")
-    return _decode_table(fmt).to(codes.device)[patterns] * _as_scale(scale, codes)
+    return bit_patterns.decode(codes, get_format(fmt), _as_scale(scale, codes))
 
 
 def code_index(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
@@ -169,7 +168,9 @@ class _StraightThrough(torch.autograd.Function):
         seed: int | None, clipped: bool,
     ) -> Tensor:  # fmt: skip
         if clipped:
-            ctx.save_for_backward((x.to(torch.float32) / scale).abs() <= fmt.max)
+            fits = overflow == "saturate"
+            largest = dispatch.largest_value(fmt, x.dtype, scale, x.device) if fits else fmt.max
+            ctx.save_for_backward((x.to(torch.float32) / scale).abs() <= largest)
         return dispatch.rounded(x.detach(), fmt, scale, rounding, overflow, seed)
 
     @staticmethod
@@ -197,36 +198,39 @@ def _quantize_into(
 def _as_scale(scale: Scale, x: Tensor) -> Scale:
     """The scale of x rounded to float32 and checked; values not on a device (it would be waited for) or in a graph."""
     if isinstance(scale, Tensor):
-        _check_broadcast(scale, x)
-        rounded = scale.detach().to(torch.float32)
+        rounded = _broadcastable(scale, x)
         if rounded.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_scales(rounded)
         return rounded
+    if not hasattr(scale, "__float__"):
+        raise TypeError(f"scale must be a number or a tensor, got {scale!r}")
     number = float(scale) if torch.compiler.is_compiling() else _float32(float(scale))
     if not 0.0 < number < math.inf:
         raise ValueError(f"{_SCALE_MESSAGE}; got {scale!r}")
     return number
 
 
-def _check_broadcast(scale: Tensor, x: Tensor) -> None:
-    """A scale may have fewer axes than x, or axes of one; it never makes x larger."""
+def _broadcastable(scale: Tensor, x: Tensor) -> Tensor:
+    """The scale in float32. It may have fewer axes than x, or axes of one, and never makes x larger."""
+    if scale.numel() == 1:
+        return scale.detach().to(torch.float32).reshape(())
     padded = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
     fits = len(padded) == x.dim() and all(a in (1, b) for a, b in zip(padded, x.shape, strict=True))
-    if scale.numel() != 1 and not fits:
+    if not fits:
         raise ValueError(f"scale of shape {tuple(scale.shape)} does not broadcast to x of shape {tuple(x.shape)}")
+    return scale.detach().to(torch.float32)
 
 
 _SCALE_MESSAGE = "scale must be a positive number within float32's range"
 
 
 def _check_scales(scale: Tensor) -> None:
-    """NaN passes: computed from data, it says that these hold one, and the result will say so too."""
     if scale.numel() == 1:
         number = scale.item()
-        if number <= 0.0 or number == math.inf:
+        if not 0.0 < number < math.inf:
             raise ValueError(f"{_SCALE_MESSAGE}; got {number!r}")
         return
-    is_bad = (scale <= 0) | (scale == math.inf)
+    is_bad = ~((scale > 0) & (scale < math.inf))
     if bool(is_bad.any()):
         raise ValueError(
             f"{_SCALE_MESSAGE}; got {scale[is_bad][0].item()!r} in {int(is_bad.sum())} of {scale.numel()} places"
@@ -236,11 +240,6 @@ def _check_scales(scale: Tensor) -> None:
 @lru_cache(maxsize=256)
 def _float32(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32).item())
-
-
-@cache
-def _decode_table(fmt: FloatFormat) -> Tensor:
-    return torch.tensor([fmt.to_real(code) for code in range(fmt.num_codes)], dtype=torch.float32)
 
 
 def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:

@@ -1,19 +1,18 @@
-"""Ranks of weight matrices, and what their course says about a run.
+"""What the course of a rank says about a run: a warning names the layer, what was measured and the limit.
 
-| number | formula over the singular values s |
-| --- | --- |
-| stable rank | sum s^2 / max s^2 |
-| effective rank | exp of the entropy of s / sum s (Roy and Vetterli 2007) |
-| variance rank | smallest k whose k largest s^2 hold a share (0.99) of sum s^2 |
+| detector | warns when | unit of the value |
+| --- | --- | --- |
+| `RankHealthMonitor` | the stable rank lost a share (0.30; critical layers 0.15) since the first check | share lost |
+| `RankTrendDetector` | the smoothed rank moved by a share within a window of training steps | relative change |
+| `ReferenceRatioDetector` | rank / the reference run's rank at the same step left [0.5, 2], k checks in a row | ratio |
 
-All come from the eigenvalues of one Gram matrix, W W^T on the shorter side, in float64: five times cheaper
-than the singular values and equal to 2e-8. A zero matrix has rank 0, a matrix with a NaN or infinity has rank
-NaN.
+The first is the plain rule, kept for comparison, and it is inverted: healthy training lowers the mean stable rank
+severalfold (25 to 6 in a pilot), while a dead run keeps the rank of its initialization (25 to 23). The last judges
+both ways, against a healthy run of the same model, data and seed.
 
-A drop of the rank alone is no alarm: healthy training lowers the mean stable rank severalfold, while a dead
-run keeps the rank of its initialization. `RankHealthMonitor` is the plain rule (a share lost since the first
-check), kept for comparison; `ReferenceRatioDetector` judges both ways against a reference run at the same
-step.
+A rank that is not finite is a warning of its own kind and enters no mean, no baseline and no count. A matrix of zeros
+has rank 0; being initialized so is no loss, so a baseline is the first rank above 0, while a fall to 0 is a loss of
+everything. Windows count training steps, however often a detector is called.
 """
 
 from __future__ import annotations
@@ -21,56 +20,15 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from altgrad.quantization.policy import HEAD_PATTERN
-
-
-def compute_stable_rank(weight: Tensor) -> Tensor:
-    """Squared Frobenius norm over squared spectral norm of [out, ...], later dimensions flattened: 0-d."""
-    power = _squared_singular_values(weight)
-    return _zero_where_empty(power, power.sum() / power.max())
-
-
-def compute_effective_rank(weight: Tensor) -> Tensor:
-    """exp(entropy of s / sum s): 0-d float64 between 1 and the shorter side, 0 for a zero matrix."""
-    power = _squared_singular_values(weight)
-    singular = power.sqrt()
-    share = singular / singular.sum()
-    return _zero_where_empty(power, torch.special.entr(share).sum().exp())
-
-
-def variance_rank(weight: Tensor, share: float = 0.99) -> Tensor:
-    """Fewest directions that hold `share` of the squared Frobenius norm: 0-d float64."""
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share must lie in (0, 1], got {share}")
-    power = _squared_singular_values(weight).flip(0)
-    held = power.cumsum(0) / power.sum()
-    rank = (held < share).sum().clamp(max=power.numel() - 1) + 1
-    return _zero_where_empty(power, torch.where(power.sum().isnan(), math.nan, rank.double()))
-
-
-def _squared_singular_values(weight: Tensor) -> Tensor:
-    """Ascending, of the matrix divided by its largest magnitude: float64, all NaN for a non-finite matrix."""
-    if weight.dim() < 2 or weight.numel() == 0:
-        raise ValueError(f"a rank needs a matrix with elements, got the shape {tuple(weight.shape)}")
-    matrix = weight.detach().flatten(1).double()
-    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    largest = matrix.abs().amax()
-    is_finite = torch.isfinite(largest)
-    # The eigensolver raises on NaN, and asking first would wait for the device: solve a zero matrix instead.
-    normalized = torch.where(is_finite & (largest > 0), matrix / largest, 0.0)
-    power = torch.linalg.eigvalsh(normalized @ normalized.T).clamp(min=0.0)
-    return torch.where(is_finite, power, math.nan)
-
-
-def _zero_where_empty(power: Tensor, rank: Tensor) -> Tensor:
-    return torch.where(power.sum() == 0, 0.0, rank)
+from altgrad.quantization.ranks import compute_stable_rank
 
 
 @dataclass(frozen=True)
@@ -87,18 +45,25 @@ class RankWarning:
 class RankHealthMonitor:
     """Warns of layers whose stable rank fell by more than a share since the first check.
 
-    Output projections and heads get a stricter share: layers named in `critical_layers`, and any head, also
-    where its weight goes by an embedding's name.
+    Critical layers get a stricter share: those with a part of their name in `critical_layers`, those that end like
+    a head, and those in `critical`, full names of layers or parameters that are heads by role whatever they are called.
     """
 
     def __init__(
         self, log_interval: int = 100, warn_threshold: float = 0.3,
         critical_layers: tuple[str, ...] = ("lm_head", "c_proj"), critical_threshold_multiplier: float = 0.5,
+        *, critical: Collection[str] = (),
     ) -> None:  # fmt: skip
+        if log_interval < 1 or not 0.0 < warn_threshold < 1.0 or not 0.0 < critical_threshold_multiplier <= 1.0:
+            raise ValueError(
+                "need log_interval >= 1, 0 < warn_threshold < 1 and 0 < critical_threshold_multiplier <= 1; "
+                f"got {log_interval}, {warn_threshold} and {critical_threshold_multiplier}"
+            )
         self.log_interval = log_interval
         self.warn_threshold = warn_threshold
         self.critical_layers = critical_layers
         self.critical_threshold_multiplier = critical_threshold_multiplier
+        self.critical = frozenset(name.removesuffix(".weight") for name in critical)
         self._first: dict[str, float] = {}
 
     def is_due(self, step: int) -> bool:
@@ -120,14 +85,23 @@ class RankHealthMonitor:
         return dict(zip(names.values(), values, strict=True))
 
     def check_warnings(self, ranks: Mapping[str, float]) -> list[RankWarning]:
-        """Layers beyond their threshold, held against the first finite rank seen of each."""
+        """Layers beyond their threshold, held against the first finite rank above 0 seen of each."""
         return [warning for name, rank in ranks.items() if (warning := self._check(name, rank)) is not None]
+
+    def state_dict(self) -> dict[str, float]:
+        """The baselines by name."""
+        return dict(self._first)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Goes on exactly where `state_dict` was taken."""
+        self._first = dict(state)
 
     def _check(self, name: str, rank: float) -> RankWarning | None:
         if not math.isfinite(rank):
             return _nonfinite(name, rank)
-        first = self._first.setdefault(name, rank)
-        limit = self.get_threshold_for_layer(name)
+        if rank > 0.0:
+            self._first.setdefault(name, rank)
+        first, limit = self._first.get(name, 0.0), self.get_threshold_for_layer(name)
         lost = 1.0 - rank / first if first else 0.0
         if lost <= limit:
             return None
@@ -137,9 +111,8 @@ class RankHealthMonitor:
 
     def _is_critical(self, name: str) -> bool:
         layer = name.removesuffix(".weight")
-        return any(part in layer.split(".") for part in self.critical_layers) or bool(
-            re.search(HEAD_PATTERN, layer)
-        )
+        is_named = any(part in layer.split(".") for part in self.critical_layers)
+        return is_named or layer in self.critical or re.search(HEAD_PATTERN, layer) is not None
 
 
 class RankTrendDetector:
@@ -165,13 +138,24 @@ class RankTrendDetector:
         if course and step <= course[-1][0]:
             raise ValueError(f"steps must ascend: {step} after {course[-1][0]} for {layer!r}")
         mean = rank
-        if course:
+        if course and course[-1][1] > 0.0:
             last_step, last = course[-1]
             mean = rank + (last - rank) * math.exp((last_step - step) / self.smoothing)
         course.append((step, mean))
-        while course[0][0] < step - self.window:
+        # The last mean from before the window stays: checks may lie further apart than the window is long.
+        while len(course) > 1 and course[1][0] <= step - self.window:
             course.popleft()
-        return self._judge(layer, course[0][1], mean)
+        return self._judge(layer, next((earlier for _, earlier in course if earlier > 0.0), mean), mean)
+
+    def state_dict(self) -> dict[str, list[tuple[int, float]]]:
+        """The window's steps and means, oldest first, by layer."""
+        return {layer: list(course) for layer, course in self._course.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on exactly where `state_dict` was taken, also through JSON."""
+        self._course = {
+            layer: deque((int(step), mean) for step, mean in course) for layer, course in state.items()
+        }
 
     def _judge(self, layer: str, before: float, mean: float) -> RankWarning | None:
         change = mean / before - 1.0 if before else 0.0
@@ -192,10 +176,12 @@ class ReferenceRatioDetector:
         self._outside: dict[str, int] = {}
 
     def update(self, layer: str, rank: float, reference: float) -> RankWarning | None:
-        """Takes in one check; a rank that is not finite is reported and counts neither way."""
-        if not math.isfinite(rank) or not math.isfinite(reference) or reference <= 0:
+        """Takes in one check; one that is not finite is reported and counts neither way; 0 of 0 is a ratio of 1."""
+        if not math.isfinite(rank) or not math.isfinite(reference):
             return _nonfinite(layer, rank if not math.isfinite(rank) else reference)
-        ratio = rank / reference
+        if rank < 0.0 or reference < 0.0:
+            raise ValueError(f"ranks are never negative; got {rank} and {reference} for {layer!r}")
+        ratio = rank / reference if reference else (math.inf if rank else 1.0)
         is_outside = not self.low <= ratio <= self.high
         self._outside[layer] = self._outside.get(layer, 0) + 1 if is_outside else 0
         if self._outside[layer] < self.checks:
@@ -204,6 +190,14 @@ class ReferenceRatioDetector:
         limit = self.low if is_below else self.high
         text = f"{layer}: stable rank {rank:.3g} is {ratio:.2g} of the reference's {reference:.3g}"
         return RankWarning(layer, "below_reference" if is_below else "above_reference", ratio, limit, text)
+
+    def state_dict(self) -> dict[str, int]:
+        """Checks in a row outside, by layer."""
+        return dict(self._outside)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on exactly where `state_dict` was taken."""
+        self._outside = dict(state)
 
 
 def _nonfinite(layer: str, rank: float) -> RankWarning:

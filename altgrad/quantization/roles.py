@@ -16,7 +16,7 @@ from torch import Tensor
 
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import Rounding
-from altgrad.quantization.ops import mix_seed, quantize
+from altgrad.quantization.ops import mix_seed, quantize, quantize_blocks
 from altgrad.quantization.products import Operand
 from altgrad.quantization.scaling import ScaleRule
 
@@ -79,7 +79,10 @@ class RoleQuantizer:
         if scale is None:
             scale = self.role.scale.scale(x, self.fmt, self.tracker, update=advance)
         seed = mix_seed(self.key, self.calls) if self.role.rounding == "stochastic" else None
-        values = quantize(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
+        if own_scale is None and self.role.scale.kind == "block":
+            values = quantize_blocks(x, self.fmt, scale, rounding=self.role.rounding, seed=seed, ste="identity")
+        else:
+            values = quantize(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
         if own_scale is None and self.fmt.total_bits <= 8:
             # Saturation would turn an infinity, which says that training has failed, into a harmless number.
             values = torch.where(torch.isinf(x), x, values)

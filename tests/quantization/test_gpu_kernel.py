@@ -60,10 +60,21 @@ def test_rounding_is_the_references(name, rounding):
 def test_half_inputs_are_widened_and_rounded_back(name, dtype):
     grid, x = grid_of(get_format(name)), inputs(name).to(dtype)
     for scale in (1.0, 0.37):
-        out = torch.empty_like(x)
+        one, out = torch.tensor(scale, device=DEVICE), torch.empty_like(x)
         gpu.quantize(x, scale, grid, "nearest", "saturate", None, out)
-        wide = reference.quantize(x.float(), torch.tensor(scale, device=DEVICE), grid, "nearest", "saturate")
-        assert same_bits(out, wide.to(dtype))
+        assert same_bits(out, reference.quantize(x.float(), one, grid, "nearest", "saturate", None, dtype).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["E6M1", "E7M0", "E8M7", "E5M2/finite", "E6M9", "E0M7"])
+def test_saturation_stops_where_the_dtype_ends(name, dtype):
+    grid, x = grid_of(get_format(name)), inputs(name).to(dtype)
+    for scale in (1.0, 0.37, 300.0, 2.0**14, 1e30, 3e38):
+        for rounding in ("nearest", "toward_zero", "stochastic"):
+            one, out = torch.tensor(scale, device=DEVICE), torch.empty_like(x)
+            gpu.quantize(x, scale, grid, rounding, "saturate", SEED, out)
+            expected = reference.quantize(x.float(), one, grid, rounding, "saturate", SEED, dtype).to(dtype)
+            assert same_bits(out, expected) and bool((out.isfinite() | x.isnan()).all())
 
 
 def test_overflow_to_infinity_and_in_place():

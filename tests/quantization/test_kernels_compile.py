@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from altgrad.quantization import code_index, index_to_value, mix_seed, quantize, ulp
+from altgrad.quantization import (
+    code_index,
+    decode,
+    encode,
+    get_format,
+    index_to_value,
+    mix_seed,
+    quantize,
+    ulp,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 
@@ -30,6 +39,46 @@ def everything(x, scale, seed):
     clipped = quantize(drawn, "E5M2", scale, ste="clipped")
     index = code_index(clipped, "E5M2", scale)
     return clipped, index, ulp(clipped, "E3M4", scale), index_to_value(index, "E5M2", scale)
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E0M7", "E2M3", "BF16", "E4M7"])
+def test_codes_in_one_graph(name):
+    torch._dynamo.reset()
+    dtype = torch.uint8 if get_format(name).total_bits <= 8 else torch.int16
+
+    def there_and_back(x, scale):
+        codes = encode(x, name, scale)
+        return codes, decode(codes, name, scale)
+
+    graph = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 9)
+    opcheck(torch.ops.altgrad.encode.default, (x, torch.tensor(0.3), name, "saturate"))
+    opcheck(torch.ops.altgrad.decode.default, (encode(x, name), torch.rand(7, 1) + 0.1, name))
+    strided = x.t().contiguous().t()
+    for given, scale in ((x, 0.3), (strided, torch.tensor(0.3)), (x.bfloat16(), torch.rand(7, 1) + 0.1)):
+        found, eager = graph(given, scale), there_and_back(given, scale)
+        assert found[0].dtype == dtype and all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
+
+
+def test_a_graph_refuses_what_codes_refuse():
+    graph = torch.compile(lambda x: encode(x, "E0M7"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="1 NaN to encode, and E0M7 has no code for NaN"):
+        graph(torch.tensor([1.0, float("nan")]))
+    back = torch.compile(lambda codes: decode(codes, "E2M3"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="0 to 63; got 64"):
+        back(torch.tensor([64], dtype=torch.uint8))
+
+
+def test_saturation_in_a_graph_stops_where_the_dtype_ends():
+    def clipped(x, scale):
+        return quantize(x, "E6M1", scale, ste="clipped")
+
+    graph = torch.compile(clipped, fullgraph=True, backend="aot_eager")
+    x = torch.tensor([65504.0, 49152.0, -1.3], dtype=torch.float16, requires_grad=True)
+    for scale in (1.0, torch.ones(3)):
+        ours, eager = graph(x, scale), clipped(x, scale)
+        assert torch.equal(ours, eager) and ours[0] == 49152
+        assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(eager.sum(), x)[0])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -8,9 +8,18 @@ import pytest
 import torch
 from oracle import ALL, hard_inputs, nearest, same
 
-from altgrad.quantization import code_index, encode, get_format, index_to_value, quantize, ulp
+from altgrad.quantization import (
+    FloatFormat,
+    code_index,
+    decode,
+    encode,
+    get_format,
+    index_to_value,
+    quantize,
+    ulp,
+)
 from altgrad.quantization.kernels import cpu
-from altgrad.quantization.ops import hash_uniform, kernel_in_use
+from altgrad.quantization.ops import hash_uniform, kernel_in_use, quantize_blocks
 
 ROUNDINGS = ["nearest", "stochastic", "toward_zero"]
 SPLITS = [f"E{e}M{7 - e}" for e in range(8)]
@@ -159,19 +168,43 @@ BAD = [0.0, -1.0, math.nan, math.inf, -math.inf, 1e-60]
 @pytest.mark.parametrize("call", [quantize, encode, code_index, ulp])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_scale_that_is_no_positive_number_is_refused_everywhere(call, scale, as_tensor):
-    if as_tensor and math.isnan(scale):
-        pytest.skip("a tensor's NaN makes NaN, see below")
     given = torch.tensor(scale, dtype=torch.float64) if as_tensor else scale
     with pytest.raises(ValueError, match=r"scale must be a positive number within float32's range; got"):
         call(torch.randn(4), "E4M3", given)
 
 
-def test_bad_places_of_a_scale_are_counted_and_its_nan_makes_nan():
+@pytest.mark.parametrize("scale", BAD)
+@pytest.mark.parametrize("call", [decode, index_to_value])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_such_a_scale_is_refused_on_the_way_back_too(call, scale, as_tensor):
+    given = torch.tensor(scale, dtype=torch.float64) if as_tensor else scale
+    with pytest.raises(ValueError, match=r"scale must be a positive number within float32's range; got"):
+        call(torch.tensor([3], dtype=torch.uint8), "E4M3", given)
+
+
+@pytest.mark.parametrize("call", [quantize, encode, code_index, ulp])
+def test_bad_places_of_a_scale_are_counted(call):
     with pytest.raises(ValueError, match=r"got -1\.0 in 2 of 3 places"):
-        quantize(torch.randn(2, 3), "E4M3", torch.tensor([1.0, -1.0, 0.0]))
-    for scale in (torch.tensor(math.nan), torch.tensor([math.nan, 1.0])):
-        result = quantize(torch.ones(2), "E4M3", scale)
-        assert result[0].isnan() and (scale.numel() == 1 or result[1] == 1.0)
+        call(torch.randn(2, 3), "E4M3", torch.tensor([1.0, -1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"got nan in 1 of 2 places"):
+        call(torch.randn(3, 2), "E4M3", torch.tensor([math.nan, 1.0]))
+
+
+def test_a_nan_among_the_scales_that_blocks_found_makes_nan():
+    x = torch.ones(2, 3)
+    options = {"rounding": "nearest", "seed": None, "ste": "identity"}
+    result = quantize_blocks(x, get_format("E4M3"), torch.tensor([[math.nan], [1.0]]), **options)
+    assert result[0].isnan().all() and torch.equal(result[1], x[1])
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1, 1)])
+def test_a_scale_of_one_element_adds_no_axes(shape):
+    x, scale = torch.randn(3, 4), torch.full(shape, 0.3)
+    codes, index = encode(x, "E4M3", scale), code_index(x, "E4M3", scale)
+    pairs = [(quantize(x, "E4M3", scale), quantize(x, "E4M3", 0.3)), (ulp(x, "E4M3", scale), ulp(x, "E4M3", 0.3)),
+             (codes, encode(x, "E4M3", 0.3)), (decode(codes, "E4M3", scale), decode(codes, "E4M3", 0.3)),
+             (index_to_value(index, "E4M3", scale), index_to_value(index, "E4M3", 0.3))]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("call", [quantize, encode, code_index, ulp])
@@ -199,9 +232,27 @@ def test_unknown_and_impossible_formats_are_refused_everywhere(call, name, messa
         call(torch.randn(4), name)
 
 
-def test_codes_and_indices_of_a_wrong_type_are_refused():
-    from altgrad.quantization import decode
+@pytest.mark.parametrize("call", [quantize, encode, code_index, ulp])
+def test_what_is_neither_format_nor_number_is_refused_everywhere(call):
+    with pytest.raises(TypeError, match="a format is a FloatFormat or its name, got 7"):
+        call(torch.randn(4), 7)
+    for scale in (None, "1"):
+        with pytest.raises(TypeError, match=f"scale must be a number or a tensor, got {scale!r}"):
+            call(torch.randn(4), "E4M3", scale)
+    with pytest.raises(TypeError, match=r"E4\.0M3: bits are counted in whole numbers"):
+        FloatFormat(4.0, 3, "fn")
 
+
+@pytest.mark.parametrize("shift", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_out_that_overlaps_the_input_still_gets_the_result(dtype, shift):
+    buffer = torch.randn(5001).to(dtype)
+    x, out = (buffer[:-1], buffer[1:]) if shift > 0 else (buffer[1:], buffer[:-1])
+    expected = quantize(x.clone(), "E4M3", 0.3)
+    assert torch.equal(quantize(x, "E4M3", 0.3, out=out), expected)
+
+
+def test_codes_and_indices_of_a_wrong_type_are_refused():
     with pytest.raises(ValueError, match=r"torch\.float32"):
         decode(torch.randn(3), "E4M3")
     with pytest.raises(ValueError, match=r"torch\.float32"):

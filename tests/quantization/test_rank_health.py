@@ -1,47 +1,15 @@
+import json
 import math
 
 import pytest
-import torch
 from torch import nn
 
 from altgrad.quantization import (
     RankHealthMonitor,
     RankTrendDetector,
     ReferenceRatioDetector,
-    compute_effective_rank,
     compute_stable_rank,
-    variance_rank,
 )
-
-RANKS = [compute_stable_rank, compute_effective_rank, variance_rank]
-
-
-@pytest.mark.parametrize("shape", [(40, 17), (17, 40), (30, 30), (8, 3, 5)])
-@pytest.mark.parametrize("size", [1.0, 1e-25, 1e18])
-def test_ranks_equal_those_from_singular_values(shape, size):
-    weight = torch.randn(shape) * size
-    s = torch.linalg.svdvals(weight.flatten(1).double())
-    share = s / s.sum()
-    energy = s.square().cumsum(0) / s.square().sum()
-    assert compute_stable_rank(weight).item() == pytest.approx(
-        (s.square().sum() / s[0] ** 2).item(), rel=1e-7
-    )
-    entropy = -(share * share.log()).sum()
-    assert compute_effective_rank(weight).item() == pytest.approx(entropy.exp().item(), rel=1e-6)
-    assert variance_rank(weight, 0.9).item() == int((energy < 0.9).sum()) + 1
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_ranks_of_known_matrices(rank):
-    assert rank(torch.eye(12)).item() == pytest.approx(12)
-    assert rank(torch.outer(torch.randn(9), torch.randn(20))).item() == pytest.approx(1, abs=1e-4)
-    assert rank(torch.zeros(5, 6)).item() == 0.0
-    assert (
-        rank(torch.full((4, 4), math.nan)).isnan()
-        and rank(torch.tensor([[1.0, math.inf], [0.0, 1.0]])).isnan()
-    )
-    with pytest.raises(ValueError, match="matrix"):
-        rank(torch.ones(3))
 
 
 def test_thresholds_are_stricter_for_heads_and_projections():
@@ -51,6 +19,17 @@ def test_thresholds_are_stricter_for_heads_and_projections():
     assert monitor.get_threshold_for_layer("classifier") == 0.15
     assert monitor.get_threshold_for_layer("transformer.h.0.mlp.c_fc.weight") == 0.3
     assert monitor.get_threshold_for_layer("transformer.wte.weight") == 0.3
+
+
+def test_a_head_is_critical_under_any_name_by_its_role():
+    monitor = RankHealthMonitor(critical={"transformer.wte.weight", "labels"})
+    assert monitor.get_threshold_for_layer("transformer.wte.weight") == 0.15
+    assert monitor.get_threshold_for_layer("transformer.wte") == 0.15
+    assert monitor.get_threshold_for_layer("labels.weight") == 0.15
+    assert monitor.get_threshold_for_layer("other.labels.weight") == 0.3
+    for bad in ({"log_interval": 0}, {"warn_threshold": 1.0}, {"critical_threshold_multiplier": 0.0}):
+        with pytest.raises(ValueError, match="warn_threshold"):
+            RankHealthMonitor(**bad)
 
 
 class Tied(nn.Module):
@@ -78,6 +57,47 @@ def test_monitor_warns_of_a_planted_drop_alone():
     assert [w.kind for w in monitor.check_warnings({"a": math.nan})] == ["nonfinite"]
     assert monitor.check_warnings({"a": 9.0}) == []
     assert monitor.is_due(200) and not monitor.is_due(201)
+
+
+def test_a_zero_start_is_no_loss_and_a_fall_to_zero_is_a_whole_one():
+    monitor = RankHealthMonitor()
+    assert [monitor.check_warnings({"a": rank}) for rank in (0.0, 5.0, 6.0, 4.0)] == [[]] * 4
+    assert [w.value for w in monitor.check_warnings({"a": 0.0})] == [1.0]
+    trend = RankTrendDetector(window=100, smoothing=10)
+    assert not any(trend.update("a", step, rank) for step, rank in ((0, 0.0), (1, 5.0), (2, 5.0), (90, 5.0)))
+    assert trend.update("a", 110, 0.0).kind == "falling"
+    ratio = ReferenceRatioDetector(checks=1)
+    assert ratio.update("a", 0.0, 0.0) is None
+    assert ratio.update("a", 0.0, 3.0).kind == "below_reference"
+    assert ratio.update("a", 3.0, 0.0).kind == "above_reference"
+    with pytest.raises(ValueError, match="never negative"):
+        ratio.update("a", -1.0, 3.0)
+
+
+def test_checks_further_apart_than_the_window_are_still_compared():
+    trend = RankTrendDetector(window=100, smoothing=10)
+    assert trend.update("a", 0, 10.0) is None
+    assert trend.update("a", 500, 5.0).kind == "falling"
+
+
+def test_detectors_resume_where_they_were():
+    pairs = [(RankHealthMonitor(), RankHealthMonitor()), (RankTrendDetector(), RankTrendDetector()),
+             (ReferenceRatioDetector(), ReferenceRatioDetector())]  # fmt: skip
+    ranks = [10.0, math.nan, 4.0, 3.0, 2.0]
+
+    def see(detector, step):
+        if isinstance(detector, RankHealthMonitor):
+            return detector.check_warnings({"a": ranks[step]})
+        if isinstance(detector, RankTrendDetector):
+            return detector.update("a", 100 * step, ranks[step])
+        return detector.update("a", ranks[step], 10.0)
+
+    for whole, resumed in pairs:
+        for step in range(4):
+            see(whole, step)
+        resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+        expected = see(whole, 4)
+        assert expected and see(resumed, 4) == expected
 
 
 def test_trend_counts_training_steps_and_a_nan_leaves_it_alone():

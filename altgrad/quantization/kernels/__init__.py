@@ -12,12 +12,16 @@ and fractional part of y in units of the smallest spacing. Neither needs a logar
 
 The draw for element i is a hash of (seed, i) and of nothing else, so it depends neither on the format nor on
 where the tensor lies. `reference` says this in torch, `cpu` in numba; they agree bit for bit.
+
+A value of the grid times the scale can lie beyond the tensor's own element type: 65536 is a value of E6M1 and no
+float16. Saturation stops at the last value whose product is finite there (`fitting`), so what is finite stays so.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from bisect import bisect_left
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +36,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NEAREST_U = (1 << 30) - 1
 MAX_HASHED_ELEMENTS = 1 << 32
+
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 _MASK64 = (1 << 64) - 1
 
@@ -71,6 +77,42 @@ def grid_of(fmt: FloatFormat) -> Grid:
         max_exponent_bits=(emax + 127) << 23,
         mantissa_step=math.ldexp(1.0, -mantissa),
     )
+
+
+def finite_bound(dtype: torch.dtype) -> float:
+    """The least number that, stored through float32, is no longer finite in a dtype: half a spacing past its end."""
+    info = torch.finfo(dtype)
+    if info.max >= FLOAT32_MAX:
+        return math.ldexp(1.0, 128) - math.ldexp(1.0, 103)
+    beyond = info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)
+    # float32 rounds first, and to even: half of its own spacing below.
+    return beyond - math.ldexp(1.0, math.frexp(beyond)[1] - 25)
+
+
+def last_finite(dtype: torch.dtype) -> float:
+    """The largest float32 that is finite in a dtype."""
+    bound = finite_bound(dtype)
+    return bound - math.ldexp(1.0, math.frexp(bound)[1] - 25)
+
+
+def fitting(grid: Grid, dtype: torch.dtype, scale: float) -> Grid:
+    """The grid up to its last value that, times scale, is finite in a dtype: where saturation stops."""
+    bound = finite_bound(dtype)
+    return grid if grid.max_value * scale < bound else _cut(grid, scale, bound)
+
+
+@lru_cache(maxsize=256)
+def _cut(grid: Grid, scale: float, bound: float) -> Grid:
+    # At most 16 bits times 24: the products are exact in Python's floats.
+    codes = range(grid.max_index + 1)
+    last = bisect_left(codes, bound, key=lambda code: _magnitude(grid, code) * scale) - 1
+    return grid._replace(max_index=last, max_value=_magnitude(grid, last))
+
+
+def _magnitude(grid: Grid, code: int) -> float:
+    mantissa = 23 - grid.shift
+    binade = max(code >> mantissa, 1)
+    return math.ldexp(grid.spacing * (code - ((binade - 1) << mantissa)), binade - 1)
 
 
 def mix_seed(*parts: int) -> int:

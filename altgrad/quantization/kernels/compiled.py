@@ -1,6 +1,6 @@
 """Numba functions compiled once and kept on disk, so that worker processes load what another has compiled.
 
-The folder carries a hash of this package's sources, for numba notices an edit in a kernel's own file only;
+The folder carries a hash of the sources of all kernel packages, for numba notices an edit in a kernel's own file only;
 where neither the package nor the user's cache folder can be written, kernels are compiled anew in each
 process.
 """
@@ -20,7 +20,7 @@ from numba import config
 
 def _cache_folder() -> str | None:
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parents[2].glob("*/kernels/*.py")):
         digest.update(source.read_bytes())
     own = f"numba-{digest.hexdigest()[:16]}"
     asked = os.environ.get("NUMBA_CACHE_DIR")

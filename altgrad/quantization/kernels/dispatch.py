@@ -1,8 +1,9 @@
 """Which kernel a tensor gets, and the same calls as torch.library ops.
 
 Contiguous tensors of float32, bfloat16 and float16 under a scalar scale go to the numba kernels on the CPU and to the
-Triton kernels (rounding and codes) on a GPU, everything else to the torch reference; the environment variable
-ALTGRAD_KERNEL=reference|numba|triton chooses for them.
+Triton kernels (rounding and codes) on a GPU, everything else to the torch reference. The environment variable
+ALTGRAD_KERNEL=reference|numba|triton names the one kernel that may be used beside the reference: forced, it must be
+installed, and tensors it cannot take go to the reference.
 
 Under torch.compile a CPU tensor's call becomes one op of the graph, `altgrad::quantize` and its like, which
 runs the kernel: torch cannot look into numba code, and need not. On other devices the reference is traced and
@@ -24,7 +25,16 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
-from altgrad.quantization.kernels import KERNEL_DTYPES, Overflow, Rounding, grid_of, reference
+from altgrad.quantization.kernels import (
+    KERNEL_DTYPES,
+    Grid,
+    Overflow,
+    Rounding,
+    finite_bound,
+    fitting,
+    grid_of,
+    reference,
+)
 
 Scale = float | Tensor
 FORCIBLE = ("", "numba", "triton", "reference")
@@ -35,16 +45,16 @@ def rounded(
 ) -> Tensor:
     """round(x / scale) * scale, x's shape and dtype."""
     if _is_traced(x):
-        return cast(Tensor, _quantize_op(x, _tensor(scale), fmt.name, rounding, overflow, _as_int64(seed)))
-    grid, number = grid_of(fmt), scalar(scale)
+        return cast(Tensor, _quantize_op(x, as_tensor(scale), fmt.name, rounding, overflow, _as_int64(seed)))
+    grid, number = _reaching(fmt, x.dtype, scale, overflow), scalar(scale)
     carrier = x if number is not None and x.dtype in KERNEL_DTYPES else x.to(torch.float32)
     if (triton := triton_for(x, scale)) is not None:
         result = torch.empty_like(x)
         triton.quantize(x, scale, grid, rounding, overflow, seed, result)
         return result
     kernel = numba_for(carrier)
-    if kernel is None:
-        return reference.quantize(x.to(torch.float32), scale, grid, rounding, overflow, seed).to(x.dtype)
+    if kernel is None or (number is None and not _all_fit(grid, x.dtype, scale)):
+        return reference.quantize(x.to(torch.float32), scale, grid, rounding, overflow, seed, x.dtype).to(x.dtype)
     result = torch.empty_like(carrier)
     if number is not None:
         kernel.quantize(carrier, number, grid, rounding, overflow, seed, result)
@@ -59,21 +69,30 @@ def round_into(
     out: Tensor,
 ) -> Tensor:  # fmt: skip
     """`rounded`, written to `out` (may be x) without a tensor between where a kernel can."""
-    if out.is_contiguous() and (triton := triton_for(x, scale)) is not None:
+    is_direct = out.is_contiguous() and _is_same_or_apart(x, out)
+    if is_direct and (triton := triton_for(x, scale)) is not None:
         triton.quantize(x, scale, grid_of(fmt), rounding, overflow, seed, out)
         return out
-    kernel = numba_for(x) if out.is_contiguous() else None
+    kernel = numba_for(x) if is_direct else None
     number = scalar(scale)
     if kernel is None or number is None:
         return out.copy_(rounded(x, fmt, scale, rounding, overflow, seed))
-    kernel.quantize(x, number, grid_of(fmt), rounding, overflow, seed, out)
+    kernel.quantize(x, number, _reaching(fmt, x.dtype, number, overflow), rounding, overflow, seed, out)
     return out
+
+
+def largest_value(fmt: FloatFormat, dtype: torch.dtype, scale: Scale, device: torch.device) -> Scale:
+    """Where saturation stops for elements of a dtype, before the product with the scale."""
+    if not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
+        return fitting(grid_of(fmt), dtype, scale).max_value
+    grid = grid_of(fmt)
+    return reference.magnitude_value(reference.last_index(grid, dtype, scale, device), grid)
 
 
 def code_index(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Signed code of the value nearest to x / scale, int32, saturating; NaN gives 0."""
     if _is_traced(x):
-        return cast(Tensor, _code_index_op(x, _tensor(scale), fmt.name))
+        return cast(Tensor, _code_index_op(x, as_tensor(scale), fmt.name))
     grid, kernel = grid_of(fmt), numba_for(x)
     if (triton := triton_for(x, scale)) is not None:
         out = torch.empty(x.shape, dtype=torch.int32, device=x.device)
@@ -92,7 +111,7 @@ def code_index(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
 def index_to_value(index: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Value of a signed code times scale, float32; codes beyond the last are clamped to it."""
     if _is_traced(index):
-        return cast(Tensor, _index_to_value_op(index, _tensor(scale), fmt.name))
+        return cast(Tensor, _index_to_value_op(index, as_tensor(scale), fmt.name))
     kernel, number = numba_for(index, (torch.int32,)), scalar(scale)
     if kernel is None or number is None:
         return reference.index_to_value(index, scale, grid_of(fmt))
@@ -104,7 +123,7 @@ def index_to_value(index: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
 def ulp(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Spacing of the scaled grid at x, float32; NaN where x / scale is."""
     if _is_traced(x):
-        return cast(Tensor, _ulp_op(x, _tensor(scale), fmt.name))
+        return cast(Tensor, _ulp_op(x, as_tensor(scale), fmt.name))
     kernel, number = numba_for(x), scalar(scale)
     if kernel is None or number is None:
         return reference.ulp(x.to(torch.float32), scale, grid_of(fmt))
@@ -128,6 +147,30 @@ def kernel_in_use(tensor: Tensor) -> Literal["numba", "triton", "reference"]:
     if triton_for(tensor, 1.0) is not None:
         return "triton"
     return "reference" if numba_for(tensor) is None else "numba"
+
+
+def kernel_report() -> list[tuple[str, str]]:
+    """The kernel each kind of device gets on this machine and why, in words; errors as in using one."""
+    forced = os.environ.get("ALTGRAD_KERNEL", "")
+    installed = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+    rows = []
+    for device, package in (("CPU", "numba"), ("GPU", "triton")):
+        kernel = package if _may_use(package, forced) else "reference"
+        state = "installed" if installed[package] else "not installed"
+        reason = f"ALTGRAD_KERNEL={forced}" if forced else f"{package} is {state}"
+        rows.append((f"kernel on {device}", f"{kernel} ({reason})"))
+    if not torch.cuda.is_available():
+        rows[1] = ("kernel on GPU", f"{rows[1][1]}; no GPU here")
+    choice = f"{forced} is forced" if forced else "not set; reference, numba or triton forces one"
+    triton = _import_report("triton") if installed["triton"] else "not installed (extra gpu)"
+    return [*rows, ("ALTGRAD_KERNEL", choice), ("triton", triton)]
+
+
+def _import_report(package: str) -> str:
+    try:
+        return f"{importlib.import_module(package).__version__}, importable"
+    except ImportError as error:
+        return f"installed, but its import fails: {error}"
 
 
 def triton_for(x: Tensor, scale: Scale) -> ModuleType | None:
@@ -159,17 +202,28 @@ def scalar(scale: Scale) -> float | None:
     return float(scale.item()) if scale.numel() == 1 and scale.device.type == "cpu" else None
 
 
+def _is_same_or_apart(x: Tensor, out: Tensor) -> bool:
+    """Whether no element is written before it is read, for contiguous tensors of one size."""
+    distance = abs(x.data_ptr() - out.data_ptr())
+    return distance == 0 or distance >= x.numel() * x.element_size()
+
+
+def _reaching(fmt: FloatFormat, dtype: torch.dtype, scale: Scale, overflow: Overflow) -> Grid:
+    """The grid to round on, shortened to what is finite in the dtype where saturation under one scale needs it."""
+    number = None if torch.compiler.is_compiling() or overflow == "inf" else scalar(scale)
+    return grid_of(fmt) if number is None else fitting(grid_of(fmt), dtype, number)
+
+
+def _all_fit(grid: Grid, dtype: torch.dtype, scale: Scale) -> bool:
+    """Whether the whole grid is finite in the dtype under every one of these scales; False where one is NaN."""
+    assert isinstance(scale, Tensor)
+    return scale.numel() == 0 or grid.max_value * float(scale.max()) < finite_bound(dtype)
+
+
 @cache
 def _numba_kernels(forced: str) -> ModuleType | None:
-    """The numba kernels, or None where numba is not installed or the reference is asked for."""
-    if forced not in FORCIBLE:
-        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, FORCIBLE[1:]))
-    is_installed = importlib.util.find_spec("numba") is not None
-    if forced == "numba" and not is_installed:
-        raise ModuleNotFoundError(
-            "ALTGRAD_KERNEL=numba asks for numba, which is not installed: pip install numba"
-        )
-    if forced in ("reference", "triton") or not is_installed:
+    """The numba kernels, or None where numba is not installed or another kernel is asked for."""
+    if not _may_use("numba", forced):
         return None
     return importlib.import_module("altgrad.quantization.kernels.cpu")
 
@@ -177,16 +231,29 @@ def _numba_kernels(forced: str) -> ModuleType | None:
 @cache
 def _triton_kernels(forced: str) -> ModuleType | None:
     """The Triton kernels, or None where triton is not installed or another kernel is asked for."""
-    if forced not in ("", "triton") or importlib.util.find_spec("triton") is None:
+    if not _may_use("triton", forced):
         return None
     return importlib.import_module("altgrad.quantization.kernels.gpu")
+
+
+def _may_use(package: str, forced: str) -> bool:
+    """Whether a package's kernels are installed and not ruled out; ModuleNotFoundError where forced and absent."""
+    if forced not in FORCIBLE:
+        raise ValueError(unknown_message("ALTGRAD_KERNEL", forced, FORCIBLE[1:]))
+    is_installed = importlib.util.find_spec(package) is not None
+    if forced == package and not is_installed:
+        raise ModuleNotFoundError(
+            f"ALTGRAD_KERNEL={package} asks for {package}, which is not installed: pip install {package}"
+        )
+    return is_installed and forced in ("", package)
 
 
 def _is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-def _tensor(scale: Scale) -> Tensor:
+def as_tensor(scale: Scale) -> Tensor:
+    """The scale as an op takes it, 0-d where it is a number."""
     return scale if isinstance(scale, Tensor) else torch.full((), scale)
 
 

@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from altgrad.quantization.kernels import NEAREST_U, Grid, Overflow, Rounding, hash_keys, overflow_values
+from altgrad.quantization.kernels import (
+    NEAREST_U,
+    Grid,
+    Overflow,
+    Rounding,
+    hash_keys,
+    last_finite,
+    overflow_values,
+)
 
 BLOCK = 1024
 
@@ -68,13 +76,34 @@ def _magnitude_code(  # type: ignore[no-untyped-def]
     return below + ((fraction + u + (below & odd)) >> 31)
 
 
+@triton.jit
+def _value(code, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Value of a magnitude code, float32."""
+    normal = ((code + OFFSET) << SHIFT).to(tl.float32, bitcast=True)
+    return tl.where(code >= (1 << (23 - SHIFT)), normal, code.to(tl.int32).to(tl.float32) * spacing)
+
+
+@triton.jit
+def _last_code(  # type: ignore[no-untyped-def]
+    scale, last, min_normal, spacing, unscale, unscale_rest,
+    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
+):  # fmt: skip
+    """Code of the last value whose product with the scale is at most `last`; the quotient's may be off by one."""
+    quotient = tl.div_rn(last, scale).to(tl.uint32, bitcast=True)
+    none = quotient & 0
+    code = tl.minimum(_magnitude_code(quotient, none, 0, min_normal, unscale, unscale_rest, SHIFT, OFFSET), MAX_INDEX)
+    above = tl.minimum(code + 1, MAX_INDEX)
+    code = tl.where(_value(above, spacing, SHIFT, OFFSET) * scale <= last, above, code)
+    return tl.where(_value(code, spacing, SHIFT, OFFSET) * scale > last, code - 1, code)
+
+
 # A key of 1 must stay a number: specialised, it would become a constant without a type.
 @triton.jit(do_not_specialize=["first", "second", "u"])
 def _round(  # type: ignore[no-untyped-def]
     x_pointer, out_pointer, scale_pointer, elements, first, second, min_normal, spacing, unscale, unscale_rest,
-    finite_over, infinite_over, u,
+    finite_over, infinite_over, last, u,
     SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, ODD: tl.constexpr,
-    STOCHASTIC: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SATURATES: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
@@ -87,11 +116,13 @@ def _round(  # type: ignore[no-untyped-def]
     else:
         draw = u.to(tl.uint32)
     code = _magnitude_code(magnitude, draw, ODD, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
-    clamped = tl.minimum(code, MAX_INDEX)
-    normal = ((clamped + OFFSET) << SHIFT).to(tl.float32, bitcast=True)
-    value = tl.where(clamped >= (1 << (23 - SHIFT)), normal, clamped.to(tl.int32).to(tl.float32) * spacing)
-    value = tl.where(code > MAX_INDEX, finite_over, value)
-    value = tl.where(magnitude == 0x7F800000, infinite_over, value)
+    if SATURATES:
+        top = _last_code(scale, last, min_normal, spacing, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX)
+        value = _value(tl.minimum(code, top), spacing, SHIFT, OFFSET)
+    else:
+        value = _value(tl.minimum(code, MAX_INDEX), spacing, SHIFT, OFFSET)
+        value = tl.where(code > MAX_INDEX, finite_over, value)
+        value = tl.where(magnitude == 0x7F800000, infinite_over, value)
     signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
     result = tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True) * scale
     _store(out_pointer, index, result, mask, IS_BFLOAT16)
@@ -131,9 +162,10 @@ def quantize(
     is_nearest = rounding == "nearest"
     _round[_programs(x)](
         _plain(x), _plain(out), _scale_on(x, scale), x.numel(), first, second, grid.min_normal, grid.spacing,
-        grid.unscale, grid.unscale_rest, finite_over, infinite_over, NEAREST_U if is_nearest else 0,
+        grid.unscale, grid.unscale_rest, finite_over, infinite_over, last_finite(x.dtype),
+        NEAREST_U if is_nearest else 0,
         SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index, ODD=int(is_nearest),
-        STOCHASTIC=is_stochastic, IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
+        STOCHASTIC=is_stochastic, SATURATES=overflow == "saturate", IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
     )  # fmt: skip
 
 

@@ -9,22 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad.quantization.kernels import NEAREST_U, Grid, Overflow, Rounding, hash_keys, overflow_values
+from altgrad.quantization.kernels import (
+    NEAREST_U,
+    Grid,
+    Overflow,
+    Rounding,
+    hash_keys,
+    last_finite,
+    overflow_values,
+)
 
 Scale = float | Tensor
 
 
 def quantize(
-    x: Tensor, scale: Scale, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None = None
-) -> Tensor:
-    """round(x / scale) * scale, float32 of x's shape."""
+    x: Tensor, scale: Scale, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """round(x / scale) * scale, float32 of x's shape; with `dtype`, saturation stops where that ends."""
     y = x / scale
     index = rounded_magnitude(y, grid, rounding, seed)
-    finite_over, infinite_over = overflow_values(grid, rounding, overflow)
-    magnitude = magnitude_value(index.clamp(max=grid.max_index), grid)
-    magnitude = torch.where(index > grid.max_index, finite_over, magnitude)
-    magnitude = torch.where(torch.isinf(y), infinite_over, magnitude)
+    if dtype is not None and overflow == "saturate":
+        magnitude = magnitude_value(torch.minimum(index, last_index(grid, dtype, scale, x.device)), grid)
+    else:
+        finite_over, infinite_over = overflow_values(grid, rounding, overflow)
+        magnitude = magnitude_value(index.clamp(max=grid.max_index), grid)
+        magnitude = torch.where(index > grid.max_index, finite_over, magnitude)
+        magnitude = torch.where(torch.isinf(y), infinite_over, magnitude)
     return torch.where(torch.isnan(y), y, torch.copysign(magnitude, y)) * scale
+
+
+def last_index(grid: Grid, dtype: torch.dtype, scale: Scale, device: torch.device) -> Tensor:
+    """Code of the last value that, times the scale, is finite in a dtype: int64 of the scale's shape."""
+    last = last_finite(dtype)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
+    # The quotient is rounded, so the code may be off by one either way.
+    code = rounded_magnitude(last / scale, grid, "toward_zero").clamp(max=grid.max_index)
+    above = (code + 1).clamp(max=grid.max_index)
+    code = torch.where(magnitude_value(above, grid) * scale <= last, above, code)
+    return code - (magnitude_value(code, grid) * scale > last).to(code.dtype)
 
 
 def code_index(x: Tensor, scale: Scale, grid: Grid) -> Tensor:

@@ -1,0 +1,78 @@
+"""Bit patterns: what a format stores, and back.
+
+Both directions can refuse their input for what it holds (a NaN without a code, a pattern of too many bits), which a
+traced graph cannot; under torch.compile they are therefore ops of the graph, on every device, and refuse there too.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.kernels import Overflow, grid_of, reference
+from altgrad.quantization.kernels.dispatch import Scale, as_tensor
+
+
+def code_dtype(fmt: FloatFormat) -> torch.dtype:
+    """uint8, or int16 (the same bits) for formats wider than 8 bits."""
+    return torch.uint8 if fmt.total_bits <= 8 else torch.int16
+
+
+def encode(x: Tensor, fmt: FloatFormat, scale: Scale, overflow: Overflow) -> Tensor:
+    """Bit patterns of the values nearest to x / scale; ValueError for NaN where the format has no code."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _encode_op(x, as_tensor(scale), fmt.name, overflow))
+    y = x.to(torch.float32) / scale
+    is_nan = torch.isnan(y)
+    if not fmt.has_nan and bool(is_nan.any()):
+        raise ValueError(f"{int(is_nan.sum())} NaN to encode, and {fmt.name} has no code for NaN")
+    beyond = fmt.max_index + (1 if overflow == "inf" else 0)
+    code = reference.rounded_magnitude(y, grid_of(fmt), "nearest").clamp(max=beyond)
+    if fmt.has_nan:
+        code = torch.where(is_nan, fmt.nan_code, code)
+    code = code + torch.signbit(y) * (fmt.num_codes // 2)
+    return code.to(code_dtype(fmt))
+
+
+def decode(codes: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
+    """Values of bit patterns times scale, float32; ValueError for patterns the format does not have."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _decode_op(codes, as_tensor(scale), fmt.name))
+    patterns = codes.to(torch.int64)
+    if codes.dtype == torch.int16:
+        patterns = patterns & 0xFFFF
+    is_exact_width = fmt.total_bits == (16 if codes.dtype == torch.int16 else 8)
+    is_unsigned = codes.dtype in (torch.uint8, torch.int16)
+    if not (is_exact_width and is_unsigned) and bool(((patterns < 0) | (patterns >= fmt.num_codes)).any()):
+        worst = int(patterns.min() if patterns.min() < 0 else patterns.max())
+        raise ValueError(f"{fmt.name} has the codes 0 to {fmt.num_codes - 1}; got {worst}")
+    return _values(fmt).to(codes.device)[patterns] * scale
+
+
+@cache
+def _values(fmt: FloatFormat) -> Tensor:
+    return torch.tensor([fmt.to_real(code) for code in range(fmt.num_codes)], dtype=torch.float32)
+
+
+@torch.library.custom_op("altgrad::encode", mutates_args=())
+def _encode_op(x: Tensor, scale: Tensor, fmt: str, overflow: str) -> Tensor:
+    return encode(x, get_format(fmt), scale, cast(Overflow, overflow)).contiguous()
+
+
+@_encode_op.register_fake
+def _encode_shape(x: Tensor, scale: Tensor, fmt: str, overflow: str) -> Tensor:
+    return torch.empty(x.shape, dtype=code_dtype(get_format(fmt)), device=x.device)
+
+
+@torch.library.custom_op("altgrad::decode", mutates_args=())
+def _decode_op(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return decode(codes, get_format(fmt), scale).contiguous()
+
+
+@_decode_op.register_fake
+def _decode_shape(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
