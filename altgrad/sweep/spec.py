@@ -43,6 +43,7 @@ from altgrad.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
+    has_own_lr_unit,
 )
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 
@@ -191,7 +192,7 @@ class SweepSpec(Frozen):
             rule = excluded_by(point)
             if rule is not None:
                 found[rule.name] = found[rule.name].plus(self.seeds * len(self._variants(point.arm)))
-            elif _has_raw_lr(ARMS[point.arm]):
+            elif has_own_lr_unit(ARMS[point.arm]):
                 found[RAW_LR] = found[RAW_LR].plus(
                     self.seeds * len(self._variants(point.arm)) * len(self.lrs)
                 )
@@ -216,7 +217,7 @@ class SweepSpec(Frozen):
 
     def _variants(self, arm: str) -> list[OptimizerConfig]:
         base = ARMS[arm]
-        lrs = (base.lr,) if _has_raw_lr(base) else self.lrs or (base.lr,)
+        lrs = (base.lr,) if has_own_lr_unit(base) else self.lrs or (base.lr,)
         if not isinstance(base, GridOptimConfig):
             return [base.model_copy(update={"lr": lr}) for lr in lrs]
         return [base.model_copy(update={"lr": lr, "rung_clip": rung_clip})
@@ -279,10 +280,6 @@ def _format_name(name: str) -> str:
 
 def _all_of(names: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item for name in names for item in (every if name == "all" else (name,))))
-
-
-def _has_raw_lr(optimizer: OptimizerConfig) -> bool:
-    return getattr(optimizer, "step_unit", "weight") != "weight"
 
 
 PRESETS: dict[str, SweepSpec] = {

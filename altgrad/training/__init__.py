@@ -1,6 +1,6 @@
 """Floor 2: one training loop and what it needs. Imports torch and `altgrad.quantization`; never Ray."""
 
-from altgrad.training.arms import ManifoldAdamW, RoundedAdamW, build_optimizer
+from altgrad.training.arms import ManifoldAdamW, RoundedAdamW, RoundedOptimizer, build_optimizer
 from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.grid_optim import GridOptim
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
@@ -17,6 +17,7 @@ __all__ = [
     "OutcomeKind",
     "Reporter",
     "RoundedAdamW",
+    "RoundedOptimizer",
     "TrainConfig",
     "Trainer",
     "build_optimizer",

@@ -1,48 +1,40 @@
-"""The AdamW arms: rounded weights, and steps measured in the format's geometry; and the choice among all arms.
+"""The arms as optimizers: rounded weights, steps measured in the format's geometry; and the choice among all arms.
 
-One meaning of the learning rate in all of them: the mean |change| per weight that AdamW would make with it. So a
+One meaning of the learning rate in all Adam-like arms: the mean |change| per weight that AdamW would make with it. So a
 learning-rate axis compares arms and formats, instead of deciding between them by accident of units. The original's
-own units are there by name (`step_unit`, `precondition='gradient'`), for reproduction.
+own units are there by name (`step_unit`, `precondition='gradient'`), for reproduction; the other rules state theirs
+in `rules`.
 
-Each arm is a pure update on tensors; state, scales and counting are the plumbing of `optimizer.py`.
-Sources: AdamW (arXiv 1711.05101); straight-through master weights (arXiv 1308.3432).
+A class here is a signature and a `Plan`; state, scales and counting are the plumbing of `optimizer`.
+Sources: AdamW (arXiv 1711.05101); straight-through master weights (arXiv 1308.3432); error feedback into the
+momentum, ECO (arXiv 2601.22101).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from altgrad.quantization import FloatFormat, code_index, format_scale, quantize, quantized_parameters, ulp
+from altgrad.quantization import FloatFormat, QuantizedEmbedding, get_format, quantized_parameters
 from altgrad.training.config import TrainConfig
 from altgrad.training.grid_optim import GridOptim
-from altgrad.training.moments import adam_direction
-from altgrad.training.optimizer import GridAwareOptimizer, Rounding, StepCounts, TensorStep
+from altgrad.training.kernels import Geometry, Job, Moments, Placement, Plan
+from altgrad.training.optimizer import GridAwareOptimizer, Rounding
+from altgrad.training.rules import RULES
 
-
-def literal_stiffness(weight: Tensor, fmt: FloatFormat, limit: float) -> Tensor:
-    """S = 2^(floor(log2|w|) - M), 2^-M without an exponent; at zero the format's own smallest spacing."""
-    if fmt.exponent_bits == 0:
-        return torch.full_like(weight, fmt.min_spacing)
-    exponent = torch.frexp(weight).exponent - 1
-    stiffness = torch.ldexp(torch.ones_like(weight), exponent - fmt.mantissa_bits)
-    return torch.where(weight == 0, fmt.min_spacing, stiffness).clamp_(max=limit)
-
-
-def relative_stiffness(weight: Tensor, fmt: FloatFormat, scale: Tensor, limit: float) -> Tensor:
-    """The local spacing over its mean in the tensor: mean 1, so that the learning rate keeps its meaning."""
-    spacing = ulp(weight, fmt, scale)
-    return (spacing / spacing.mean()).clamp_(max=limit)
+_PLACEMENTS = {None: Placement.MASTER, "nearest": Placement.NEAREST, "stochastic": Placement.STOCHASTIC}
 
 
 class RoundedAdamW(GridAwareOptimizer):
     """AdamW (decoupled decay) whose weights are a float32 master or live on a format's grid.
 
     `rounding` None: master weights, the layers round them. 'nearest' (a negative control: small steps vanish) and
-    'stochastic' (unbiased): the weights stay on the grid of `format` under one scale per tensor.
+    'stochastic' (unbiased): the weights stay on the grid of `format` under one scale per tensor. With
+    `error_feedback` what rounding took from a step is put into the first moment, so that later steps repay it (ECO).
     """
 
     def __init__(
@@ -56,6 +48,7 @@ class RoundedAdamW(GridAwareOptimizer):
         rounding: Rounding | None = None,
         tensor_scale: float | None = None,
         seed: int = 0,
+        error_feedback: bool = False,
         **own: Any,
     ) -> None:
         defaults = {
@@ -67,50 +60,12 @@ class RoundedAdamW(GridAwareOptimizer):
             "rounding": rounding,
             "tensor_scale": tensor_scale,
             "seed": seed,
+            "error_feedback": error_feedback,
         }
         super().__init__(params, defaults | own)
 
-    def _plain_change(self, step: TensorStep) -> Tensor:
-        group = step.group
-        change = adam_direction(step.grad, step.state, group["betas"], group["eps"]).mul_(group["lr"])
-        return change.add_(step.weight, alpha=group["lr"] * group["weight_decay"])
-
-    def _change(self, step: TensorStep, scale: Tensor) -> Tensor:
-        """What is subtracted from a parameter that has a format."""
-        return self._plain_change(step)
-
-    def _update(self, step: TensorStep) -> StepCounts | None:
-        rounding, fmt = step.group["rounding"], step.fmt
-        scale = self._scale(step)
-        target = step.weight - self._change(step, scale)
-        new = target if rounding is None else quantize(target, fmt, scale, rounding=rounding, seed=step.seed)
-        # What counts is what the parameter's own dtype keeps.
-        new = new.to(step.parameter.dtype).float()
-        counts = self._counts(step, target, new, scale) if self.telemetry else None
-        step.parameter.copy_(new)
-        if rounding is not None:
-            overflow = (target.abs() > fmt.max * scale).count_nonzero()
-            rescaled = self._rescale_on_overflow(step, overflow, rounding)
-            if counts is not None:
-                counts.overflow, counts.rescaled = overflow, rescaled
-        return counts
-
-    def _scale(self, step: TensorStep) -> Tensor:
-        if step.group["rounding"] is not None:
-            scale: Tensor = step.state["grid_scale"]
-            return scale
-        if step.group["tensor_scale"] is not None:
-            return torch.tensor(float(step.group["tensor_scale"]), device=step.weight.device)
-        return format_scale(step.weight, step.fmt)
-
-    def _counts(self, step: TensorStep, target: Tensor, new: Tensor, scale: Tensor) -> StepCounts:
-        old, fmt = step.weight, step.fmt
-        change = (new if step.group["rounding"] is None else target) - old
-        # Into a lower binade the way to the next code is the lower binade's spacing.
-        spacing = torch.minimum(ulp(old, fmt, scale), ulp(target, fmt, scale))
-        expected = (change.abs() / spacing).clamp_(max=1).sum()
-        moved = code_index(old, fmt, scale) != code_index(new, fmt, scale)
-        return step.counted(moved, change, expected, overflow=None)
+    def _plan(self, group: dict[str, Any]) -> Plan:
+        return adam_plan(group, self._counts_now(group), error_feedback=group["error_feedback"])
 
 
 class ManifoldAdamW(RoundedAdamW):
@@ -154,36 +109,139 @@ class ManifoldAdamW(RoundedAdamW):
             step_unit=step_unit,
         )
 
-    def _change(self, step: TensorStep, scale: Tensor) -> Tensor:
-        group, fmt = step.group, step.fmt
-        if not group["manifold_aware"]:
-            return self._plain_change(step)
-        if group["precondition"] == "gradient":
-            step.grad = step.grad * literal_stiffness(step.weight, fmt, group["max_stiffness"])
-            return self._plain_change(step)
-        direction = adam_direction(step.grad, step.state, group["betas"], group["eps"])
-        if group["step_unit"] == "ulp":
-            direction.mul_(ulp(step.weight, fmt, scale))
-        else:
-            direction.mul_(relative_stiffness(step.weight, fmt, scale, group["max_stiffness"]))
-        return direction.mul_(group["lr"]).add_(step.weight, alpha=group["lr"] * group["weight_decay"])
+    def _plan(self, group: dict[str, Any]) -> Plan:
+        geometry = Geometry.NONE
+        if group["manifold_aware"]:
+            update = Geometry.ULP if group["step_unit"] == "ulp" else Geometry.RELATIVE
+            geometry = Geometry.GRADIENT if group["precondition"] == "gradient" else update
+        return adam_plan(group, self._counts_now(group), geometry=geometry, max_stiffness=group["max_stiffness"])
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module) -> GridAwareOptimizer:
+class RoundedOptimizer(GridAwareOptimizer):
+    """Any rule of `RULES` by name, its weights a float32 master or on a format's grid, as in RoundedAdamW.
+
+    `lr`, `momentum` and `beta2` default to the rule's own; the unit of lr is the rule's (`RULES[rule].unit`). Groups
+    may have rules of their own, 'adam' among them (betas `momentum` and `beta2`); it is taken for tensors with fewer
+    axes than the rule needs.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: str,
+        lr: float | None = None,
+        momentum: float | None = None,
+        beta2: float | None = None,
+        weight_decay: float = 0.0,
+        format: str | None = "E5M2",
+        rounding: Rounding | None = "stochastic",
+        tensor_scale: float | None = None,
+        seed: int = 0,
+        eps: float = 1e-8,
+    ) -> None:
+        known = RULES[rule].defaults if rule in RULES else {}
+        defaults = {
+            "rule": rule,
+            "lr": known.get("lr", 1e-3) if lr is None else lr,
+            "momentum": known.get("momentum", 0.9) if momentum is None else momentum,
+            "beta2": known.get("beta2", 0.95) if beta2 is None else beta2,
+            "weight_decay": weight_decay,
+            "format": format,
+            "rounding": rounding,
+            "tensor_scale": tensor_scale,
+            "seed": seed,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    def _plan(self, group: dict[str, Any]) -> Plan:
+        own = group | {"betas": (group["momentum"], group["beta2"])}
+        moments = Moments.ADAM if group["rule"] == "adam" else Moments.GIVEN
+        return adam_plan(own, self._counts_now(group), moments=moments)
+
+    def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
+        if plan.moments == Moments.GIVEN and parameter.dim() < RULES[group["rule"]].least_axes:
+            plan = replace(plan, moments=Moments.ADAM)
+        plan, job = super()._job(parameter, group, index, plan)
+        if plan.moments == Moments.GIVEN:
+            job.direction = self._direction(parameter, group)
+        return plan, job
+
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        rule, state = RULES[group["rule"]], self.state[parameter]
+        assert parameter.grad is not None
+        grad = parameter.grad.float()
+        for name in rule.state:
+            if name not in state:
+                state[name] = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+        direction, new = rule.update(grad, parameter.detach().float(), state, group, state["step"] + 1)
+        is_finite = torch.isfinite(grad).all()
+        for name, value in new.items():
+            state[name] = torch.where(is_finite, value, state[name])
+        return direction.contiguous()
+
+
+def adam_plan(
+    group: Mapping[str, Any],
+    counts: bool,
+    *,
+    moments: Moments = Moments.ADAM,
+    geometry: Geometry = Geometry.NONE,
+    max_stiffness: float = 1e6,
+    error_feedback: bool = False,
+) -> Plan:
+    """The plan of an arm whose weights are a master or on the grid; without a format it is the plain rule."""
+    has_format = group["format"] is not None
+    return Plan(
+        fmt=get_format(group["format"]) if has_format else None,
+        moments=moments,
+        geometry=geometry if has_format else Geometry.NONE,
+        placement=_PLACEMENTS[group["rounding"]] if has_format else Placement.MASTER,
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        max_stiffness=max_stiffness,
+        feedback=error_feedback and has_format,
+        telemetry=counts,
+        master_scale=group["tensor_scale"] if group["rounding"] is None else None,
+    )
+
+
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, formats: Mapping[nn.Parameter, FloatFormat] | None = None
+) -> GridAwareOptimizer:
     """The arm of a TrainConfig over a (converted) model.
 
-    One parameter group per weight format found in the model, and one without format for the rest (norms, positions),
-    which takes the arm's float32 rule.
+    One parameter group per weight format, and one without format for the rest (norms, positions), which takes the
+    arm's float32 rule. `formats`: which parameter has which, by default those the model's layers round to.
     """
-    formats = {parameter: fmt.name for parameter, fmt in quantized_parameters(model).values()}
-    groups: dict[str | None, list[nn.Parameter]] = {}
+    if formats is None:
+        formats = weight_formats(model)
+    lookups = (nn.Embedding, QuantizedEmbedding)
+    embedded = {module.weight for module in model.modules() if isinstance(module, lookups)}
+    rule = config.optimizer.kind if config.optimizer.kind in RULES else None
+    groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        groups.setdefault(formats.get(parameter), []).append(parameter)
-    params = [{"params": members, "format": name} for name, members in groups.items()]
-    own = config.optimizer.model_dump(exclude={"kind", "beta1"})
-    shared: dict[str, Any] = {"format": next(iter(filter(None, groups)), None), "seed": config.seed}
+        fmt = formats.get(parameter)
+        own_rule = "adam" if rule == "muon" and parameter in embedded else rule
+        groups.setdefault((None if fmt is None else fmt.name, own_rule), []).append(parameter)
+    params: list[dict[str, Any]] = [
+        {"params": members, "format": name} | ({"rule": own_rule} if own_rule else {})
+        for (name, own_rule), members in groups.items()
+    ]
+    own = config.optimizer.model_dump(exclude={"kind", "quantized"})
+    shared: dict[str, Any] = {"format": next((f.name for f in formats.values()), None), "seed": config.seed}
     if config.optimizer.kind == "grid":
         return GridOptim(params, **own, **shared)
-    shared["betas"] = (config.optimizer.beta1, own.pop("beta2"))
+    if rule is not None:
+        return RoundedOptimizer(params, rule, **own, **shared)
+    shared["betas"] = (own.pop("beta1"), own.pop("beta2"))
     arm = ManifoldAdamW if config.optimizer.kind == "manifold" else RoundedAdamW
     return arm(params, **own, **shared)
+
+
+def weight_formats(model: nn.Module) -> dict[nn.Parameter, FloatFormat]:
+    """Which parameter of a converted model has which format."""
+    return dict(quantized_parameters(model).values())

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from altgrad.quantization import NUMERICS_VERSION, get_format, named_policy
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
+from altgrad.training.rules import RULES
 
 UNQUANTIZED = "FP32"
 
@@ -30,12 +33,14 @@ class Frozen(BaseModel):
 
 
 class ModelConfig(Frozen):
-    """A byte-level GPT (pre-norm, learned positions, head tied to the embedding)."""
+    """A transformer (pre-norm, learned positions): a GPT whose head is tied to its embedding, or an encoder."""
 
     layers: int = Field(2, ge=1, description="transformer blocks")
     heads: int = Field(2, ge=1, description="attention heads; they divide the width")
     width: int = Field(64, ge=8, description="residual width, elements")
     block: int = Field(128, ge=8, description="context length, tokens")
+    encoder: str | None = Field(None, min_length=1, description=(
+        "classification: a Hugging Face encoder by name or folder, instead of one from scratch (extra: hf)"))
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -44,14 +49,61 @@ class ModelConfig(Frozen):
         return self
 
 
+MODELS: dict[str, ModelConfig] = {
+    "quick": ModelConfig(),
+    "gpt-10m": ModelConfig(layers=6, heads=6, width=384, block=256),
+    "gpt-50m": ModelConfig(layers=10, heads=10, width=640, block=256),
+}
+"""Models by name, with their parameters without the embedding; the larger ones are for GPUs."""
+
+
+TOKENIZERS = {"bytes": 256, "bpe": 4096, "words": 8000}
+"""Kinds of tokenizer and their default vocabulary."""
+LEAST_VOCABULARY = {"bytes": 256, "bpe": 257, "words": 2}
+
+
+def tokenizer_parts(name: str) -> tuple[str, int]:
+    """Kind and vocabulary of a tokenizer's name: ('bpe', 4096) for 'bpe' and 'bpe-4096'."""
+    kind, _, size = name.partition("-")
+    if kind not in TOKENIZERS or (size and (kind == "bytes" or not size.isdecimal())):
+        close = get_close_matches(name, TOKENIZERS, n=1)
+        raise ValueError(f"{name!r} is no tokenizer; allowed: bytes, bpe, bpe-N, words, words-N"
+                         f"{f'; nearest: {close[0]}' if close else ''}")
+    wanted, least = int(size) if size else TOKENIZERS[kind], LEAST_VOCABULARY[kind]
+    if not least <= wanted <= 1 << 20:
+        raise ValueError(f"{name!r}: a vocabulary of {least} to {1 << 20} is expected")
+    return kind, wanted
+
+
 class DataConfig(Frozen):
     """Where the text comes from and how much of it a step and an evaluation see."""
 
-    source: str = Field("pydoc", description="'pydoc', or a text, JSONL or parquet file, a folder or a glob")
-    text_field: str = Field("text", description="the field of a JSONL or parquet record that holds the text")
+    source: str = Field("pydoc", description=(
+        "pydoc, synthetic, eurlex, eurlex-57k, multi_eurlex, or a text, JSONL, parquet or CSV file, a folder or a glob"))
+    text_field: str = Field("text", description="the field of a record that holds the text")
+    label_field: str = Field("labels", min_length=1, description="classification: the field that holds the labels")
+    label_names: tuple[str, ...] | None = Field(None, min_length=1, description=(
+        "classification: the label vocabulary, in order; null: as the data declare it, else the training labels"))
+    tokenizer: str = Field("bytes", description="bytes, bpe, bpe-N, words or words-N (N: size of the vocabulary)")
     batch: int = Field(8, ge=1, description="sequences per step, over all workers")
     val_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the documents held out")
-    eval_batches: int = Field(4, ge=1, description="validation batches per evaluation")
+    eval_batches: int = Field(4, ge=1, description="validation batches per evaluation (language modelling)")
+    max_pos_weight: float = Field(10.0, ge=1, description=(
+        "classification: a label's presence weighs (1 - p) / p in the loss, p its share of the documents, at most this"))
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _known_tokenizer(cls, name: str) -> str:
+        kind, size = tokenizer_parts(name)
+        return kind if kind == "bytes" else f"{kind}-{size}"
+
+    @field_validator("label_names")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        twice = next((name for name, count in Counter(names or ()).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"label_names holds {twice!r} more than once")
+        return names
 
 
 class ScheduleConfig(Frozen):
@@ -77,23 +129,45 @@ class RoundedAdamWConfig(_AdamLike):
 
     kind: Literal["adamw"] = "adamw"
     rounding: Literal["nearest", "stochastic"] | None = None
+    error_feedback: bool = Field(False, description="what rounding takes is put into the first moment (ECO)")
+
+    @model_validator(mode="after")
+    def _feeds_back_what_is_rounded(self) -> RoundedAdamWConfig:
+        if self.error_feedback and (self.rounding is None or self.beta1 == 0):
+            raise ValueError("error_feedback=true needs weights on the grid (rounding 'nearest' or 'stochastic') and "
+                             f"beta1 > 0; got rounding={self.rounding!r}, beta1={self.beta1}")  # fmt: skip
+        return self
 
     @property
     def arm(self) -> str:
+        if self.error_feedback:
+            return "eco" if self.rounding == "stochastic" else "eco_nearest"
         return {None: "adamw", "nearest": "adamw_nearest", "stochastic": "adamw_sr"}[self.rounding]
 
 
 class ManifoldAdamWConfig(_AdamLike):
-    """AdamW whose step is measured in the format's local spacing."""
+    """AdamW whose step is measured in the format's local spacing.
+
+    Unquantized, it is the control that tells the step rule from the format: float32 weights that no layer rounds.
+    """
 
     kind: Literal["manifold"] = "manifold"
+    quantized: bool = Field(True, description="whether the layers round their weights to the format")
     precondition: Literal["update", "gradient"] = "update"
     rounding: Literal["nearest", "stochastic"] | None = None
     step_unit: Literal["weight", "ulp"] = "weight"
     max_stiffness: float = Field(1e6, gt=0)
 
+    @model_validator(mode="after")
+    def _control_has_no_grid(self) -> ManifoldAdamWConfig:
+        if not self.quantized and self.rounding is not None:
+            raise ValueError(f"quantized=false is for float32 weights; it does not go with rounding={self.rounding!r}")
+        return self
+
     @property
     def arm(self) -> str:
+        if not self.quantized:
+            return "manifold_fp32"
         if self.precondition == "gradient":
             return "manifold_gradient"
         return {None: "manifold", "nearest": "manifold_nearest", "stochastic": "manifold_sr"}[self.rounding]
@@ -119,30 +193,74 @@ class GridOptimConfig(Frozen):
         return "grid_literal" if self.normalize == "none" else "grid"
 
 
-OptimizerConfig = Annotated[
-    RoundedAdamWConfig | ManifoldAdamWConfig | GridOptimConfig, Field(discriminator="kind")
-]
+class RuleConfig(Frozen):
+    """Another rule of `rules.RULES`; lr, momentum and beta2 default to the rule's own, lr in the rule's own unit."""
 
-ARMS: dict[str, RoundedAdamWConfig | ManifoldAdamWConfig | GridOptimConfig] = {
-    config.arm: config
-    for config in (
-        RoundedAdamWConfig(),
-        RoundedAdamWConfig(rounding="nearest"),
-        RoundedAdamWConfig(rounding="stochastic"),
-        ManifoldAdamWConfig(),
-        ManifoldAdamWConfig(rounding="stochastic"),
-        ManifoldAdamWConfig(precondition="gradient"),
-        GridOptimConfig(),
-        GridOptimConfig(normalize="none", step_unit="rungs", lr=6.0),
-    )
-}
+    kind: Literal[tuple(RULES)]  # type: ignore[valid-type]
+    lr: float = Field(gt=0, description="in the rule's own unit")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0, description="of the parameters that take Adam's step")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, per unit of learning rate")
+    rounding: Literal["nearest", "stochastic"] | None = "stochastic"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, values: Any) -> Any:
+        rule = RULES.get(str(values.get("kind"))) if isinstance(values, dict) else None
+        return values if rule is None else dict(rule.defaults) | values
+
+    @property
+    def arm(self) -> str:
+        return str(self.kind) + {None: "_master", "nearest": "_nearest", "stochastic": ""}[self.rounding]
+
+
+AnyOptimizerConfig = RoundedAdamWConfig | ManifoldAdamWConfig | GridOptimConfig | RuleConfig
+OptimizerConfig = Annotated[AnyOptimizerConfig, Field(discriminator="kind")]
+
+_DEFAULTS: tuple[AnyOptimizerConfig, ...] = (
+    RoundedAdamWConfig(),
+    RoundedAdamWConfig(rounding="nearest"),
+    RoundedAdamWConfig(rounding="stochastic"),
+    ManifoldAdamWConfig(),
+    ManifoldAdamWConfig(rounding="stochastic"),
+    ManifoldAdamWConfig(precondition="gradient"),
+    ManifoldAdamWConfig(quantized=False),
+    GridOptimConfig(),
+    GridOptimConfig(normalize="none", step_unit="rungs", lr=6.0),
+    RoundedAdamWConfig(rounding="stochastic", error_feedback=True),
+    *(RuleConfig(kind=name) for name in RULES),  # type: ignore[call-arg]
+)
+
+ARMS = {config.arm: config for config in _DEFAULTS}
 """Arms by name, each with its default parameters."""
+
+
+def has_own_lr_unit(optimizer: AnyOptimizerConfig) -> bool:
+    """Whether lr is not AdamW's mean |change| per weight, so that an axis of learning rates does not apply."""
+    if optimizer.kind in RULES:
+        return not RULES[optimizer.kind].unit.startswith("AdamW's")
+    return getattr(optimizer, "step_unit", "weight") != "weight"
+
+
+CLASSIFY_ONLY = ("label_field", "label_names", "max_pos_weight")
+LM_ONLY = ("eval_batches",)
+"""Fields of the data that the other task does not read."""
+
+
+def _check_task(task: str, model: ModelConfig, data: DataConfig) -> None:
+    if task == "classify":
+        return
+    if model.encoder is not None:
+        raise ValueError(f"encoder={model.encoder!r} belongs to task='classify'; language modelling has its own GPT")
+    if tokenizer_parts(data.tokenizer)[0] == "words":
+        raise ValueError(f"tokenizer={data.tokenizer!r} can't write text; language modelling takes bytes or bpe")
 
 
 class TrainConfig(Frozen):
     """One trial, whole: `Trainer(config, ...)` needs nothing else."""
 
-    task: Literal["lm"] = "lm"
+    task: Literal["lm", "classify"] = "lm"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     format: str = Field("E5M2", description="a format's name, or FP32 for no quantization")
@@ -167,6 +285,7 @@ class TrainConfig(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         named_policy(self.policy, self.format)
+        _check_task(self.task, self.model, self.data)
         for name in ("eval_interval", "checkpoint_interval"):
             if getattr(self, name) % self.log_interval:
                 value = getattr(self, name)
@@ -185,10 +304,12 @@ class TrainConfig(Frozen):
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Everything that can change the numbers of this run, as plain JSON values."""
+        of_task = LM_ONLY if self.task == "classify" else CLASSIFY_ONLY
         kept = self.model_dump(
             mode="json",
             exclude={
-                "data": {"source"},
+                "model": {"encoder"} if self.model.encoder is None else set(),
+                "data": {"source", "tokenizer", *of_task},
                 "guards": True,
                 "log_interval": True,
                 "eval_interval": True,
@@ -196,7 +317,7 @@ class TrainConfig(Frozen):
                 "steps": self.schedule.kind == "constant",
             },
         )
-        return kept | {"data_sha256": data_sha256, "tokenizer": "bytes", "numerics": NUMERICS_VERSION}
+        return kept | {"data_sha256": data_sha256, "tokenizer": self.data.tokenizer, "numerics": NUMERICS_VERSION}
 
     def trial_id(self, data_sha256: str) -> str:
         """Twelve hex digits of the sha256 of the canonical identity."""

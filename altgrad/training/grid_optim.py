@@ -17,33 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from altgrad.quantization import FloatFormat, code_index, get_format, hash_uniform, index_to_value, ulp
-from altgrad.training.moments import adam_direction
-from altgrad.training.optimizer import GridAwareOptimizer, StepCounts, TensorStep
-
-
-def grid_velocity(step: TensorStep) -> Tensor:
-    """Momentum of the gradient: Adam-style normalized ('rms') or raw as in the original ('none')."""
-    group = step.group
-    if group["normalize"] == "rms":
-        return adam_direction(step.grad, step.state, (group["momentum"], group["beta2"]), group["eps"])
-    velocity: Tensor = step.state["exp_avg"].mul_(group["momentum"]).add_(step.grad)
-    return velocity.clone()
-
-
-def local_gap(index: Tensor, fmt: FloatFormat, scale: Tensor) -> Tensor:
-    """Half the distance between a grid point's two neighbours: the mean length of a rung up and a rung down.
-
-    Where a binade begins the rung down is half as long as the rung up, so the spacing alone would overstate steps.
-    """
-    return (index_to_value(index + 1, fmt, scale) - index_to_value(index - 1, fmt, scale)) / 2
-
-
-def split_rungs(rungs: Tensor, seed: int) -> Tensor:
-    """floor(rungs + u), u uniform in [0, 1) by counter hash; whole rungs stay, zero never moves."""
-    whole = rungs.floor()
-    # Comparing the fraction is exact where adding u in float32 would round.
-    return whole + (hash_uniform(rungs.shape, seed, rungs.device) < rungs - whole)
+from altgrad.quantization import get_format, ulp
+from altgrad.training.kernels import Moments, Placement, Plan
+from altgrad.training.optimizer import GridAwareOptimizer, StepResult
 
 
 class GridOptim(GridAwareOptimizer):
@@ -51,8 +27,9 @@ class GridOptim(GridAwareOptimizer):
 
     `step_unit` 'weight' turns lr into rungs by the tensor's mean gap; 'rungs' takes it as it stands. `normalize`
     'rms' divides by the second moment like Adam, 'none' is the raw velocity of the original. With `carry` the
-    fraction of a rung that was not taken is kept. `step()` returns (flips, updates): code changes, and weights whose
-    update was not zero. Weights loaded after construction are taken at their nearest grid point.
+    fraction of a rung that was not taken is kept. `step()` returns (flips, updates), fetched when looked at: code
+    changes, and weights whose update was not zero. Weights loaded after construction are taken at their nearest grid
+    point.
     """
 
     def __init__(
@@ -108,57 +85,32 @@ class GridOptim(GridAwareOptimizer):
         offset: Tensor = carry * ulp(weight, group["format"], self.state[parameter]["grid_scale"])
         return weight + offset
 
+    def _counts_now(self, group: dict[str, Any]) -> bool:
+        # What step() returns is of every step; on the grid counting costs next to nothing.
+        return self.telemetry and group["format"] is not None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns (flips, updates) as ints, fetched in one sync."""
+        """One step; returns (flips, updates), waiting for the device only when they are looked at.
+
+        Without telemetry nothing is counted and both are 0.
+        """
         super().step(closure)
-        if not self.counts:
-            return 0, 0
-        totals = torch.stack([torch.stack([c.flips, c.applied]) for c in self.counts.values()]).sum(dim=0)
-        flips, updates = totals.tolist()
-        return int(flips), int(updates)
+        return StepResult([rows for _, rows in self.counted])
 
-    def _plain_change(self, step: TensorStep) -> Tensor:
-        change = grid_velocity(step).mul_(step.group["lr"])
-        return change.add_(step.weight, alpha=step.group["lr"] * step.group["weight_decay"])
-
-    def _update(self, step: TensorStep) -> StepCounts:
-        fmt, scale = step.fmt, step.state["grid_scale"]
-        index = code_index(step.weight, fmt, scale)
-        rungs = self._rungs(step, index, scale)
-        wanted = self._move(step, index, rungs)
-        new = wanted.clamp(-fmt.max_index, fmt.max_index)
-        # A NaN has no code; it must stay visible to the guards.
-        value = torch.where(step.weight.isnan(), step.weight, index_to_value(new, fmt, scale))
-        step.parameter.copy_(value)
-        overflow = (wanted != new).count_nonzero()
-        counts = step.counted(new != index, rungs, rungs.abs().clamp_(max=1).sum(), overflow)
-        counts.rescaled = self._rescale_on_overflow(step, overflow, "stochastic")
-        return counts
-
-    def _rungs(self, step: TensorStep, index: Tensor, scale: Tensor) -> Tensor:
-        group = step.group
-        in_weights = group["step_unit"] == "weight"
-        rungs = grid_velocity(step).mul_(group["lr"])
-        if in_weights or group["weight_decay"]:
-            gap = local_gap(index, step.fmt, scale)
-            if in_weights:
-                rungs.div_(gap.mean())
-            decay = group["weight_decay"] * (group["lr"] if in_weights else 1.0)
-            rungs.addcdiv_(step.weight, gap, value=decay)
-        return rungs.clamp_(-group["rung_clip"], group["rung_clip"])
-
-    def _move(self, step: TensorStep, index: Tensor, rungs: Tensor) -> Tensor:
-        """The index wanted, before the ends of the grid are minded."""
-        if not step.group["carry"]:
-            return index - split_rungs(rungs, step.seed).to(index.dtype)
-        carry = step.state.setdefault("carry", torch.zeros_like(rungs))
-        # The position is index + carry; only the fraction is kept, so the sum never loses its low bits.
-        whole = split_rungs(carry - rungs, step.seed)
-        limit = int(step.group["rung_clip"])
-        wanted = index + torch.where(rungs != 0, whole.clamp_(-limit, limit), 0).to(index.dtype)
-        end = step.fmt.max_index
-        inside = wanted.clamp(-end, end)
-        left = torch.clamp(carry - rungs - (inside - index), -end - inside, end - inside)
-        step.state["carry"] = torch.where(rungs != 0, left, carry)
-        return wanted
+    def _plan(self, group: dict[str, Any]) -> Plan:
+        has_format = group["format"] is not None
+        return Plan(
+            fmt=get_format(group["format"]) if has_format else None,
+            moments=Moments.ADAM if group["normalize"] == "rms" else Moments.MOMENTUM,
+            placement=Placement.RUNGS if has_format else Placement.MASTER,
+            lr=float(group["lr"]),
+            beta1=group["momentum"],
+            beta2=group["beta2"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            rung_clip=group["rung_clip"],
+            own_unit=group["step_unit"] == "rungs",
+            carry=group["carry"] and has_format,
+            telemetry=self._counts_now(group),
+        )

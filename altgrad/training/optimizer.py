@@ -8,70 +8,86 @@ the grid for three steps in a row; that is counted as an event.
 
 Flips are differences of integer codes under one scale. `expected` is the sum of min(1, |change| / spacing): what
 unbiased rounding would realise. Their quotient, the flip yield, tells a step that reaches the weights from one that
-rounding swallows. Randomness is a counter hash of (seed, parameter, step, element): reproducible, with no state of
-its own but the step.
+rounding swallows. Randomness is a counter hash of (seed, parameter, call, element): reproducible, with no state of
+its own but the number of calls, which lies in the parameter group.
+
+The arithmetic is in `kernels`; all tensors of a group take one call. On a GPU nothing here waits for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, weight_grid
+from altgrad.training.kernels import FIXED, Count, Job, Moments, Placement, Plan
+from altgrad.training.kernels.dispatch import Kernel, kernel_for
+from altgrad.training.rules import RULES
 
 HEADROOM = 2.0
-OVERFLOW_SHARE = 1e-3
-OVERFLOW_STEPS = 3
-GRADIENT_FLOOR = 1e-10
 
 Rounding = Literal["nearest", "stochastic"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepCounts:
-    """What one step did to one tensor, as 0-d tensors: `expected` is in codes, the rest are element counts."""
+    """What one step did to one tensor, as 0-d tensors.
 
-    flips: Tensor
-    applied: Tensor
-    gradient: Tensor
-    expected: Tensor
-    overflow: Tensor
-    rescaled: bool = False
+    Numbers of elements: `flips` (code changed), `applied` (change not zero), `gradient` (|g| > 1e-10), `overflow`
+    (wanted to leave the grid). In codes: `expected` flips under unbiased rounding, `travel` (sum of |code change|),
+    `position` (sum of signed code changes). `rescaled` and `skipped` are 0 or 1.
+    """
+
+    row: Tensor
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_") or name.upper() not in Count.__members__:
+            raise AttributeError(name)
+        value = self.row[Count[name.upper()]]
+        return value * 2.0**-FIXED if name == "expected" else value
 
 
-@dataclass
-class TensorStep:
-    """One parameter's share of a step: `weight` and `grad` are float32, `state` and `group` the optimizer's own."""
+class StepResult(Sequence[int]):
+    """(flips, updates) of a step, fetched from the device when first looked at."""
 
-    parameter: Tensor
-    weight: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    group: dict[str, Any]
-    seed: int
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self._rows = rows
+        self._numbers: tuple[int, int] | None = None
 
-    @property
-    def fmt(self) -> FloatFormat:
-        return get_format(self.group["format"])
+    def _fetched(self) -> tuple[int, int]:
+        if self._numbers is None:
+            columns = [Count.FLIPS, Count.APPLIED]
+            sums = [rows[:, columns].sum(0) for rows in self._rows]
+            flips, updates = torch.stack(sums).sum(0).tolist() if sums else (0, 0)
+            self._numbers = int(flips), int(updates)
+        return self._numbers
 
-    def counted(
-        self, moved: Tensor, applied: Tensor, expected: Tensor, overflow: Tensor | None
-    ) -> StepCounts:
-        """The counts of this step from masks or values that are non-zero where something happened."""
-        if overflow is None:
-            overflow = torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return StepCounts(
-            flips=moved.count_nonzero(),
-            applied=applied.count_nonzero(),
-            gradient=(self.grad.abs() > GRADIENT_FLOOR).count_nonzero(),
-            expected=expected,
-            overflow=overflow,
-        )
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        return self._fetched()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._fetched())
+
+    def __len__(self) -> int:
+        return 2
+
+    def __eq__(self, other: object) -> bool:
+        return self._fetched() == (tuple(other) if isinstance(other, Sequence) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._fetched())
+
+    def __repr__(self) -> str:
+        return repr(self._fetched())
 
 
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -88,6 +104,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "precondition": ("'update' or 'gradient'", lambda value: value in ("update", "gradient")),
     "normalize": ("'rms' or 'none'", lambda value: value in ("rms", "none")),
     "step_unit": ("'weight', or the arm's own unit", lambda value: value in ("weight", "ulp", "rungs")),
+    "rule": (f"one of {', '.join(RULES)}, adam", lambda value: value in RULES or value == "adam"),
+    "seed": ("an integer", lambda value: isinstance(value, int)),
 }
 """What each argument of an arm may be, in words and as a test."""
 
@@ -95,7 +113,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def check_arguments(group: dict[str, Any]) -> None:
     """Raises ValueError that names the first argument out of its range, its value and what is allowed."""
     for name, value in group.items():
-        if name in RANGES and not RANGES[name][1](value):
+        if name in RANGES and not _passes(RANGES[name][1], value):
             raise ValueError(f"{name}={value!r} is not allowed: {RANGES[name][0]}")
     own_unit = "rungs" if "rung_clip" in group else "ulp"
     if group.get("step_unit", "weight") not in ("weight", own_unit):
@@ -103,7 +121,26 @@ def check_arguments(group: dict[str, Any]) -> None:
     if group.get("carry") and group["rung_clip"] < 1:
         raise ValueError(f"rung_clip={group['rung_clip']} is not allowed with carry: at least 1, one whole rung")
     if group.get("format") is not None:
-        get_format(group["format"])
+        _check_scale(get_format(group["format"]), group.get("tensor_scale"))
+    if group.get("error_feedback") and (group["rounding"] is None or not group["betas"][0]):
+        raise ValueError(
+            f"error_feedback=True is not allowed with rounding={group['rounding']!r}, betas={group['betas']}: it needs "
+            "weights on the grid ('nearest' or 'stochastic') and a first moment (betas[0] > 0)"
+        )
+
+
+def _passes(test: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return bool(test(value))
+    except TypeError:
+        return False
+
+
+def _check_scale(fmt: FloatFormat, scale: float | None) -> None:
+    least, most = 2.0**-149 / fmt.min_spacing, 2.0**128 / fmt.max
+    if scale is not None and not least <= scale < most:
+        raise ValueError(f"tensor_scale={scale!r} does not fit format={fmt.name!r}: its values times the scale must be "
+                         f"float32 numbers, so {least:.3g} <= tensor_scale < {most:.3g}")  # fmt: skip
 
 
 class GridAwareOptimizer(torch.optim.Optimizer):
@@ -111,20 +148,22 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 
     A parameter group may carry its own `format` (a name, or None for plain float32 parameters such as norms).
     `counts` holds each parameter's `StepCounts` of the last step, `skipped` the number of tensors whose gradient was
-    not finite in it; set `telemetry = False` to leave the counting out (the weights are the same, bit for bit).
+    not finite in it (0-d). With `telemetry = False` nothing is counted, with `count_every` = n only every n-th step
+    (in the others flips and the like are 0); the weights are the same, bit for bit.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.telemetry = True
-        self.counts: dict[Tensor, StepCounts] = {}
-        self.skipped = 0
+        self.count_every = 1
+        self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._versions: dict[Tensor, int] = {}
         check_arguments(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, {"calls": 0} | defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copying, unpickling and loading: torch keeps groups and state only."""
         super().__setstate__(state)
-        for name, value in (("telemetry", True), ("counts", {}), ("skipped", 0)):
+        for name, value in (("telemetry", True), ("count_every", 1), ("counted", []), ("_versions", {})):
             self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,8 +180,32 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 # A master's scale follows its amax; one left by an earlier optimizer would not.
                 parameter.grid.join(get_format(group["format"])).scale = None
 
+    @property
+    def counts(self) -> dict[Tensor, StepCounts]:
+        """What the last step did to each parameter that has a format."""
+        plain = {p for group in self.param_groups if group["format"] is None for p in group["params"]}
+        return {
+            parameter: StepCounts(row)
+            for parameters, rows in self.counted
+            for parameter, row in zip(parameters, rows, strict=True)
+            if parameter not in plain
+        }
+
+    @property
+    def skipped(self) -> Tensor:
+        """Number of tensors whose gradient was not finite in the last step, 0-d int64."""
+        sums = [rows[:, Count.SKIPPED].sum() for _, rows in self.counted]
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
+
     def _is_resident(self, group: dict[str, Any]) -> bool:
         return group.get("rounding") is not None
+
+    def _plan(self, group: dict[str, Any]) -> Plan:
+        """What the step does to a group's tensors; an arm's own choice."""
+        raise TypeError(f"{type(self).__name__} says no plan")
+
+    def _counts_now(self, group: dict[str, Any]) -> bool:
+        return self.telemetry and group["format"] is not None and group["calls"] % self.count_every == 0
 
     @torch.no_grad()
     def _place_on_grid(self, parameter: Any, group: dict[str, Any]) -> None:
@@ -157,9 +220,25 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             scale = torch.tensor(1.0, device=parameter.device)
         else:
             scale = compute_scale(weight, fmt, power_of_two=True, headroom=HEADROOM)
-        self.state[parameter].update(grid_scale=scale, overflow_streak=0)
-        grid.scale = scale
-        parameter.copy_(quantize(weight, fmt, scale))
+        self._check_holds(parameter, fmt, float(scale))
+        grid.scale = scale.clone()
+        self._snap(parameter, group)
+
+    def _snap(self, parameter: Any, group: dict[str, Any]) -> None:
+        """Takes every weight at its nearest grid point."""
+        scale = weight_grid(parameter).scale
+        assert scale is not None
+        parameter.copy_(quantize(parameter.float(), group["format"], scale))
+        self._versions[parameter] = parameter._version
+
+    @staticmethod
+    def _check_holds(parameter: Tensor, fmt: FloatFormat, scale: float) -> None:
+        values = fmt.values * scale
+        if not torch.equal(values.to(parameter.dtype).float(), values):
+            raise ValueError(
+                f"a parameter of dtype {parameter.dtype} cannot hold the values of format={fmt.name!r} times the scale "
+                f"{scale:g}; keep its weights in float32"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -168,64 +247,83 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.counts, self.skipped = {}, 0
+        self.counted = []
         index = 0
         for group in self.param_groups:
+            group["calls"] += 1
+            batches: dict[Any, tuple[Plan, list[tuple[Tensor, Job]]]] = {}
+            plan = self._plan(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_tensor(parameter, group, index)
+                    own, job = self._job(parameter, group, index, plan)
+                    key = kernel_for(job), job.weight.dtype, id(own)
+                    batches.setdefault(key, (own, []))[1].append((parameter, job))
                 index += 1
+            for (kernel, _, _), (own, members) in batches.items():
+                self._step_batch(kernel, own, members, group["calls"])
         return loss
 
-    def _step_tensor(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
-        assert parameter.grad is not None
-        if parameter.grad.is_sparse:
+    def _step_batch(
+        self, kernel: Kernel, plan: Plan, members: list[tuple[Tensor, Job]], call: int
+    ) -> None:
+        device = members[0][0].device
+        rows = torch.zeros(len(members), len(Count), dtype=torch.int64, device=device)
+        kernel.step_tensors([job for _, job in members], plan, call, rows)
+        for parameter, job in members:
+            if job.weight.data_ptr() != parameter.data_ptr():
+                parameter.copy_(job.weight)
+            self._versions[parameter] = parameter._version
+        self.counted.append((tuple(parameter for parameter, _ in members), rows))
+
+    def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
+        """The parameter's share of the step, and the plan for it, which is the group's but for an arm's exceptions."""
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse:
             raise ValueError(f"the gradient of parameter {index} {tuple(parameter.shape)} is sparse; dense ones are "
                              "needed (nn.Embedding(sparse=False))")  # fmt: skip
-        grad = parameter.grad.float()
-        if not torch.isfinite(grad).all():
-            self.skipped += 1
-            return
-        state = self._state(parameter)
-        state["step"] += 1
-        seed = mix_seed(group["seed"], index, int(state["step"]))
-        step = TensorStep(parameter, parameter.float(), grad, state, group, seed)
-        if group["format"] is None:
-            parameter.copy_(step.weight - self._plain_change(step))
-            return
-        counts = self._update(step)
-        if counts is not None:
-            self.counts[parameter] = counts
+        if self._is_resident(group) and plan.fmt and self._versions.get(parameter) != parameter._version:
+            # Written by others since our last step: loaded weights need not lie on the grid.
+            self._grid_scale(parameter, self.state[parameter])
+            self._snap(parameter, group)
+        state = self._state(parameter, plan)
+        job = Job(
+            weight=parameter.detach().contiguous(),
+            grad=grad.contiguous(),
+            step=state["step"],
+            seed=mix_seed(group["seed"], index),
+            first=state.get("exp_avg"),
+            second=state.get("exp_avg_sq"),
+            carry=state.get("carry"),
+            mean=state.get("mean_spacing"),
+        )
+        if plan.fmt is not None and plan.placement != Placement.MASTER:
+            job.scale, job.streak = self._grid_scale(parameter, state), state.get("overflow_streak")
+        return plan, job
 
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
+    def _state(self, parameter: Tensor, plan: Plan) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["step"] = torch.zeros((), device=parameter.device)
+        wanted = {"exp_avg": plan.moments != Moments.GIVEN, "exp_avg_sq": plan.moments == Moments.ADAM,
+                  "carry": plan.carry}  # fmt: skip
+        for name, is_wanted in wanted.items():
+            if is_wanted and name not in state:
+                state[name] = _zeros(parameter)
+        if "mean_spacing" not in state and plan.needs_mean:
+            state["mean_spacing"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
+        if "overflow_streak" not in state and plan.rescales:
+            state["overflow_streak"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
         return state
 
-    def _plain_change(self, step: TensorStep) -> Tensor:
-        """What is subtracted from a float32 parameter that has no format; an arm's own rule."""
-        raise TypeError(f"{type(self).__name__} defines no rule for parameters without a format")
-
-    def _update(self, step: TensorStep) -> StepCounts | None:
-        """Steps a parameter that has a format; an arm's own rule."""
-        raise TypeError(f"{type(self).__name__} defines no rule for parameters with a format")
-
-    def _rescale_on_overflow(self, step: TensorStep, overflow: Tensor, rounding: Rounding) -> bool:
-        """Doubles the tensor's scale after sustained overflow; returns whether it did."""
-        parameter: Any = step.parameter
-        state, fmt = step.state, step.fmt
-        crowded = float(overflow) > OVERFLOW_SHARE * parameter.numel()
-        state["overflow_streak"] = state["overflow_streak"] + 1 if crowded else 0
-        if state["overflow_streak"] < OVERFLOW_STEPS or fmt.total_bits > 8:
-            return False
-        state["overflow_streak"] = 0
-        state["grid_scale"] = weight_grid(parameter).scale = state["grid_scale"] * 2
-        seed = mix_seed(step.seed, 1)
-        parameter.copy_(quantize(parameter.float(), fmt, state["grid_scale"], rounding=rounding, seed=seed))
-        return True
+    def _grid_scale(self, parameter: Any, state: dict[str, Any]) -> Tensor:
+        """The tensor's scale, which the layer shares; the weights may have been loaded with another one."""
+        grid = weight_grid(parameter)
+        scale = state.get("grid_scale") if grid.scale is None else grid.scale
+        if scale is None:
+            raise RuntimeError("a parameter lost the scale of its grid; build the optimizer after the model is final")
+        state["grid_scale"] = grid.scale = scale.to(parameter.device, torch.float32)
+        return grid.scale
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state exactly: torch casts state to the parameter's dtype, which would lose bits."""
@@ -235,7 +333,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    value = value.detach().clone().to("cpu" if name == "step" else parameter.device)
+                    value = value.detach().clone().to(parameter.device)
                 self.state[parameter][name] = value
                 if name == "grid_scale":
                     weight_grid(parameter).scale = value
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)

@@ -12,6 +12,7 @@ steps: the counts of a row are sums over the steps since the row before.
 | stall_ratio | 1 - flips / updates; 0 with no updates (the literal definition) |
 | flip_yield | flips / sum of min(1, |change| / spacing): realised over expected under unbiased rounding |
 | stable_rank | squared Frobenius norm over squared spectral norm; of the row: the mean over layers |
+| ulp_travel, bit_position | sum of |code change| and of the signed code changes, codes |
 | overflow | weights that wanted to leave the grid, number (resident arms) |
 | skipped_tensors | tensors whose gradient was not finite and whose step was left out, number |
 | nonfinite_weights | weights that are NaN or infinite, number |
@@ -20,71 +21,74 @@ steps: the counts of a row are sums over the steps since the row before.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from altgrad.quantization import compute_stable_rank, compute_stall_ratio, flip_yield, quantized_parameters
+from altgrad.quantization import FloatFormat, compute_stable_rank, compute_stall_ratio, flip_yield
+from altgrad.training.kernels import FIXED, Count
 from altgrad.training.optimizer import GridAwareOptimizer
-
-COUNTS = ("flips", "applied", "gradient", "expected", "overflow")
 
 
 class StepSignals:
-    """Accumulates an optimizer's counts per layer and reads the weights once per log interval."""
+    """Accumulates an optimizer's counts per layer and reads the weights once per log interval.
 
-    def __init__(self, model: nn.Module, optimizer: GridAwareOptimizer) -> None:
-        self._model = model
+    `formats`: the weights that have one, by layer, as `quantized_parameters` gives them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: GridAwareOptimizer,
+        formats: Mapping[str, tuple[nn.Parameter, FloatFormat]],
+    ) -> None:
         self._optimizer = optimizer
-        self._layers = {name: parameter for name, (parameter, _) in quantized_parameters(model).items()}
+        self._layers: dict[Tensor, str] = {parameter: name for name, (parameter, _) in formats.items()}
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._ranked: dict[str, Tensor] = dict(self._layers) or {
+        self._ranked: dict[str, Tensor] = {name: parameter for parameter, name in self._layers.items()} or {
             name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)
         }
-        self._sums: dict[str, Tensor] = {}
-        self._rescaled: dict[str, int] = {}
-        self._skipped = 0
+        self._sums: dict[tuple[Tensor, ...], Tensor] = {}
 
     def after_update(self) -> None:
         """Adds the counts of the step just taken; no sync."""
-        self._skipped += self._optimizer.skipped
-        for name, parameter in self._layers.items():
-            counts = self._optimizer.counts.get(parameter)
-            if counts is None:
-                continue
-            values = torch.stack([getattr(counts, field).double() for field in COUNTS])
-            self._sums[name] = self._sums[name] + values if name in self._sums else values
-            self._rescaled[name] = self._rescaled.get(name, 0) + counts.rescaled
+        for parameters, rows in self._optimizer.counted:
+            self._sums[parameters] = self._sums[parameters] + rows if parameters in self._sums else rows
 
     @torch.no_grad()
     def collect(self) -> dict[str, Any]:
         """The signals of the interval that ends here, as plain numbers; starts the next interval."""
         ranks = [compute_stable_rank(parameter.detach()).double() for parameter in self._ranked.values()]
         broken = [(~torch.isfinite(parameter)).sum().double() for parameter in self._names]
-        fetched = torch.cat([torch.stack(ranks + broken), *self._sums.values()]).tolist()
-        rank_values = dict(zip(self._ranked, fetched, strict=False))
-        broken_values = dict(zip(self._names.values(), fetched[len(ranks) :], strict=False))
-        counted = fetched[len(ranks) + len(broken) :]
-        width = len(COUNTS)
-        sums = {name: counted[i * width : (i + 1) * width] for i, name in enumerate(self._sums)}
-        row = self._row(rank_values, broken_values, sums)
-        self._sums, self._rescaled, self._skipped = {}, {}, 0
-        return row
+        counted = [rows.double().flatten() for rows in self._sums.values()]
+        fetched = iter(torch.cat([torch.stack(ranks + broken), *counted]).tolist())
+        rank_values = {name: next(fetched) for name in self._ranked}
+        broken_values = {name: next(fetched) for name in self._names.values()}
+        counts = {
+            parameter: {count: next(fetched) for count in Count}
+            for parameters in self._sums
+            for parameter in parameters
+        }
+        self._sums = {}
+        return self._row(rank_values, broken_values, counts)
 
     def _row(
-        self, ranks: dict[str, float], broken: dict[str, float], sums: dict[str, list[float]]
+        self, ranks: dict[str, float], broken: dict[str, float], counts: dict[Tensor, dict[Count, float]]
     ) -> dict[str, Any]:
         layers: dict[str, dict[str, Any]] = {name: {"stable_rank": rank} for name, rank in ranks.items()}
-        for name, values in sums.items():
-            layers[name] |= _counted(values) | {"rescaled": self._rescaled[name]}
-        totals = [sum(column) for column in zip(*sums.values(), strict=True)] if sums else None
-        row: dict[str, Any] = _counted(totals) if totals else {}
+        of_layers = {self._layers[p]: values for p, values in counts.items() if p in self._layers}
+        for name in filter(of_layers.__contains__, self._layers.values()):
+            layers[name] |= _counted(of_layers[name]) | {"rescaled": int(of_layers[name][Count.RESCALED])}
+        totals = {count: sum(values[count] for values in of_layers.values()) for count in Count}
+        row: dict[str, Any] = _counted(totals) if of_layers else {}
         row["stable_rank"] = sum(ranks.values()) / len(ranks) if ranks else math.nan
         row["nonfinite_weights"] = int(sum(broken.values()))
         if row["nonfinite_weights"]:
             row["nonfinite_layer"] = layer_name(next(name for name, count in broken.items() if count))
-        return row | {"skipped_tensors": self._skipped, "layers": layers}
+        skipped = int(sum(values[Count.SKIPPED] for values in counts.values()))
+        return row | {"skipped_tensors": skipped, "layers": layers}
 
 
 def layer_name(parameter: str) -> str:
@@ -92,13 +96,15 @@ def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _counted(values: list[float]) -> dict[str, Any]:
-    flips, applied, gradient, expected, overflow = values
+def _counted(values: dict[Count, float]) -> dict[str, Any]:
+    flips, applied = int(values[Count.FLIPS]), int(values[Count.APPLIED])
     return {
-        "flips": int(flips),
-        "updates": int(applied),
-        "gradient_updates": int(gradient),
-        "overflow": int(overflow),
-        "stall_ratio": compute_stall_ratio(int(flips), int(applied)),
-        "flip_yield": flip_yield(flips, expected),
+        "flips": flips,
+        "updates": applied,
+        "gradient_updates": int(values[Count.GRADIENT]),
+        "overflow": int(values[Count.OVERFLOW]),
+        "ulp_travel": int(values[Count.TRAVEL]),
+        "bit_position": int(values[Count.POSITION]),
+        "stall_ratio": compute_stall_ratio(flips, applied),
+        "flip_yield": flip_yield(flips, values[Count.EXPECTED] * 2.0**-FIXED),
     }

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from altgrad.quantization import named_policy, quantize_model
+from altgrad.quantization import dequantize_model, named_policy, quantize_model, quantized_parameters
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
@@ -77,9 +77,12 @@ class Trainer:
             self.conversion = quantize_model(
                 self.model, policy=named_policy(config.policy, config.format), seed=config.seed
             )
-        self.optimizer = build_optimizer(config, self.model)
+        self.formats = quantized_parameters(self.model)
+        if not getattr(config.optimizer, "quantized", True):
+            dequantize_model(self.model)
+        self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))
         self.optimizer.telemetry = observe
-        self.signals = StepSignals(self.model, self.optimizer) if observe else None
+        self.signals = StepSignals(self.model, self.optimizer, self.formats) if observe else None
         self.panel = GuardPanel(config.guards)
         self._names = [layer_name(name) for name, _ in self.model.named_parameters()]
         self.step = 0

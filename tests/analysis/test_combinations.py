@@ -16,7 +16,7 @@ from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.model import build_model
 
 STEPS = 4
-ON_THE_GRID = {"adamw_nearest", "adamw_sr", "manifold_sr", "grid", "grid_literal"}
+ON_THE_GRID = {name for name, arm in ARMS.items() if arm.kind == "grid" or arm.rounding is not None}
 MAY_STAND_STILL = {"adamw_nearest", "grid_literal"}
 """Rounding to nearest, or raw velocities, may rightly move nothing in a few steps."""
 

@@ -230,7 +230,8 @@ def test_resume_is_exact(arm, dtype):
     other.load_state_dict(saved)
     for key, value in other.state[resumed].items():
         if isinstance(value, torch.Tensor):
-            assert value.dtype == torch.float32, key
+            special = {"overflow_streak": torch.int64, "mean_spacing": torch.float64}
+            assert value.dtype == special.get(key, torch.float32), key
     train(other, resumed, gradients(6, seed=5))
     assert torch.equal(straight, resumed)
 
@@ -255,7 +256,7 @@ def test_sustained_overflow_doubles_the_scale_once_and_is_an_event():
     events = 0
     for _ in range(14):
         train(optimizer, weight, [-torch.ones(4096)])
-        events += optimizer.counts[weight].rescaled
+        events += int(optimizer.counts[weight].rescaled)
     assert events == 1
     assert float(weight.grid.scale) == 2 * before
     assert torch.equal(weight.detach(), quantize(weight.detach(), "E0M7", weight.grid.scale))

@@ -1,0 +1,125 @@
+"""What a step of each arm costs, × torch's fused AdamW on the same tensors: `python tests/bench/optimizers.py`.
+
+The tensors are those of a byte GPT of 10.8 M parameters (6 blocks, 384 wide), with one gradient each. Every arm is
+stepped with and without telemetry (flips, updates, expected flips, travel), each between two steps of the baseline, on
+one thread unless asked otherwise; the median over the rounds is kept. Ratios carry over between machines where
+milliseconds do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quantize import provenance
+
+from altgrad.training import GridOptim, ManifoldAdamW, RoundedAdamW, RoundedOptimizer
+from altgrad.training.optimizer import GridAwareOptimizer
+
+SAVED = Path(__file__).parents[2] / "docs" / "bench" / "optimizers.md"
+
+ARMS: dict[str, Callable[[list[nn.Parameter]], GridAwareOptimizer]] = {
+    "adamw (master)": lambda p: RoundedAdamW(p, format="E4M3"),
+    "adamw_nearest": lambda p: RoundedAdamW(p, format="E4M3", rounding="nearest"),
+    "adamw_sr": lambda p: RoundedAdamW(p, format="E4M3", rounding="stochastic"),
+    "eco": lambda p: RoundedAdamW(p, format="E4M3", rounding="stochastic", error_feedback=True),
+    "manifold (master)": lambda p: ManifoldAdamW(p, format="E4M3"),
+    "manifold_sr": lambda p: ManifoldAdamW(p, format="E4M3", rounding="stochastic"),
+    "manifold_gradient": lambda p: ManifoldAdamW(p, format="E4M3", precondition="gradient"),
+    "grid": lambda p: GridOptim(p, format="E4M3"),
+    "grid, carry": lambda p: GridOptim(p, format="E4M3", carry=True),
+    "grid_literal": lambda p: GridOptim(p, lr=6.0, format="E4M3", normalize="none", step_unit="rungs"),
+    "sgdm": lambda p: RoundedOptimizer(p, "sgdm", format="E4M3"),
+    "lion": lambda p: RoundedOptimizer(p, "lion", format="E4M3"),
+    "madam": lambda p: RoundedOptimizer(p, "madam", format="E4M3"),
+    "muon": lambda p: RoundedOptimizer(p, "muon", format="E4M3"),
+    "torch AdamW, foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+}
+
+
+def gpt_tensors(layers: int, width: int) -> list[nn.Parameter]:
+    """Parameters of a byte GPT with gradients, float32."""
+    generator = torch.Generator().manual_seed(0)
+    block = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (width,), (width,)]
+    shapes = [(256, width), (256, width), *(shape for _ in range(layers) for shape in block), (width,)]
+    found = []
+    for shape in shapes:
+        parameter = nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+        parameter.grad = torch.randn(shape, generator=generator) * 1e-3
+        found.append(parameter)
+    return found
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def ratio(make: Callable, telemetry: bool, rounds: int, shape: tuple[int, int]) -> float:
+    """Median time of a step by the mean of the baseline's before and after it."""
+    baseline = torch.optim.AdamW(gpt_tensors(*shape), fused=True)
+    own = make(gpt_tensors(*shape))
+    own.telemetry = telemetry
+    for _ in range(2):
+        own.step(), baseline.step()
+    found = []
+    for _ in range(rounds):
+        before, mine, after = seconds(baseline.step), seconds(own.step), seconds(baseline.step)
+        found.append(2 * mine / (before + after))
+    return statistics.median(found)
+
+
+def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -> str:
+    """The measured arms as markdown."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    lines = ["| arm | counted | not counted | counting adds |", "| --- | --- | --- | --- |"]
+    try:
+        for name in names:
+            counted, bare = (ratio(ARMS[name], telemetry, rounds, shape) for telemetry in (True, False))
+            if "torch" in name:
+                lines.append(f"| {name} | – | {bare:.2f} | – |")
+            else:
+                lines.append(f"| {name} | {counted:.2f} | {bare:.2f} | {100 * (counted / bare - 1):+.0f} % |")
+            print(lines[-1], flush=True)
+    finally:
+        torch.set_num_threads(before)
+    count = sum(p.numel() for p in gpt_tensors(*shape))
+    head = f"# Time of an optimizer step, × torch's fused AdamW\n\n{provenance()}\n\n{count / 1e6:.1f} M parameters, "
+    return head + f"E4M3, {threads} thread{'s' * (threads > 1)}, median of {rounds}.\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures, prints and saves the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=15, help="of which the median is kept")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", type=Path, default=None, help=f"markdown file to write, e.g. {SAVED.name}")
+    asked = parser.parse_args()
+    text = table(asked.arms, asked.rounds, asked.threads, (6, 384))
+    if asked.save is not None:
+        asked.save.parent.mkdir(parents=True, exist_ok=True)
+        asked.save.write_text(text)
+        print(text)
+
+
+@pytest.mark.bench
+def test_the_benchmark_runs_and_prints_its_table() -> None:
+    text = table(list(ARMS), 3, 1, (1, 64))
+    assert all(f"| {name} |" in text for name in ARMS)
+
+
+if __name__ == "__main__":
+    main()
