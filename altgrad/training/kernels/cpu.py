@@ -17,7 +17,7 @@ from torch import Tensor
 from altgrad.quantization import get_format
 from altgrad.quantization.kernels import cpu as quantize_cpu
 from altgrad.quantization.kernels import grid_of
-from altgrad.training.kernels import FIXED, MAX_RUNGS, Job, Plan, fused
+from altgrad.training.kernels import FIXED, MAX_RUNGS, Job, Placement, Plan, fused
 
 _WORDS: dict[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 
@@ -47,9 +47,10 @@ def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None
 def stepper_of(plan: Plan, divides: bool) -> Any:
     """The compiled step for a plan's choices."""
     feedback = plan.feedback and plan.lr > 0
+    decays = plan.weight_decay > 0 and plan.placement == Placement.RUNGS
     return fused.stepper(
         int(plan.moments), int(plan.geometry), int(plan.placement), plan.fmt is not None, plan.needs_scale,
-        plan.needs_mean, plan.own_unit, feedback, plan.carry, plan.telemetry, plan.rescales, divides,
+        plan.needs_mean, plan.own_unit, feedback, plan.carry, decays, plan.telemetry, plan.rescales, divides,
     )  # fmt: skip
 
 

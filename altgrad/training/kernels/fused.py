@@ -199,7 +199,7 @@ def _rescale_on_overflow(weight, carry, scale, streak, seed, is_nearest, grid_wo
 
 @cache
 def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_scale: bool, needs_mean: bool,
-            own_unit: bool, feedback: bool, with_carry: bool, counts: bool, rescales: bool,
+            own_unit: bool, feedback: bool, with_carry: bool, decays: bool, counts: bool, rescales: bool,
             divides: bool) -> Callable[..., Any]:  # fmt: skip
     """The compiled step of one combination of a plan's choices."""
     in_rungs = has_grid and placement == _RUNGS
@@ -223,7 +223,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
         shrink, limit = _F32(lr * numbers[DECAY]), _F32(lr * numbers[MAX_STIFFNESS])
         clip, whole_clip = _F32(numbers[RUNG_CLIP]), _F32(math.floor(numbers[RUNG_CLIP]))
         rung_decay = _F32(numbers[DECAY]) if own_unit else _F32(numbers[DECAY] * lr)
-        decays, floor, full = rung_decay != _F32(0), _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
+        floor, full = _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
         for position in range(chosen.size):
             line, row = table[chosen[position]], rows[chosen[position]]
             elements = line[ELEMENTS]
