@@ -94,7 +94,8 @@ def cast(x, dtype):
     if isinstance(dtype, torch.dtype):
         small = x.to(dtype)
         return small.float(), small.view(torch.uint8)
-    small = x.numpy().astype(dtype)
+    with np.errstate(invalid="ignore"):
+        small = x.numpy().astype(dtype)
     return torch.from_numpy(small.astype(np.float32)), torch.from_numpy(small.view(np.uint8))
 
 
