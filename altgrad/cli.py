@@ -25,7 +25,8 @@ from altgrad.sweep.monitor import print_table
 from altgrad.sweep.resolve import SpecError, resolve
 from altgrad.sweep.run import RunOptions, SweepResult, preflight, run_sweep
 from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
-from altgrad.training.data import Corpus
+from altgrad.training.config import MODELS
+from altgrad.training.data import NAMED, Corpus, Documents
 
 SPEC_FLAGS = {
     "formats": ("formats", "E5M2,E4M3 or all: the eight 8-bit splits, BF16 and FP16; FP32 is the reference"),
@@ -35,8 +36,11 @@ SPEC_FLAGS = {
     "lrs": ("lrs", "1e-3,3e-3: learning rates; left out: each arm's own"),
     "seeds": ("seeds", "paired replicates, at least 1"),
     "steps": ("steps", "training steps of a trial"),
-    "task": ("task", "lm"),
-    "data": ("data.source", "pydoc, or a text, JSONL or parquet file, a folder or a glob"),
+    "task": ("task", "lm or classify"),
+    "data": ("data.source", f"{', '.join(NAMED)}, or a text, JSONL, parquet or CSV file, a folder or a glob"),
+    "label-field": ("data.label_field", "the field that holds the labels, for --task classify; default labels"),
+    "tokenizer": ("data.tokenizer", "bytes, bpe, bpe-N, or for --task classify words, words-N"),
+    "model": ("model", f"{', '.join(MODELS)}; left out: the preset's"),
     "scheduler": ("scheduler", "none, or asha: races learning rates within a cell"),
     "guards": ("guards", "on or off"),
 }
@@ -206,14 +210,14 @@ def _options(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
     )
 
 
-def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus:
+def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:
     """The corpus, its notes printed; SpecError or FolderError, before a word is said, where a run can't be."""
     try:
         corpus = preflight(spec)
     except ValueError as error:
         path = Path(spec.data.source)
-        is_missing = not path.exists() and path.parent.is_dir()
-        close = nearest(path.name, ["pydoc", *(item.name for item in path.parent.iterdir())]) if is_missing else ""
+        is_missing = spec.data.source not in NAMED and not path.exists() and path.parent.is_dir()
+        close = nearest(path.name, [*NAMED, *(item.name for item in path.parent.iterdir())]) if is_missing else ""
         file = request.file or request.config
         where = "--" if getattr(request, "spec:data.source") is not None or file is None else f"{file}: "
         raise SpecError(f"{where}{error}{close}") from None

@@ -42,6 +42,8 @@ from altgrad.training.config import ARMS, UNQUANTIZED
 REFERENCE_FORMAT, REFERENCE_ARM, MAIN_POLICY = "BF16", "adamw", "uniform"
 MARGIN = 0.10
 ALPHA = 0.05
+UNITS = {"lm": "nats", "classify": "in 1 − F1 micro"}
+"""What a cell's losses are in; of a classifier they are errors (see `scores`)."""
 LEARNED_SHARE, LEARNED_NATS = 0.10, 0.5
 SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest",
                   "grid": "adamw_sr", "grid_literal": "adamw_sr"}
@@ -71,6 +73,7 @@ class Cell:
     trial_ids: tuple[str, ...] = ()
     choices: int = 1
     starts: Mapping[int, float] = field(default_factory=dict)
+    unit: str = "nats"
 
     @property
     def n(self) -> int:
@@ -167,6 +170,10 @@ class Study:
     geometry_correction: str = "Holm"
 
     @property
+    def unit(self) -> str:
+        return self.cells[0].unit if self.cells else UNITS["lm"]
+
+    @property
     def is_sound(self) -> bool:
         """Whether there is a reference to judge by, and it learned in every finished seed."""
         return self.reference is not None and self.reference.learned
@@ -239,7 +246,8 @@ def _cell(group: pd.DataFrame) -> Cell:
         stops={int(row["seed"]): (row["signal"] or "val_loss", row["layer"]) for _, row in failed.iterrows()},
         missing=tuple(int(seed) for seed in missing["seed"]),
         outcomes={str(kind): int(count) for kind, count in group["outcome"].value_counts().items()},
-        signals={name: float(finished[name].mean()) for name in signals}, trial_ids=tuple(group["trial_id"]))
+        signals={name: float(finished[name].mean()) for name in signals}, trial_ids=tuple(group["trial_id"]),
+        unit=UNITS[str(first["task"])])
 
 
 def find_reference(cells: Sequence[Cell]) -> Cell | None:

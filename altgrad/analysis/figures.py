@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from altgrad.analysis.cells import Cell, Study, arm_order, format_order
+from altgrad.analysis.cells import UNITS, Cell, Study, arm_order, format_order
 from altgrad.analysis.load import FAILED, UNRESOLVED
 from altgrad.analysis.stats import signed
 
@@ -86,7 +86,7 @@ def heat_map(study: Study, policy: str, path: Path) -> bool:
                 axes.text(column + 0.5, row + 0.5, _cell_text(study, cell), ha="center", va="center",
                           fontsize=9 if len(arms) <= 5 else 7.5, color="white" if dark else "#111111",
                           bbox={"facecolor": "#EEEEEE", "edgecolor": "none", "pad": 1.5} if stopped else None)
-        axes.set(xlim=(0, len(arms)), ylim=(len(names), 0), title="Validation loss minus BF16 AdamW's, nats")
+        axes.set(xlim=(0, len(arms)), ylim=(len(names), 0), title=f"{_measured(study)} minus BF16 AdamW's")
         axes.set_xticks(np.arange(len(arms)) + 0.5, [arm.replace("_", "\n", 1) for arm in arms])
         axes.set_yticks(np.arange(len(names)) + 0.5, names)
         axes.grid(False)
@@ -142,3 +142,7 @@ def _cell_text(study: Study, cell: Cell | None) -> str:
     half = (item.paired.high - item.paired.low) / 2
     spread = f"\n±{half:.3f}" if item.paired.n > 1 else "\n1 seed"
     return signed(item.paired.mean) + spread
+
+
+def _measured(study: Study) -> str:
+    return "Validation loss, nats," if study.unit == UNITS["lm"] else "Error, 1 − F1 micro,"

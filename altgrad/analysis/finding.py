@@ -20,6 +20,7 @@ from altgrad.analysis.cells import (
     MAIN_POLICY,
     MARGIN,
     REFERENCE_ARM,
+    UNITS,
     Cell,
     Comparison,
     Study,
@@ -126,8 +127,8 @@ def interval_text(item: Comparison) -> str:
     """The mean difference and its 95 % interval, nats; one seed has no interval."""
     assert item.paired is not None
     if item.paired.n < 2:
-        return f"{signed(item.paired.mean)} nats (1 seed)"
-    return f"{signed(item.paired.mean)} nats [{signed(item.paired.low)}, {signed(item.paired.high)}]"
+        return f"{signed(item.paired.mean)} {item.cell.unit} (1 seed)"
+    return f"{signed(item.paired.mean)} {item.cell.unit} [{signed(item.paired.low)}, {signed(item.paired.high)}]"
 
 
 def stop_text(cell: Cell) -> str:
@@ -168,9 +169,9 @@ def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_Form
         others = [f", {cell.format} at {_nats(cell.losses.values())}" for cell in study.cells
                   if cell is not study.reference and cell.arm == REFERENCE_ARM and cell.losses and not cell.stops]
         return (f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
-                f"nats{''.join(others)}.")
+                f"{study.unit}{''.join(others)}.")
     trains = [item for item in verdicts if item.verdict == "trains"]
-    within = f"within {MARGIN:.0%} of BF16's loss ({_reference_loss(study)} nats)"
+    within = f"within {MARGIN:.0%} of BF16's loss ({_reference_loss(study)} {study.unit})"
     if not trains:
         return (f"None of the {_count(len(verdicts))} 8-bit formats trains {within}." if len(verdicts) > 1
                 else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}.")
@@ -294,22 +295,23 @@ def _unlearned(reference: Cell) -> str:
 
 def _course_text(cell: Cell) -> str:
     """From where to where the finished seeds went, means of those whose first step is known, nats."""
-    end = f"ends at {_nats(cell.losses.values())} nats"
+    end = f"ends at {_nats(cell.losses.values())} {cell.unit}"
     starts = [start for seed, start in cell.starts.items() if seed in cell.losses and not math.isnan(start)]
-    return f"{end}, first step {_nats(starts)}" if starts else f"{end}, its first step is not recorded"
+    begin = "first step" if cell.unit == UNITS["lm"] else "commonest labels"
+    return f"{end}, {begin} {_nats(starts)}" if starts else f"{end}, its first step is not recorded"
 
 
 def _without_reference(study: Study, cells: Sequence[Cell]) -> str:
     if not cells and (others := [cell for cell in study.cells if cell.losses and not cell.stops]):
         best = min(others, key=lambda cell: cell.rank)
         return (f"No 8-bit format and no BF16 AdamW reference was run; {best.format} with {best.arm} ends at "
-                f"{_nats(best.losses.values())} nats.")
+                f"{_nats(best.losses.values())} {best.unit}.")
     finished = [cell for cell in cells if cell.losses and not cell.stops]
     stopped = [cell for cell in cells if cell.stops and not cell.losses]
     parts = ["No BF16 AdamW reference has finished, so no format can be said to train or to fail."]
     if finished:
         best = min(finished, key=lambda cell: cell.rank)
-        parts.append(f"The lowest 8-bit loss is {best.mean:.3f} nats, {best.format} with {best.arm}.")
+        parts.append(f"The lowest 8-bit loss is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
     if stopped:
         parts.append(f"Stopped in every seed: {_listed(f'{cell.format} {cell.arm}' for cell in stopped)}.")
     return " ".join(parts)

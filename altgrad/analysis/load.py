@@ -33,12 +33,13 @@ import pandas as pd
 
 from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked
 from altgrad.training.config import TrainConfig
+from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain
 
 PENDING = "pending"
 FINISHED, FAILED, UNRESOLVED = "finished", "failed", "unresolved"
-FINAL_SIGNALS = ("flip_yield", "stall_ratio", "stable_rank")
+FINAL_SIGNALS = ("flip_yield", "stall_ratio", "stable_rank", *CLASSIFICATION_SIGNALS)
 RESULT_COLUMNS = ("trial_id", "task", "format", "optimizer", "policy", "lr", "rung_clip", "seed", "outcome",
                   "signal", "layer", "step", "value", "limit", "message", "train_loss", "val_loss",
                   "bits_per_byte", "seconds", *FINAL_SIGNALS)
@@ -70,8 +71,10 @@ def load(out_dir: Path) -> Records:
         evaluations = connection.execute("SELECT trial_id, step, train_loss, val_loss, bits_per_byte FROM rows "
                                          "WHERE val_loss IS NOT NULL")
         evaluated = {(row["trial_id"], row["step"]): row for row in evaluations}
-        names = ", ".join(("trial_id", "step", *ROW_SIGNALS))
-        found = connection.execute(f"SELECT {names} FROM rows ORDER BY trial_id, step")
+        known = {row["name"] for row in connection.execute("PRAGMA table_info(rows)")}
+        # A ledger of an earlier version has no column for signals that came later.
+        names = ", ".join(name if name in known else f"NULL AS {name}" for name in ROW_SIGNALS)
+        found = connection.execute(f"SELECT trial_id, step, {names} FROM rows ORDER BY trial_id, step")
         rows = _rows_frame([tuple(row) for row in found])
     records = [_trial(entry, endings.get(entry["trial_id"]), evaluated) for entry in entries]
     if not records:

@@ -39,6 +39,7 @@ from altgrad.analysis.load import (
     results_table,
     unevaluated,
 )
+from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
 from altgrad.analysis.stats import p_floor
 from altgrad.analysis.tables import DASH, cells_table, choices_table, geometry_table, stops_table
 from altgrad.training.outcome import OutcomeKind
@@ -77,7 +78,8 @@ def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Findi
         lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
         raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
     records = newest_setting(selected)
-    study = build_study(records.trials)
+    measured = judged(records.trials)
+    study = build_study(measured)
     is_pruned = records.trials["outcome"] == OutcomeKind.PRUNED
     results = int(((records.trials["state"] != UNRESOLVED) | is_pruned).sum())
     folder = out_dir / "report"
@@ -86,6 +88,9 @@ def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Findi
     finding = replace(finding, path=folder / "report.html")
     results_table(recorded.trials).to_csv(folder / "results.csv", index=False)
     context = _context(_sweep_name(manifest, out_dir), manifest, records, study, finding)
+    context["learning_rates"] = choices_table(measured, study) if any(c.choices > 1 for c in study.cells) else None
+    context |= {"scores": scores_table(records.trials, study),
+                "geometry_scores": geometry_scores_table(records.trials, study)}
     context["pictures"] = _pictures(records, study, folder / "figures")
     for name in ("report.html", "report.md"):
         (folder / name).write_text(_render(f"{name}.jinja", context), encoding="utf-8")
@@ -112,7 +117,6 @@ def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, st
         "name": name, "finding": finding, "margin": f"{MARGIN:.0%}",
         "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats", "outside": _outside_text(records.outside),
         "cells": cells_table(study), "geometry": geometry_table(study), "stops": stops_table(trials),
-        "learning_rates": choices_table(trials) if any(cell.choices > 1 for cell in study.cells) else None,
         "counts": trials["outcome"].value_counts().to_dict(), "seeds": seeds,
         "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH, "alpha": ALPHA, "correction": study.correction,
         "geometry_correction": study.geometry_correction, "control": twin_control(study.cells),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from altgrad.analysis.cells import Cell, Comparison, Study
+from altgrad.analysis.cells import UNITS, Cell, Comparison, Study
 from altgrad.analysis.finding import stop_text
 from altgrad.analysis.load import FAILED, FINISHED
 from altgrad.analysis.stats import signed
@@ -27,7 +27,7 @@ class Table:
 
 def cells_table(study: Study) -> Table:
     """Every cell: its loss, its distance from BF16 and the verdict on it."""
-    columns = ("format", "arm", "policy", "lr", "rung clip", "seeds", "loss, nats", "minus BF16, nats", "p",
+    columns = ("format", "arm", "policy", "lr", "rung clip", "seeds", _measure(study), f"minus BF16, {study.unit}", "p",
                "p adj.", "verdict", "flip yield", "stall ratio", "outcomes")
     lines = []
     for cell in study.cells:
@@ -40,16 +40,16 @@ def cells_table(study: Study) -> Table:
                       number(cell.signals["flip_yield"], ".2f"), number(cell.signals["stall_ratio"], ".2f"),
                       _outcomes_text(cell.outcomes)))
     table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
-    return _slim(table, ("policy", "lr", "rung clip"))
+    return slim(table, ("policy", "lr", "rung clip"))
 
 
 def geometry_table(study: Study) -> Table:
     """Every geometry-aware arm against the plain arms of its format."""
-    columns = ("format", "policy", "arm", "against", "pairs", "difference, nats", "p", "p adj.", "reading")
+    columns = ("format", "policy", "arm", "against", "pairs", f"difference, {study.unit}", "p", "p adj.", "reading")
     lines = [(item.cell.format, item.cell.policy, item.cell.arm, item.other.arm,
               str(item.paired.n if item.paired else 0), *_difference_texts(item), _reading(item))
              for item in study.geometry]
-    return _slim(Table(columns, lines, frozenset({4, 5, 6, 7})), ("policy",))
+    return slim(Table(columns, lines, frozenset({4, 5, 6, 7})), ("policy",))
 
 
 def stops_table(trials: pd.DataFrame) -> Table:
@@ -62,10 +62,10 @@ def stops_table(trials: pd.DataFrame) -> Table:
               row["layer"] or DASH, number(row["step"], ".0f"),
               number(row["value"], ".4g", missing="not finite"), number(row["limit"], "g"), row["message"])
              for _, row in failed.iterrows()]
-    return _slim(Table(columns, lines, frozenset({4, 5, 9, 10, 11})), ("policy", "lr"))
+    return slim(Table(columns, lines, frozenset({4, 5, 9, 10, 11})), ("policy", "lr"))
 
 
-def choices_table(trials: pd.DataFrame) -> Table:
+def choices_table(trials: pd.DataFrame, study: Study) -> Table:
     """Mean loss of every learning rate and rung clip that was run; a stopped seed shows as such."""
     lines = []
     keys = ["format", "optimizer", "policy", "options"]
@@ -75,11 +75,15 @@ def choices_table(trials: pd.DataFrame) -> Table:
         loss = f"{stopped} of {len(group)} stopped" if stopped else number(finished.mean(), ".3f")
         lines.append((str(name), str(arm), str(policy), number(first["lr"], "g"),
                       number(first["rung_clip"], "g"), str(len(finished)), loss))
-    return Table(("format", "arm", "policy", "lr", "rung clip", "finished", "loss, nats"), lines,
+    return Table(("format", "arm", "policy", "lr", "rung clip", "finished", _measure(study)), lines,
                  frozenset({3, 4, 5, 6}))
 
 
-def _slim(table: Table, names: Sequence[str]) -> Table:
+def _measure(study: Study) -> str:
+    return "loss, nats" if study.unit == UNITS["lm"] else "1 − F1 micro"
+
+
+def slim(table: Table, names: Sequence[str]) -> Table:
     """The table without those of the named columns that hold one value throughout."""
     kept = [index for index, name in enumerate(table.columns)
             if name not in names or len({line[index] for line in table.lines}) > 1]

@@ -26,7 +26,8 @@ from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import write_json
 from altgrad.training.trainer import Trainer
 
-REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s")
+REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro",
+            "samples_per_s")
 TRACEBACK = "traceback.txt"
 
 

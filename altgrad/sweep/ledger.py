@@ -20,12 +20,13 @@ from typing import Any
 
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardRule
+from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
 ROW_SIGNALS = ("train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "loss_excess", "tokens_per_s",
                "flips", "updates", "gradient_updates", "stall_ratio", "flip_yield", "stable_rank",
-               "overflow", "skipped_tensors", "nonfinite_weights")
+               "overflow", "skipped_tensors", "nonfinite_weights", *CLASSIFICATION_SIGNALS)
 OUTCOME_FIELDS = ("kind", "signal", "layer", "step", "value", "limit_", "first_seen", "message",
                   "train_loss", "val_loss", "bits_per_byte", "seconds")
 
@@ -52,6 +53,14 @@ class Ledger:
         self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.executescript(SCHEMA)
+        self._add_new_signals()
+
+    def _add_new_signals(self) -> None:
+        """A ledger of an earlier version lacks the columns of signals that came later."""
+        known = {row[1] for row in self._connection.execute("PRAGMA table_info(rows)")}
+        for name in ROW_SIGNALS:
+            if name not in known:
+                self._connection.execute(f"ALTER TABLE rows ADD COLUMN {name} REAL")
 
     def __enter__(self) -> Ledger:
         return self

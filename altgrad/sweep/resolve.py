@@ -18,6 +18,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from altgrad.sweep.presets import for_task
 from altgrad.sweep.spec import SweepSpec, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -53,8 +54,9 @@ def _name_from(stem: str) -> str:
 
 def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None = None) -> SweepSpec:
     """The spec that the layers make; `flags` is keyed by dotted path ('data.source'). Raises SpecError."""
-    values = {name: getattr(base, name) for name in SweepSpec.model_fields}
     from_file: dict[str, Any] = read_config(config_file) if config_file is not None else {}
+    base = for_task(base, str(flags.get("task", from_file.get("task", base.task))))
+    values = {name: getattr(base, name) for name in SweepSpec.model_fields}
     for name, value in from_file.items():
         inherited = values.get(name)
         if isinstance(inherited, BaseModel) and isinstance(value, dict):
@@ -74,7 +76,7 @@ def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path
     path = [str(part) for part in first["loc"]]
     flag = next((name for name in flags if path[:len(name.split("."))] == name.split(".")), None)
     if flag is not None:
-        where = "--" + ("data" if flag == "data.source" else flag.replace("_", "-"))
+        where = "--" + ("data" if flag == "data.source" else flag.rpartition(".")[2].replace("_", "-"))
     else:
         where = ": ".join(part for part in (str(config_file or ""), ".".join(path)) if part)
     text = str(first["msg"]).removeprefix("Value error, ")

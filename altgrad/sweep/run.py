@@ -21,9 +21,10 @@ from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
-from altgrad.training.data import Corpus, load_corpus, train_batch, val_batches
+from altgrad.training.data import NAMED, Corpus, Documents
 from altgrad.training.outcome import RESULT_KINDS
 from altgrad.training.record import write_json
+from altgrad.training.tasks import build_task
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -62,12 +63,11 @@ class SweepResult:
     """the error that ended the sweep early, where one came back three times"""
 
 
-def preflight(spec: SweepSpec) -> Corpus:
-    """The corpus, once it is known to be long enough for the model's context. Raises ValueError."""
-    corpus = load_corpus(spec.data)
-    train_batch(corpus, block=spec.model.block, batch=1, seed=0, step=1)
-    next(val_batches(corpus, block=spec.model.block, batch=1, count=1))
-    return corpus
+def preflight(spec: SweepSpec) -> Corpus | Documents:
+    """The data, once they are known to serve the model. Raises ValueError."""
+    task = build_task(spec.expand()[0])
+    task.check()
+    return task.data
 
 
 def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
@@ -80,7 +80,9 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     corpus = preflight(spec)
     check_folder(options.out, fresh=options.fresh)
     anchored = spec.model_copy(
-        update={"data": spec.data.model_copy(update={"source": anchor(spec.data.source)})}
+        update={"data": spec.data.model_copy(update={
+            "source": anchor(spec.data.source),
+            "revision": corpus.provenance.get("revision", spec.data.revision)})}
     )
     trials = anchored.trials(corpus.sha256)
     if options.address != "local" and _is_any_left(trials, options):
@@ -90,7 +92,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), **manifest(),
                                         "data": {"source": spec.data.source, "sha256": corpus.sha256,
-                                                 "description": corpus.describe(), "notes": corpus.notes},
+                                                 "description": corpus.describe(), "notes": corpus.notes,
+                                                 **({"hub": dict(corpus.provenance)} if corpus.provenance else {})},
                                         "trials": list(trials)})
         ledger.add_trials(trials, corpus.sha256)
         recorder = Recorder(ledger, out / "trials")
@@ -114,7 +117,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
 def anchor(source: str) -> str:
     """The data source as workers can find it: an absolute path or glob, where it names files."""
     path = Path(source)
-    is_files = source != "pydoc" and (path.exists() or any(mark in source for mark in "*?["))
+    is_files = source not in NAMED and (path.exists() or any(mark in source for mark in "*?["))
     return str(path.absolute()) if is_files else source
 
 

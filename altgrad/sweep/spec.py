@@ -35,6 +35,7 @@ from altgrad.sweep.exclusions import (
 )
 from altgrad.training.config import (
     ARMS,
+    MODELS,
     UNQUANTIZED,
     DataConfig,
     Frozen,
@@ -87,7 +88,7 @@ class SweepSpec(Frozen):
     name: str = Field(
         "format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder"
     )
-    task: Literal["lm"] = "lm"
+    task: Literal["lm", "classify"] = "lm"
     formats: tuple[str, ...] = Field(("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"), min_length=1,
                                      description="format names, or 'all'; FP32 is the unquantized reference")
     optimizers: tuple[str, ...] = Field(("adamw", "adamw_nearest", "manifold", "grid"), min_length=1,
@@ -101,7 +102,7 @@ class SweepSpec(Frozen):
     )
     seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
     steps: int = Field(100, ge=1, description="training steps of a trial")
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Field(ModelConfig(), description="a model's name, or its layers, heads, width and block")
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip_grad_norm: Positive | None = 1.0
@@ -130,6 +131,11 @@ class SweepSpec(Frozen):
         if not (info.field_name == "guards" and isinstance(value, bool)):
             _refuse_booleans(value)
         return value
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        return MODELS[check_choice(value, MODELS, "model")] if isinstance(value, str) else value
 
     @field_validator("formats")
     @classmethod

@@ -79,7 +79,9 @@ class DataConfig(Frozen):
     """Where the text comes from and how much of it a step and an evaluation see."""
 
     source: str = Field("pydoc", description=(
-        "pydoc, synthetic, eurlex, eurlex-57k, multi_eurlex, or a text, JSONL, parquet or CSV file, a folder or a glob"))
+        "pydoc, synthetic, eurlex, eurlex-57k, multi_eurlex, or a text, JSONL, parquet or CSV file, folder or glob"))
+    revision: str | None = Field(None, min_length=1, description=(
+        "of hub data: the commit to read; null: the newest, which a sweep then keeps for all its trials"))
     text_field: str = Field("text", description="the field of a record that holds the text")
     label_field: str = Field("labels", min_length=1, description="classification: the field that holds the labels")
     label_names: tuple[str, ...] | None = Field(None, min_length=1, description=(
@@ -89,7 +91,7 @@ class DataConfig(Frozen):
     val_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the documents held out")
     eval_batches: int = Field(4, ge=1, description="validation batches per evaluation (language modelling)")
     max_pos_weight: float = Field(10.0, ge=1, description=(
-        "classification: a label's presence weighs (1 - p) / p in the loss, p its share of the documents, at most this"))
+        "classification: a label's presence weighs (1 - p) / p in the loss, p its share of documents, at most this"))
 
     @field_validator("tokenizer")
     @classmethod
@@ -309,7 +311,7 @@ class TrainConfig(Frozen):
             mode="json",
             exclude={
                 "model": {"encoder"} if self.model.encoder is None else set(),
-                "data": {"source", "tokenizer", *of_task},
+                "data": {"source", "revision", "tokenizer", *of_task},
                 "guards": True,
                 "log_interval": True,
                 "eval_interval": True,

@@ -1,4 +1,4 @@
-"""Loss and what follows from it: perplexity and bits per byte.
+"""Loss and what follows from it: perplexity and bits per byte; and the scores of a classification, by scikit-learn.
 
 Bits per byte make runs with different tokenizers comparable: nats per token over ln 2, over bytes per token.
 """
@@ -8,9 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+CLASSIFICATION_SCORES = ("f1_micro", "f1_macro", "precision", "recall", "subset_accuracy", "hamming_loss",
+                         "roc_auc_micro", "pr_auc_micro")
+CLASSIFICATION_SIGNALS = (*CLASSIFICATION_SCORES, "val_f1_micro", "threshold", "baseline_f1_micro", "samples_per_s",
+                          "eval_samples_per_s")
+"""What a classification's rows hold beside the signals of every task."""
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -40,3 +47,64 @@ def bits_per_byte(loss: float, *, bytes_per_token: float = 1.0) -> float:
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def best_threshold(targets: np.ndarray, chances: np.ndarray) -> tuple[float, float]:
+    """The chance from which on a label is given that maximises micro F1, and that F1; arrays [documents, labels].
+
+    (0.5, nan) where a chance is no number, (0.5, 0) where no document has a label.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    if not np.isfinite(chances).all():
+        return 0.5, math.nan
+    if not targets.any():
+        return 0.5, 0.0
+    precision, recall, thresholds = precision_recall_curve(targets.ravel(), chances.ravel())
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = int(f1[:-1].argmax())
+    return float(thresholds[best]), float(f1[best])
+
+
+def classification_scores(targets: np.ndarray, chances: np.ndarray, threshold: float) -> dict[str, float]:
+    """CLASSIFICATION_SCORES by scikit-learn; arrays [documents, labels], precision and recall are micro averages.
+
+    A label that is never right counts 0 in f1_macro. Everything is NaN where a chance is no number, and the areas
+    are where the targets are all alike.
+    """
+    from sklearn import metrics
+
+    if not np.isfinite(chances).all():
+        return dict.fromkeys(CLASSIFICATION_SCORES, math.nan)
+    truth = targets.astype(np.int8)
+    given = (chances >= threshold).astype(np.int8)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(truth, given, average="micro", zero_division=0)
+    mixed = 0 < truth.sum() < truth.size
+    return {
+        "f1_micro": float(f1),
+        "f1_macro": float(metrics.f1_score(truth, given, average="macro", zero_division=0)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "subset_accuracy": float(metrics.accuracy_score(truth, given)),
+        "hamming_loss": float(metrics.hamming_loss(truth, given)),
+        "roc_auc_micro": float(metrics.roc_auc_score(truth.ravel(), chances.ravel())) if mixed else math.nan,
+        "pr_auc_micro": float(metrics.average_precision_score(truth.ravel(), chances.ravel())) if mixed else math.nan,
+    }
+
+
+def baseline_f1(frequencies: np.ndarray, val_targets: np.ndarray, targets: np.ndarray) -> float:
+    """Micro F1 of giving every document the k commonest labels, k the best for `val_targets`; [documents, labels].
+
+    `frequencies` [known labels] are shares of the training documents; targets may have further columns.
+    """
+    order = np.argsort(-frequencies, kind="stable")
+    best = int(np.argmax(_commonest_f1(order, val_targets)))
+    return float(_commonest_f1(order, targets)[best])
+
+
+def _commonest_f1(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Micro F1 for every k from 1 on: 2 · hits / (given + wanted)."""
+    hits = np.cumsum(targets.sum(axis=0)[order])
+    given = len(targets) * np.arange(1, len(order) + 1)
+    f1: np.ndarray = 2 * hits / (given + targets.sum())
+    return f1

@@ -17,7 +17,7 @@ from altgrad.training.config import ModelConfig
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, [batch, time, width] to the same."""
+    """Multi-head self-attention, [batch, time, width] to the same; causal unless a mask [batch, time] is given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -25,11 +25,12 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width, bias=False)
         self.c_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, time, width = x.shape
         parts = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        allowed = None if mask is None else mask[:, None, None, :]
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=mask is None)
         out: Tensor = self.c_proj(y.transpose(1, 2).reshape(batch, time, width))
         return out
 
@@ -57,8 +58,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.width, bias=False)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -81,14 +82,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.width, vocabulary, bias=False)
         self.lm_head.weight = embedding.weight
-        self._initialise(config.layers)
-
-    def _initialise(self, layers: int) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                # Residual branches start smaller, so that the stream's variance does not grow with depth (GPT-2).
-                std = 0.02 / math.sqrt(2 * layers) if name.endswith("c_proj.weight") else 0.02
-                nn.init.normal_(parameter, std=std)
+        initialise(self, config.layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -97,6 +91,26 @@ class GPT(nn.Module):
             x = block(x)
         logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
         return logits
+
+
+    def critical_layers(self) -> tuple[str, ...]:
+        """Layers whose collapse costs the most, by their role: the (tied) head and each residual branch's last."""
+        return ("lm_head", *residual_outputs(self))
+
+
+def initialise(model: nn.Module, layers: int) -> None:
+    """Draws every matrix from N(0, 0.02²), those that end a residual branch smaller."""
+    ends = {model.get_submodule(name).weight for name in residual_outputs(model)}
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            # Residual branches start smaller, so that the stream's variance does not grow with depth (GPT-2).
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if parameter in ends else 0.02)
+
+
+def residual_outputs(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that write into the residual stream."""
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
+    return tuple(f"{name}.{branch}.c_proj" for name, _ in blocks for branch in ("attn", "mlp"))
 
 
 def build_model(config: ModelConfig, *, vocabulary: int, seed: int) -> GPT:

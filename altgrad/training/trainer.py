@@ -23,13 +23,11 @@ from altgrad.quantization import dequantize_model, named_policy, quantize_model,
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
-from altgrad.training.data import VOCABULARY, Corpus, load_corpus, train_batch, val_batches
 from altgrad.training.guards import GuardPanel, Verdict, verdict_fields
-from altgrad.training.metrics import bits_per_byte, evaluate, token_loss
-from altgrad.training.model import build_model
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
 from altgrad.training.signals import StepSignals, layer_name
+from altgrad.training.tasks import build_task, check_fingerprint, save_vocabulary
 
 
 class Reporter(Protocol):
@@ -71,8 +69,8 @@ class Trainer:
         self.folder = None if folder is None else TrialFolder(folder)
         self.outcome: Outcome | None = None
         self.rows: list[dict[str, Any]] = []
-        self.corpus: Corpus = load_corpus(config.data)
-        self.model = build_model(config.model, vocabulary=VOCABULARY, seed=config.seed)
+        self.task = build_task(config)
+        self.model = self.task.build()
         if config.format != UNQUANTIZED:
             self.conversion = quantize_model(
                 self.model, policy=named_policy(config.policy, config.format), seed=config.seed
@@ -137,10 +135,9 @@ class Trainer:
         if self.signals is not None:
             last |= self.signals.collect()
         elapsed = time.perf_counter() - started
-        last["tokens_per_s"] = len(rows) * config.data.batch * config.model.block / elapsed
+        last[self.task.throughput] = len(rows) * self.task.units() / elapsed
         if end % config.eval_interval == 0 or end == config.steps:
-            last["val_loss"] = self._evaluate()
-            last["bits_per_byte"] = bits_per_byte(last["val_loss"])
+            last |= self.task.evaluate(self.model)
         self._seconds += time.perf_counter() - started
         return rows
 
@@ -162,11 +159,7 @@ class Trainer:
 
     def _train_step(self, step: int) -> Tensor:
         """One step; returns loss, total and per-parameter gradient norms, as one tensor that nobody waited for."""
-        config = self.config
-        inputs, targets = train_batch(
-            self.corpus, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step
-        )
-        loss = token_loss(self.model, inputs, targets)
+        loss = self.task.loss(self.model, step)
         loss.backward()
         norms = self._before_update()
         self.optimizer.step()
@@ -196,15 +189,6 @@ class Trainer:
         if self._first_loss is None:
             self._first_loss = loss
         return loss - self._first_loss
-
-    def _evaluate(self) -> float:
-        config = self.config
-        return evaluate(
-            self.model,
-            val_batches(
-                self.corpus, block=config.model.block, batch=config.data.batch, count=config.data.eval_batches
-            ),
-        )
 
     def _keep(self, rows: list[dict[str, Any]], verdict: Verdict | None) -> None:
         self.rows += rows
@@ -240,11 +224,13 @@ class Trainer:
             "first_loss": self._first_loss,
             "last": self._last,
             "seconds": self._seconds,
+            "data": self.task.fingerprint(),
         }
 
     def _resume(self, folder: TrialFolder) -> None:
         state = load_checkpoint(folder.checkpoint_path)
         if state is not None:
+            check_fingerprint(state["data"], self.task.fingerprint())
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.panel.load_state_dict(state["guards"])
@@ -253,8 +239,9 @@ class Trainer:
         folder.begin(
             {
                 "config": self.config.model_dump(mode="json"),
-                "data_sha256": self.corpus.sha256,
+                "data_sha256": self.task.data.sha256,
                 "resumed_from": self.resumed_from,
             },
             after_step=self.step,
         )
+        save_vocabulary(self.task, folder.path)

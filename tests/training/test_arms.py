@@ -99,7 +99,8 @@ def test_muon_takes_adams_step_for_vectors():
         RoundedOptimizer([weight], "muon", lr=2e-3, momentum=0.9, beta2=0.999, format="E4M3", rounding=None),
         weight, gradients((33,)),
     )  # fmt: skip
-    torch.testing.assert_close(ours, adamw(start((33,)).detach().double(), gradients((33,)), 2e-3), rtol=1e-5, atol=1e-7)
+    expected = adamw(start((33,)).detach().double(), gradients((33,)), 2e-3)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_madam_keeps_signs_and_zeros():
@@ -161,7 +162,7 @@ def test_resume_across_processes_is_bitwise(arm, format_name, tmp_path):
     if arm not in ("adamw", "grid", "eco", "muon"):  # a process costs seconds; the rest load in this one
         other = resumed(tmp_path / "saved")
     else:
-        code = f"import sys, torch; sys.path.insert(0, {str(sys.path[0])!r}); import test_arms; from pathlib import Path;"
+        code = "import torch, test_arms; from pathlib import Path;"
         code += f"torch.save(test_arms.resumed(Path({str(tmp_path / 'saved')!r})), {str(tmp_path / 'out')!r})"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rsplit("/", 1)[0])
         other = torch.load(tmp_path / "out")

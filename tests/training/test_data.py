@@ -36,8 +36,8 @@ def test_validation_windows_are_fixed_and_cover_the_split():
     corpus = load_corpus(DataConfig())
     batches = list(val_batches(corpus, block=32, batch=4, count=3))
     assert len(batches) == 3 and all(x.shape == (4, 32) for x, _ in batches)
-    assert torch.equal(batches[0][0][0], corpus.val[:32].long())
-    assert torch.equal(batches[-1][1][-1], corpus.val[-32:].long())
+    assert torch.equal(batches[0][0][0], torch.from_numpy(corpus.val[:32].astype("int64")))
+    assert torch.equal(batches[-1][1][-1], torch.from_numpy(corpus.val[-32:].astype("int64")))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder", "glob"])
@@ -93,7 +93,7 @@ def test_a_single_text_is_cut_near_its_end(tmp_path: Path):
         ("empty.txt", "", "holds no text"),
         ("bad.jsonl", '{"text": "a"}\n{oops\n', "bad.jsonl:2"),
         ("field.jsonl", '{"body": "a"}\n', "it has: body"),
-        (".", None, "no text, JSONL or parquet"),
+        (".", None, "no text, JSONL, parquet or CSV"),
     ],
 )
 def test_a_bad_source_is_refused_with_what_is_wrong(tmp_path: Path, name, content, message):

@@ -1,0 +1,89 @@
+"""Classification: what its cells are judged by, and its scores per format and optimizer.
+
+A classifier is judged by its error, 1 - F1 micro on test documents, and not by its loss: the weighted cross-entropy of
+a classifier that goes on learning may rise on new documents while its decisions still improve. In place of the loss at
+the first step stands the error of answering every document with the k commonest labels, k tuned on validation
+documents: what does not beat that has learned nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from altgrad.analysis.cells import Comparison, Study, geometry_comparisons
+from altgrad.analysis.load import FINISHED
+from altgrad.analysis.stats import paired, signed, t_interval
+from altgrad.analysis.tables import DASH, Table, number, slim
+
+SHOWN = {"f1_micro": "F1 micro", "f1_macro": "F1 macro", "precision": "precision", "recall": "recall",
+         "subset_accuracy": "subset accuracy", "hamming_loss": "hamming loss", "roc_auc_micro": "ROC-AUC micro",
+         "pr_auc_micro": "PR-AUC micro", "samples_per_s": "samples/s"}
+COMPARED = ("f1_micro", "f1_macro")
+
+
+def judged(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials with, for classification, the error in place of the validation loss; others as they are."""
+    is_classified = trials["task"] == "classify"
+    if not is_classified.any():
+        return trials
+    found = trials.copy()
+    found.loc[is_classified, "val_loss"] = 1 - trials.loc[is_classified, "f1_micro"]
+    found.loc[is_classified, "first_loss"] = 1 - trials.loc[is_classified, "baseline_f1_micro"]
+    return found
+
+
+def scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
+    """Every cell's mean scores over its finished seeds, F1 with half its 95 % interval; None without classifiers."""
+    if not (trials["task"] == "classify").any():
+        return None
+    by_id = trials.set_index("trial_id")
+    lines = []
+    for cell in study.cells:
+        own = by_id.loc[list(cell.trial_ids)]
+        own = own[own["state"] == FINISHED]
+        texts = [_mean_text(own[name], with_interval=name in COMPARED) for name in SHOWN]
+        lines.append((cell.format, cell.arm, cell.policy, str(len(own)), *texts))
+    columns = ("format", "arm", "policy", "finished", *SHOWN.values())
+    return slim(Table(columns, lines, frozenset(range(3, len(columns)))), ("policy",))
+
+
+def geometry_scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
+    """F1 of every geometry-aware arm minus that of the plain arms of its format, paired by seed, 95 % intervals."""
+    if not (trials["task"] == "classify").any():
+        return None
+    by_id = trials[trials["state"] == FINISHED].set_index("trial_id")
+    lines = []
+    for item in geometry_comparisons(study.cells):
+        texts = [_difference_text(by_id, item, name) for name in COMPARED]
+        lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
+    columns = ("format", "policy", "arm", "against", *(f"{SHOWN[name]}, difference" for name in COMPARED))
+    return slim(Table(columns, lines, frozenset({4, 5})), ("policy",))
+
+
+def _mean_text(values: pd.Series, *, with_interval: bool) -> str:
+    found = values.dropna().astype(float)
+    if found.empty:
+        return DASH
+    mean = number(float(found.mean()), ".3f" if found.mean() < 10 else ".0f")
+    low, high = t_interval(list(found)) if with_interval else (math.nan, math.nan)
+    return mean + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
+
+
+def _difference_text(by_id: pd.DataFrame, item: Comparison, name: str) -> str:
+    own, other = (_by_seed(by_id, cell.trial_ids, name) for cell in (item.cell, item.other))
+    common = own.index.intersection(other.index)
+    if not len(common):
+        return DASH
+    pair = paired(list(own[common] - other[common]))
+    spread = " (1 seed)" if pair.n < 2 else f" [{signed(pair.low)}, {signed(pair.high)}]"
+    return signed(pair.mean) + spread
+
+
+def _by_seed(by_id: pd.DataFrame, trial_ids: Sequence[str], name: str) -> pd.Series:
+    own = by_id.loc[[trial_id for trial_id in trial_ids if trial_id in by_id.index]]
+    values = pd.Series(own[name].to_numpy(dtype=float), index=own["seed"].to_numpy())
+    return values[np.isfinite(values)]

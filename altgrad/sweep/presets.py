@@ -1,0 +1,49 @@
+"""What a sweep's size means for each task.
+
+A preset or a sweep file is written for one task. Asked for the other, everything that belongs to the task (model,
+tokenizer, batch, steps and intervals) is that task's, in the same size; formats, arms and seeds stay. Classification
+starts from documents by the hundred, in which 20 epochs of a small encoder are a few hundred steps; the study's sizes
+are for the whole of EurLex, on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from altgrad.sweep.spec import PRESETS, SweepSpec
+from altgrad.training.config import ModelConfig
+
+CLASSIFY: dict[str, dict[str, Any]] = {
+    "quick": {
+        "model": ModelConfig(layers=1, heads=2, width=64, block=256),
+        "data": {"batch": 8, "tokenizer": "words-8000"},
+        "steps": 280, "log_interval": 20, "eval_interval": 140, "checkpoint_interval": 140,
+    },
+    "standard": {
+        "model": ModelConfig(layers=1, heads=2, width=64, block=256),
+        "data": {"batch": 8, "tokenizer": "words-8000"},
+        "steps": 560, "log_interval": 20, "eval_interval": 140, "checkpoint_interval": 140,
+    },
+    "study": {
+        "model": ModelConfig(layers=4, heads=4, width=256, block=512),
+        "data": {"batch": 32, "tokenizer": "bpe-16384"},
+        "steps": 6000, "log_interval": 50, "eval_interval": 500, "checkpoint_interval": 500,
+    },
+}
+LM_FIELDS = ("model", "steps", "log_interval", "eval_interval", "checkpoint_interval")
+
+
+def for_task(base: SweepSpec, task: str) -> SweepSpec:
+    """The base as a sweep of that task; itself where it is one already. Any other name is left to the validation."""
+    if task == base.task or task not in ("lm", "classify"):
+        return base
+    size = next((name for name, preset in PRESETS.items() if preset == base), "quick")
+    if task == "lm":
+        preset = PRESETS[size]
+        shape = {name: getattr(preset, name) for name in LM_FIELDS}
+        data = {name: getattr(preset.data, name) for name in ("batch", "tokenizer")}
+    else:
+        shape = dict(CLASSIFY[size])
+        data = shape.pop("data")
+    # Not validated yet: the flags that follow may be what makes it valid (pydoc has no labels).
+    return base.model_copy(update={**shape, "task": task, "data": base.data.model_copy(update=data)})
