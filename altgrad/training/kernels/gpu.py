@@ -18,19 +18,52 @@ from altgrad.quantization import get_format, mix_seed
 from altgrad.quantization.kernels import grid_of, hash_keys
 from altgrad.quantization.kernels.gpu import BLOCK, _hash, _load, _plain, _store
 from altgrad.training.kernels import (
-    FIXED, GRADIENT_FLOOR, MAX_RUNGS, OVERFLOW_SHARE, OVERFLOW_STEPS, Geometry, Job, Moments, Placement, Plan,
+    FIXED,
+    GRADIENT_FLOOR,
+    MAX_RUNGS,
+    OVERFLOW_SHARE,
+    OVERFLOW_STEPS,
+    Geometry,
+    Job,
+    Moments,
+    Placement,
+    Plan,
 )  # fmt: skip
 from altgrad.training.kernels.gpu_parts import (
-    APPLIED, BY_MEAN, BY_ROOT, END, EXPECTED, FLIPS, GRADIENT, IS_FINITE, LENGTH, OVERFLOW, PER_RUNG, POSITION, REPAID,
-    RESCALED, RESCALES, SCALE, TRAVEL, _begin, _binade, _clipped, _code, _double, _drawn, _gap, _prepare, _rounded,
-    _sum_of_spacings, _survey, _value,
+    APPLIED,
+    BY_MEAN,
+    BY_ROOT,
+    END,
+    EXPECTED,
+    FLIPS,
+    GRADIENT,
+    IS_FINITE,
+    LENGTH,
+    OVERFLOW,
+    PER_RUNG,
+    POSITION,
+    REPAID,
+    RESCALED,
+    RESCALES,
+    SCALE,
+    TRAVEL,
+    _begin,
+    _binade,
+    _clipped,
+    _code,
+    _double,
+    _drawn,
+    _gap,
+    _prepare,
+    _rounded,
+    _sum_of_spacings,
+    _survey,
+    _value,
 )  # fmt: skip
 
 _FLOOR, _FULL = tl.constexpr(GRADIENT_FLOOR), tl.constexpr(2.0**FIXED)
 _SHARE, _STREAK = tl.constexpr(OVERFLOW_SHARE), tl.constexpr(OVERFLOW_STEPS)
 _ADAM, _GIVEN = tl.constexpr(int(Moments.ADAM)), tl.constexpr(int(Moments.GIVEN))
-_RELATIVE, _ULP = tl.constexpr(int(Geometry.RELATIVE)), tl.constexpr(int(Geometry.ULP))
-_BY_GRADIENT = tl.constexpr(int(Geometry.GRADIENT))
 _MASTER, _NEAREST = tl.constexpr(int(Placement.MASTER)), tl.constexpr(int(Placement.NEAREST))
 _RUNGS = tl.constexpr(int(Placement.RUNGS))
 
@@ -48,7 +81,8 @@ def _step(  # type: ignore[no-untyped-def]
     weight, grad, first, second, direction, carry, integers, numbers, row, elements, lr, shrink, beta1, rest1, beta2,
     rest2, eps, limit, max_stiffness, least, clip, whole_clip, rung_decay, first_key, second_key, min_normal, spacing,
     unscale, unscale_rest, max_value, to_fixed, mantissa_step,
-    MOMENTS: tl.constexpr, GEOMETRY: tl.constexpr, PLACEMENT: tl.constexpr, HAS_GRID: tl.constexpr,
+    MOMENTS: tl.constexpr, BY_SPACING: tl.constexpr, BY_GRADIENT: tl.constexpr, PLACEMENT: tl.constexpr,
+    HAS_GRID: tl.constexpr,
     HAS_EXPONENT: tl.constexpr, FEEDBACK: tl.constexpr, CARRY: tl.constexpr, DECAYS: tl.constexpr,
     COUNTS: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
@@ -61,7 +95,7 @@ def _step(  # type: ignore[no-untyped-def]
         scale = tl.load(numbers + SCALE)
         if COUNTS:
             _add(row, GRADIENT, mask & (tl.abs(g) > _FLOOR))
-        if HAS_GRID and GEOMETRY == _BY_GRADIENT:
+        if HAS_GRID and BY_GRADIENT:
             binade = (w.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             literal = binade * mantissa_step if HAS_EXPONENT else w * 0.0 + least
             stiffness = tl.where(w == 0, least, literal)
@@ -107,7 +141,7 @@ def _step(  # type: ignore[no-untyped-def]
             _add(row, OVERFLOW, mask & (wanted != inside))
             applied, share = rungs != 0, tl.abs(rungs) * _FULL
         else:
-            if HAS_GRID and (GEOMETRY == _RELATIVE or GEOMETRY == _ULP):
+            if HAS_GRID and BY_SPACING:
                 length = _binade(y, LOWEST, HIGHEST).to(tl.float32, bitcast=True) * mantissa_step
                 length = length * tl.load(numbers + LENGTH)
                 change = d * tl.where(length < limit, length, limit)
@@ -233,6 +267,7 @@ def _step_one(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
         IS_ULP=plan.geometry == Geometry.ULP, OWN_UNIT=plan.own_unit, FEEDBACK=feedback, enable_fp_fusion=False,
     )  # fmt: skip
     is_relative = plan.geometry == Geometry.RELATIVE
+    by_spacing = is_relative or plan.geometry == Geometry.ULP
     clip = min(plan.rung_clip, MAX_RUNGS)
     _step[programs](
         weight, _plain(job.grad), _or(job.first, none), _or(job.second, none), _or(job.direction, none),
@@ -240,7 +275,8 @@ def _step_one(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
         1 - plan.beta1, plan.beta2, 1 - plan.beta2, plan.eps,
         plan.lr * plan.max_stiffness if is_relative else float("inf"), plan.max_stiffness, grid.spacing, clip,
         float(int(clip)), plan.weight_decay * (1.0 if plan.own_unit else plan.lr), *hash_keys(seed), *units,
-        grid.max_value, to_fixed, grid.mantissa_step, MOMENTS=int(plan.moments), GEOMETRY=int(plan.geometry),
+        grid.max_value, to_fixed, grid.mantissa_step, MOMENTS=int(plan.moments), BY_SPACING=by_spacing,
+        BY_GRADIENT=plan.geometry == Geometry.GRADIENT,
         PLACEMENT=int(plan.placement), HAS_GRID=plan.fmt is not None, HAS_EXPONENT=fmt.exponent_bits > 0,
         FEEDBACK=feedback, CARRY=plan.carry, DECAYS=plan.weight_decay > 0, COUNTS=plan.telemetry, **shape, **ends,
         **block,

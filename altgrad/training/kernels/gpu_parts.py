@@ -44,7 +44,8 @@ def _power(base, exponent):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _code(y, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr):  # type: ignore
+def _code(y, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr,  # type: ignore
+          MAX_INDEX: tl.constexpr):  # fmt: skip
     """Signed code nearest to y, int32; NaN gives 0."""
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -130,7 +131,8 @@ def _sum_of_spacings(weight, integers, numbers, elements, min_normal, spacing, u
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "max_value", "step_bits"])
 def _prepare(integers, numbers, step, mean_cell, elements, lr, beta1, beta2, max_value, step_bits,  # type: ignore
-             NEEDS_MEAN: tl.constexpr, IS_ULP: tl.constexpr, OWN_UNIT: tl.constexpr, FEEDBACK: tl.constexpr):  # fmt: skip
+             NEEDS_MEAN: tl.constexpr, IS_ULP: tl.constexpr, OWN_UNIT: tl.constexpr,
+             FEEDBACK: tl.constexpr):  # fmt: skip
     """The step's numbers from float64: corrections, lengths, the end of the grid."""
     lr, beta1, beta2 = _double(lr), _double(beta1), _double(beta2)
     count, scale = tl.load(step).to(tl.int32), tl.load(numbers + SCALE).to(tl.float64)
