@@ -165,7 +165,7 @@ def _policy_pictures(trials: pd.DataFrame, rows: pd.DataFrame, study: Study, pol
 
     return [
         Picture(f"Distance from BF16{title}",
-                "Final validation loss minus BF16 AdamW's at the same seed, mean and half the 95 % interval. "
+                "What formats are judged by, minus BF16 AdamW's at the same seed, mean and half the 95 % interval. "
                 "Purple is lower than BF16, orange higher; hatched cells had runs stopped and have no mean.",
                 "There is no BF16 AdamW reference to measure from.",
                 drawn("heat_map", lambda path: figures.heat_map(study, policy, path))),

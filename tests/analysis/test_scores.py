@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic import DATA
 
+from altgrad.analysis.cells import build_cells
 from altgrad.analysis.load import load
 from altgrad.analysis.report import write_report
 from altgrad.analysis.scores import judged
@@ -67,3 +68,22 @@ def test_a_ledger_without_the_columns_can_be_read(tmp_path: Path):
     with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
         connection.execute("ALTER TABLE rows DROP COLUMN f1_macro")
     assert load(tmp_path).trials["f1_macro"].isna().all()
+
+
+def test_learning_rates_are_chosen_by_validation_and_not_by_test(tmp_path: Path):
+    # The rate that is better on test is the worse one on validation: it must not be taken.
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for lr, on_test, on_validation in ((1e-3, 0.60, 0.70), (4e-3, 0.68, 0.50)):
+            for seed in range(2):
+                arm = ARMS["adamw"].model_copy(update={"lr": lr})
+                config = TrainConfig(task="classify", data={"source": "synthetic"}, format="BF16", seed=seed,
+                                     optimizer=arm.model_dump(), steps=100)
+                trial_id = config.trial_id(DATA)
+                ledger.add_trials({trial_id: config}, DATA)
+                ledger.record_rows(trial_id, [
+                    {"step": 100, "train_loss": 0.1, "val_loss": 1.0, "f1_micro": on_test, "f1_macro": 0.3,
+                     "val_f1_micro": on_validation, "baseline_f1_micro": BASELINE}])
+                ledger.record_outcome(trial_id, Outcome(OutcomeKind.DONE, 100, train_loss=0.1, val_loss=1.0))
+    (cell,) = build_cells(judged(load(tmp_path).trials))
+    assert cell.lr == 1e-3 and cell.choices == 2
+    assert cell.losses == pytest.approx({0: 0.4, 1: 0.4})
