@@ -42,7 +42,7 @@ SPEC_FLAGS = {
     "tokenizer": ("data.tokenizer", "bytes, bpe, bpe-N, or for --task classify words, words-N"),
     "model": ("model", f"{', '.join(MODELS)}; left out: the preset's"),
     "scheduler": ("scheduler", "none, or asha: races learning rates within a cell"),
-    "guards": ("guards", "on or off"),
+    "guards": ("guards", "on, off, or rules like 'flip_yield/min < 0.2 for 3 after 50; grad_norm is nonfinite'"),
 }
 ADDRESS = re.compile(r"local|auto|(?!ray://)[\w.\-\[\]:]+:\d+")
 

@@ -46,7 +46,7 @@ from altgrad.training.config import (
     TrainConfig,
     has_own_lr_unit,
 )
-from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
+from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
 
 ALL_FORMATS = tuple(FORMATS)
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -106,7 +106,7 @@ class SweepSpec(Frozen):
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip_grad_norm: Positive | None = 1.0
-    guards: tuple[GuardRule, ...] = Field(DEFAULT_GUARDS, description="'on', 'off' or a list of rules")
+    guards: tuple[GuardRule, ...] = Field(DEFAULT_GUARDS, description="'on', 'off' or rules")
     scheduler: Literal["none", "asha"] = "none"
     race: RaceConfig = RaceConfig()
     log_interval: int = Field(10, ge=1, description="steps")
@@ -155,6 +155,8 @@ class SweepSpec(Frozen):
     @field_validator("guards", mode="before")
     @classmethod
     def _guards_on_or_off(cls, value: Any) -> Any:
+        if isinstance(value, str) and (value in NAMED_RULES or " " in value):
+            return tuple(rule.strip() for rule in value.split(";"))
         if isinstance(value, str):
             value = check_choice(value, ("on", "off"), "setting of the guards") == "on"
         return (DEFAULT_GUARDS if value else ()) if isinstance(value, bool) else value

@@ -3,7 +3,7 @@
 from altgrad.training.arms import ManifoldAdamW, RoundedAdamW, RoundedOptimizer, build_optimizer
 from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.grid_optim import GridOptim
-from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
+from altgrad.training.guards import DEFAULT_GUARDS, GuardRule, when
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.trainer import Reporter, Trainer
 
@@ -21,4 +21,5 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "build_optimizer",
+    "when",
 ]

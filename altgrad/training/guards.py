@@ -14,47 +14,75 @@ most healthy runs too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from altgrad.training.catalogue import SIGNALS, check_signal, read_signal
 from altgrad.training.outcome import OutcomeKind
 
-GUARDED_SIGNALS = (
-    "train_loss",
-    "val_loss",
-    "loss_excess",
-    "grad_norm",
-    "flip_yield",
-    "stall_ratio",
-    "stable_rank",
-    "nonfinite_weights",
+KINDS = {"flip_yield": "stalled", "stall_ratio": "stalled", "flips": "stalled", "updates": "stalled",
+         "stable_rank": "rank_collapse", "nonfinite_weights": "nonfinite", "skipped_tensors": "nonfinite"}  # fmt: skip
+"""How a run ends on a signal unless the rule says otherwise; on every other signal it has diverged."""
+
+_TEXT = re.compile(
+    r"\s*(?P<signal>[^\s<>]+)\s*(?:(?P<sign>[<>])\s*(?P<limit>\S+)|is\s+(?P<broken>nonfinite))"
+    r"(?:\s+for\s+(?P<checks>\d+))?(?:\s+after\s+(?P<after>\d+))?(?:\s+as\s+(?P<kind>\w+))?\s*"
 )
 
 
 class GuardRule(BaseModel):
-    """`signal` is non-finite, above or below `limit`, for `checks` checks in a row, after `after_step`."""
+    """`signal` is non-finite, above or below `limit`, for `checks` checks in a row, after `after_step`.
+
+    In short: `when("flip_yield/min").below(0.2).for_checks(3).after(50)`, or the same as text, which configurations
+    and the command line take: "flip_yield/min < 0.2 for 3 after 50".
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["nonfinite", "diverged", "stalled", "rank_collapse"]
-    signal: str = Field(description="a signal of the row: " + ", ".join(GUARDED_SIGNALS))
+    signal: str = Field(description="a signal, of layers also signal/min, /max, /mean or /layer: " + ", ".join(SIGNALS))
     test: Literal["nonfinite", "above", "below"]
     limit: FiniteFloat | None = Field(None, description="in the signal's unit; null for test='nonfinite'")
     checks: int = Field(1, ge=1, description="consecutive log intervals for which the rule must hold")
     after_step: int = Field(0, ge=0, description="grace, steps")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return parse_rule(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
-    def _limit_where_needed(self) -> GuardRule:
-        if self.signal not in GUARDED_SIGNALS:
-            raise ValueError(f"signal={self.signal!r} is not one of {', '.join(GUARDED_SIGNALS)}")
+    def _can_hold(self) -> GuardRule:
+        signal = check_signal(self.signal)
         if (self.limit is None) != (self.test == "nonfinite"):
             raise ValueError(
                 f"test={self.test!r} with limit={self.limit!r}: a limit belongs to above and below"
             )
+        if self.limit is not None:
+            never = self.limit >= signal.most if self.test == "above" else self.limit <= signal.least
+            if never:
+                raise ValueError(f"limit={self.limit:g}: {self.signal} is never {self.test} it; it lies within "
+                                 f"{signal.least:g} and {signal.most:g} ({signal.unit})")  # fmt: skip
         return self
+
+    def for_checks(self, checks: int) -> GuardRule:
+        """The rule, holding only after so many consecutive log intervals."""
+        return self._changed(checks=checks)
+
+    def after(self, step: int) -> GuardRule:
+        """The rule with a grace of so many steps."""
+        return self._changed(after_step=step)
+
+    def ending_as(self, kind: str) -> GuardRule:
+        """The rule with another outcome: nonfinite, diverged, stalled or rank_collapse."""
+        return self._changed(kind=kind)
+
+    def _changed(self, **fields: Any) -> GuardRule:
+        return GuardRule(**(self.model_dump() | fields))
 
     def holds(self, value: float) -> bool:
         """Whether the value breaks this rule; a NaN is neither above nor below anything."""
@@ -63,6 +91,49 @@ class GuardRule(BaseModel):
         assert self.limit is not None
         return value > self.limit if self.test == "above" else value < self.limit
 
+
+class when:
+    """`when("flip_yield/min").below(0.2)`: a rule on a signal."""
+
+    def __init__(self, signal: str) -> None:
+        check_signal(signal)
+        self._fields = {"signal": signal, "kind": KINDS.get(signal.partition("/")[0], "diverged")}
+
+    def below(self, limit: float) -> GuardRule:
+        """Holds while the signal is less than the limit."""
+        return GuardRule(**(self._fields | {"test": "below", "limit": limit}))
+
+    def above(self, limit: float) -> GuardRule:
+        """Holds while the signal is greater than the limit."""
+        return GuardRule(**(self._fields | {"test": "above", "limit": limit}))
+
+    def is_nonfinite(self) -> GuardRule:
+        """Holds where the signal is NaN or infinite."""
+        return GuardRule(**(self._fields | {"test": "nonfinite", "kind": "nonfinite"}))
+
+
+def parse_rule(text: str) -> dict[str, Any]:
+    """The fields of a rule written as "flip_yield/min < 0.2 for 3 after 50 as stalled" or "grad_norm is nonfinite"."""
+    if text in NAMED_RULES:
+        return NAMED_RULES[text].model_dump()
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is no rule; write 'flip_yield/min < 0.2 for 3 after 50', 'grad_norm is nonfinite' "
+                         f"or one of {', '.join(NAMED_RULES)}")  # fmt: skip
+    given = found.groupdict()
+    check_signal(given["signal"])
+    kind = "nonfinite" if given["broken"] else KINDS.get(given["signal"].partition("/")[0], "diverged")
+    fields: dict[str, Any] = {"signal": given["signal"], "kind": given["kind"] or kind, "test": "nonfinite"}
+    if not given["broken"]:
+        fields |= {"test": "below" if given["sign"] == "<" else "above", "limit": given["limit"]}
+    fields |= {"checks": given["checks"]} if given["checks"] else {}
+    return fields | ({"after_step": given["after"]} if given["after"] else {})
+
+
+NAMED_RULES: dict[str, GuardRule] = {
+    "literal_stall": when("stall_ratio").above(0.5),
+}
+"""The original's monitors by name. The stall ratio above 0.5 fires on most healthy runs: kept for reproduction."""
 
 DEFAULT_GUARDS: tuple[GuardRule, ...] = (
     GuardRule(kind="nonfinite", signal="train_loss", test="nonfinite"),
@@ -113,13 +184,14 @@ class GuardPanel:
         return None
 
     def _check_rule(self, index: int, rule: GuardRule, rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
-        seen = [row for row in rows if row.get(rule.signal) is not None and row["step"] > rule.after_step]
+        values = {row["step"]: read_signal(row, rule.signal) for row in rows}
+        seen = [row for row in rows if values[row["step"]] is not None and row["step"] > rule.after_step]
         if not seen:
             return None
-        breaking = [row for row in seen if rule.holds(row[rule.signal])]
+        breaking = [row for row in seen if rule.holds(values[row["step"]])]  # type: ignore[arg-type]
         # A non-finite value anywhere in the interval counts; other rules judge the interval by its last row.
         row = breaking[0] if rule.test == "nonfinite" and breaking else seen[-1]
-        if not breaking or (rule.test != "nonfinite" and not rule.holds(row[rule.signal])):
+        if not breaking or (rule.test != "nonfinite" and row not in breaking):
             self._since[index], self._held[index] = None, 0
             return None
         since = self._since[index]
@@ -133,7 +205,7 @@ class GuardPanel:
             signal=rule.signal,
             layer=worst_layer(rule, row, rows[-1]),
             step=int(row["step"]),
-            value=float(row[rule.signal]),
+            value=float(values[row["step"]]),  # type: ignore[arg-type]
             limit=rule.limit,
             first_seen=first,
         )
@@ -160,11 +232,14 @@ def worst_layer(rule: GuardRule, row: Mapping[str, Any], last: Mapping[str, Any]
     if rule.kind == "nonfinite":
         broken: str | None = row.get("nonfinite_layer", last.get("nonfinite_layer"))
         return broken
+    base, _, part = rule.signal.partition("/")
     layers: dict[str, float] = {
-        name: values[rule.signal]
+        name: values[base]
         for name, values in last.get("layers", {}).items()
-        if values.get(rule.signal) is not None and not math.isnan(values[rule.signal])
+        if values.get(base) is not None and not math.isnan(values[base])
     }
+    if part in layers:
+        return part
     if not layers:
         return None
     pick = min if rule.test == "below" else max

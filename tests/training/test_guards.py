@@ -5,7 +5,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from altgrad.training.guards import DEFAULT_GUARDS, GuardPanel, GuardRule
+from altgrad.training import TrainConfig, Trainer
+from altgrad.training.catalogue import SIGNALS, as_table
+from altgrad.training.guards import DEFAULT_GUARDS, GuardPanel, GuardRule, when
 from altgrad.training.outcome import OutcomeKind
 
 
@@ -97,7 +99,7 @@ def test_a_restored_panel_reaches_the_same_verdict_at_the_same_step():
 
 
 def test_a_rule_with_an_unknown_signal_or_a_misplaced_limit_is_refused():
-    with pytest.raises(ValidationError, match="not one of"):
+    with pytest.raises(ValidationError, match=r"is not known.*nearest: flip_yield"):
         GuardRule(kind="stalled", signal="flip_yeild", test="below", limit=0.2)
     with pytest.raises(ValidationError, match="limit"):
         GuardRule(kind="stalled", signal="flip_yield", test="below")
@@ -109,3 +111,54 @@ def test_a_rule_with_an_unknown_signal_or_a_misplaced_limit_is_refused():
 def test_a_limit_that_nothing_can_cross_is_refused(limit):
     with pytest.raises(ValidationError, match="finite"):
         GuardRule(kind="diverged", signal="train_loss", test="above", limit=limit)
+
+
+def test_a_rule_reads_as_a_sentence_or_as_text():
+    rule = when("flip_yield/min").below(0.2).for_checks(3).after(50)
+    assert rule == GuardRule.model_validate("flip_yield/min < 0.2 for 3 after 50")
+    assert (rule.kind, rule.test, rule.limit, rule.checks, rule.after_step) == ("stalled", "below", 0.2, 3, 50)
+    assert when("grad_norm").is_nonfinite() == GuardRule.model_validate("grad_norm is nonfinite")
+    assert when("overflow/max").above(9).ending_as("stalled") == GuardRule.model_validate("overflow/max > 9 as stalled")
+    assert GuardRule.model_validate("literal_stall") == when("stall_ratio").above(0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flip_yeild < 0.2", "nearest: flip_yield"),
+        ("flip_yield < 0", "never below"),
+        ("stall_ratio > 1", "never above"),
+        ("grad_norm/min < 1", "of layers"),
+        ("flip_yield/ < 1", "of layers"),
+        ("flip_yield", "is no rule"),
+        ("flip_yield < often", "limit"),
+        ("flip_yield < 0.2 for 0", "checks"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        GuardRule.model_validate(text)
+
+
+@pytest.mark.parametrize(
+    ("signal", "value", "layer"),
+    [("flip_yield/min", 0.1, "b"), ("flip_yield/b", 0.1, "b"), ("flip_yield/mean", 0.35, "b")],
+)
+def test_rules_over_layers_and_on_one_layer(signal, value, layer):
+    layers = {"a": {"flip_yield": 0.6}, "b": {"flip_yield": 0.1}, "c": {"flip_yield": float("nan")}}
+    panel = GuardPanel([when(signal).below(0.4)])
+    verdict = panel.check([{"step": 9}, {"step": 10, "flip_yield": 0.9, "layers": layers}])
+    assert verdict is not None and verdict.value == pytest.approx(value)
+    assert (verdict.signal, verdict.layer, verdict.step) == (signal, layer, 10)
+    assert GuardPanel([when("flip_yield/a").below(0.4)]).check([{"step": 10, "layers": layers}]) is None
+
+
+def test_the_catalogue_holds_every_signal_of_a_row():
+    trainer = Trainer(TrainConfig(model={"layers": 1, "heads": 2, "width": 16, "block": 16}, steps=10, eval_interval=10,
+                                  checkpoint_interval=10, data={"batch": 2, "eval_batches": 1}))  # fmt: skip
+    trainer.run()
+    last = trainer.rows[-1]
+    for name, signal in SIGNALS.items():
+        assert name in last, name
+        assert all((name in values) == signal.of_layers for values in last["layers"].values()), name
+    assert [line[0] for line in as_table()] == list(SIGNALS)
