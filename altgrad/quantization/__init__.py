@@ -20,6 +20,7 @@ from altgrad.quantization.conversion import (
     dequantize_model,
     quantize_model,
     quantized_parameters,
+    requantize_layer,
 )
 from altgrad.quantization.diagnostics import (
     BitStall,
@@ -32,6 +33,7 @@ from altgrad.quantization.diagnostics import (
     detect_bit_stall,
     gradient_stiffness_correlation,
     grid_alignment_statistics,
+    stiffness_pearson,
     ulp_statistics,
 )
 from altgrad.quantization.flip_metrics import (
@@ -97,6 +99,7 @@ from altgrad.quantization.tensor_stats import (
     activation_kurtosis,
     gradient_statistics,
     moment_snr,
+    overflow_share,
     range_statistics,
     update_statistics,
 )
@@ -181,11 +184,14 @@ __all__ = [
     "mix_seed",
     "moment_snr",
     "named_policy",
+    "overflow_share",
     "quantize",
     "quantize_model",
     "quantized_parameters",
     "range_statistics",
+    "requantize_layer",
     "spectrum",
+    "stiffness_pearson",
     "synchronize_amax",
     "ulp",
     "ulp_statistics",

@@ -122,6 +122,25 @@ def dequantize_model(model: nn.Module) -> None:
     _swap(model, converted)
 
 
+def requantize_layer(model: nn.Module, name: str, format: str) -> None:
+    """Moves one converted layer, and an embedding tied to it, to another format; "FP32" puts the originals back.
+
+    Every role that had the weight's format takes the new one. The weight belongs to no grid until an optimizer places
+    it on one again. ValueError where `name` is no converted layer.
+    """
+    layer = dict(model.named_modules()).get(name)
+    if not isinstance(layer, QuantizedLinear):
+        converted = ", ".join(n for n, m in model.named_modules() if isinstance(m, QuantizedLinear))
+        raise ValueError(f"{name!r} is no converted layer; those are {converted or 'none'}")
+    if format.upper() != "FP32":
+        layer.reformat(format)
+        return
+    tied: dict[nn.Module, nn.Module] = {
+        m: m.original() for m in model.modules() if isinstance(m, QuantizedEmbedding) and m.weight is layer.weight
+    }
+    _swap(model, {layer: layer.original(), **tied})
+
+
 def quantized_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, FloatFormat]]:
     """Layer name to (weight, format) of each converted layer; a tied weight once, by its linear layer."""
     found: dict[nn.Parameter, tuple[str, FloatFormat]] = {}

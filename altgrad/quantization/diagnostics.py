@@ -130,6 +130,20 @@ def gradient_stiffness_correlation(
     grad: Tensor, weight: Tensor, fmt: str | FloatFormat
 ) -> StiffnessCorrelation:
     """Whether gradients are larger where the grid is coarser: Pearson of the logarithms, Spearman of the ranks."""
+    size, stiffness, used = _logarithms(grad, weight, fmt)
+    return StiffnessCorrelation(
+        pearson=_pearson(size, stiffness, used),
+        spearman=_pearson(_ranks(size, used), _ranks(stiffness, used), used),
+    )
+
+
+def stiffness_pearson(grad: Tensor, weight: Tensor, fmt: str | FloatFormat) -> Tensor:
+    """Pearson's half of `gradient_stiffness_correlation`, 0-d, without the sorting that ranks need."""
+    return _pearson(*_logarithms(grad, weight, fmt))
+
+
+def _logarithms(grad: Tensor, weight: Tensor, fmt: str | FloatFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """log2 |g|, log2 S but for a constant, and where both are finite; all flat."""
     gradient, x = _elements(grad).flatten(), _elements(weight).flatten()
     if gradient.shape != x.shape:
         raise ValueError(f"grad has the shape {tuple(grad.shape)}, weight {tuple(weight.shape)}")
@@ -138,10 +152,7 @@ def gradient_stiffness_correlation(
     # log2 S is the exponent but for a constant, and no correlation sees a constant.
     stiffness = torch.zeros_like(x).double() if is_constant else _exponent(torch.where(used, x, 1.0)).double()
     size = torch.where(used, gradient.double().abs(), 1.0).log2()
-    return StiffnessCorrelation(
-        pearson=_pearson(size, stiffness, used),
-        spearman=_pearson(_ranks(size, used), _ranks(stiffness, used), used),
-    )
+    return size, stiffness, used
 
 
 def codes_in_use(weight: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.ops import mix_seed
 from altgrad.quantization.products import Operand, Product, check_product, matmul_transposed
 from altgrad.quantization.roles import Role, RoleQuantizer, as_role, operand_of
@@ -95,6 +95,15 @@ class QuantizedLinear(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The values of `weight_operand`, float32."""
         return self.weight_operand().values
+
+    def reformat(self, format: str | FloatFormat) -> None:
+        """Takes another format in every role that has the weight's; histories start again, and so does the grid."""
+        before, after = self.weight_format, get_format(format)
+        for name, quantizer in self.quantizers().items():
+            if quantizer.fmt == before:
+                role = quantizer.role.model_copy(update={"format": after.name})
+                setattr(self, f"{name}_quantizer", RoleQuantizer(role, quantizer.key))
+        self.grid.fmt, self.grid.scale = after, None
 
     def original(self) -> nn.Linear:
         """The wrapped layer, holding the present Parameters, which belong to no grid any more."""

@@ -89,12 +89,17 @@ def range_statistics(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> R
     noise = torch.where(finite, x.double() - rounded.double(), 0.0)
     return RangeStatistics(
         amax=_amax(x),
-        overflow=_share((x / scale).abs() > _overflow_limit(fmt)),
+        overflow=overflow_share(x, fmt, scale),
         underflow=_share((x != 0) & (rounded == 0)),
         saturation=_share(rounded.abs() == largest),
         sqnr_db=10.0 * (signal.square().sum() / noise.square().sum()).log10(),
         nonfinite=_share(~finite),
     )
+
+
+def overflow_share(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
+    """The `overflow` of `range_statistics` alone, in one pass: 0-d float64."""
+    return _share((_elements(x) / scale).abs() > _overflow_limit(get_format(fmt)))
 
 
 def activation_kurtosis(x: Tensor) -> Tensor:

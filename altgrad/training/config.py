@@ -20,7 +20,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from altgrad.quantization import NUMERICS_VERSION, get_format, named_policy
+from altgrad.training.catalogue import check_signal
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
+from altgrad.training.interventions import InterventionConfig
 from altgrad.training.rules import RULES
 
 UNQUANTIZED = "FP32"
@@ -116,6 +118,15 @@ class ScheduleConfig(Frozen):
     decay_fraction: float = Field(
         0.2, gt=0, le=1, description="share of the steps in which wsd decays to zero"
     )
+
+
+class ObserveConfig(Frozen):
+    """How often the rarer signals are measured; a check is the end of a log interval."""
+
+    exact_ranks_every: int = Field(20, ge=1, description="checks from one exact spectrum of the weights to the next")
+    detail_every: int = Field(10, ge=1, description="checks from one look at grids and tensor ranges to the next")
+    shadow_every: int | None = Field(None, ge=1, description=(
+        "checks from one comparison with a float32 shadow's gradient to the next, one more step each; null: none"))
 
 
 class _AdamLike(Frozen):
@@ -272,7 +283,9 @@ class TrainConfig(Frozen):
     clip_grad_norm: float | None = Field(
         1.0, gt=0, description="global L2 norm of the gradient, null for none"
     )
+    interventions: tuple[InterventionConfig, ...] = Field((), description="what may change the training on its way")
     guards: tuple[GuardRule, ...] = DEFAULT_GUARDS
+    observe: ObserveConfig = ObserveConfig()
     seed: int = Field(0, ge=0, lt=2**31)
     steps: int = Field(100, ge=1)
     log_interval: int = Field(10, ge=1, description="steps between host syncs, log rows and guard checks")
@@ -288,6 +301,13 @@ class TrainConfig(Frozen):
     def _consistent(self) -> TrainConfig:
         named_policy(self.policy, self.format)
         _check_task(self.task, self.model, self.data)
+        twice = next((kind for kind, n in Counter(i.kind for i in self.interventions).items() if n > 1), None)
+        if twice is not None:
+            raise ValueError(f"interventions holds {twice!r} more than once")
+        if self.observe.shadow_every is None:
+            for rule in self.guards:
+                if check_signal(rule.signal).schedule == "shadow":
+                    raise ValueError(f"guards: {rule.signal!r} is measured only with observe.shadow_every")
         for name in ("eval_interval", "checkpoint_interval"):
             if getattr(self, name) % self.log_interval:
                 value = getattr(self, name)
@@ -313,6 +333,8 @@ class TrainConfig(Frozen):
                 "model": {"encoder"} if self.model.encoder is None else set(),
                 "data": {"source", "revision", "tokenizer", *of_task},
                 "guards": True,
+                "interventions": set() if self.interventions else True,
+                "observe": True,
                 "log_interval": True,
                 "eval_interval": True,
                 "checkpoint_interval": True,

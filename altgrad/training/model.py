@@ -25,10 +25,15 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width, bias=False)
         self.c_proj = nn.Linear(config.width, config.width, bias=False)
 
+    def split(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, time, 3 width] as query, key and value, [batch, heads, time, width / heads] each."""
+        batch, time, width = parts.shape
+        query, key, value = parts.view(batch, time, 3, self.heads, width // 3 // self.heads).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, time, width = x.shape
-        parts = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        query, key, value = self.split(self.c_attn(x))
         allowed = None if mask is None else mask[:, None, None, :]
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=mask is None)
         out: Tensor = self.c_proj(y.transpose(1, 2).reshape(batch, time, width))

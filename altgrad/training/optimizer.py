@@ -24,12 +24,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, weight_grid
+from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, ulp, weight_grid
 from altgrad.training.kernels import FIXED, Count, Job, Moments, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
 from altgrad.training.rules import RULES
 
 HEADROOM = 2.0
+
+OF_FORMAT = ("mean_spacing", "grid_scale", "overflow_streak", "carry")
+"""State that means nothing in another format."""
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -324,6 +327,32 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             raise RuntimeError("a parameter lost the scale of its grid; build the optimizer after the model is final")
         state["grid_scale"] = grid.scale = scale.to(parameter.device, torch.float32)
         return grid.scale
+
+    @torch.no_grad()
+    def adopt(self, other: GridAwareOptimizer) -> None:
+        """Goes on where another optimizer of the same arm is, over the same parameters in other formats.
+
+        Moments and step counts stay; what depends on a parameter's format starts anew where that has changed, its mean
+        spacing with that of the present weights until the next measurement.
+        """
+        before = {p: group["format"] for group in other.param_groups for p in group["params"]}
+        for group in self.param_groups:
+            group["calls"] = max(old["calls"] for old in other.param_groups)
+            group["lr"] = other.param_groups[0]["lr"]
+            for parameter in group["params"]:
+                state = dict(other.state[parameter])
+                if group["format"] != before[parameter]:
+                    state = {name: value for name, value in state.items() if name not in OF_FORMAT}
+                    if "mean_spacing" in other.state[parameter] and group["format"] is not None:
+                        state["mean_spacing"] = self._spacing(parameter, group["format"])
+                self.state[parameter] = state
+
+    @staticmethod
+    def _spacing(parameter: Tensor, format: str) -> Tensor:
+        fmt, scale = get_format(format), weight_grid(parameter).scale
+        if scale is None:
+            scale = torch.ones(()) if fmt.total_bits > 8 else compute_scale(parameter, fmt)
+        return ulp(parameter.float(), fmt, scale).double().mean()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state exactly: torch casts state to the parameter's dtype, which would lose bits."""

@@ -41,7 +41,9 @@ class Outcome:
     """How and where a trial ended.
 
     `step` is the last step trained; `signal`, `layer`, `value`, `limit` and `first_seen` are a guard's evidence and
-    None elsewhere. `train_loss`, `val_loss` are in nats per token, `bits_per_byte` in bits, `seconds` is the wall
+    None elsewhere. `formats` names the layers that an emergency moved to another format, as in "lm_head: E4M3->E5M2",
+    and is None where there are none. `train_loss`, `val_loss` are in nats per token, `bits_per_byte` in bits,
+    `seconds` is the wall
     time of all attempts.
     """
 
@@ -53,6 +55,7 @@ class Outcome:
     limit: float | None = None
     first_seen: int | None = None
     message: str = ""
+    formats: str | None = None
     train_loss: float | None = None
     val_loss: float | None = None
     bits_per_byte: float | None = None

@@ -1,11 +1,11 @@
 """The loop. There is one, and every executor runs it.
 
-    batch → forward → backward → before_update → step → after_update → guards → log
+    batch → forward → backward → before_update → step → after_update → interventions → guards → log
 
-The model is rewritten once, before the loop (`quantize_model`), so the loop knows nothing of formats. Losses and
-gradient norms stay 0-d tensors until the log interval ends; then everything is fetched together, guards judge the
-interval, rows are flushed, and the caller gets control (`intervals`), which is where Ray listens. A guard's verdict
-is answered here, by the worker itself: checkpoint, outcome, return.
+The model is rewritten once, before the loop (`quantize_model`), so the loop knows nothing of formats. Losses, norms
+and all that observers measure stay on the device until the log interval ends; then everything is fetched together,
+declared interventions and guards judge the interval, rows are flushed, and the caller gets control (`intervals`),
+which is where Ray listens. A guard's verdict is answered here, by the worker itself: checkpoint, outcome, return.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from altgrad.quantization import dequantize_model, named_policy, quantize_model, quantized_parameters
+from altgrad.quantization import (
+    FormatShift,
+    dequantize_model,
+    named_policy,
+    quantize_model,
+    quantized_parameters,
+    requantize_layer,
+)
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
 from altgrad.training.guards import GuardPanel, Verdict, verdict_fields
+from altgrad.training.interventions import Interventions, describe_clip
+from altgrad.training.observers import GradientNormScore, Observers, Subject
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
-from altgrad.training.signals import StepSignals, layer_name
+from altgrad.training.reference import ReferenceCurve
+from altgrad.training.shadow import ShadowObserver
 from altgrad.training.tasks import build_task, check_fingerprint, save_vocabulary
 
 
@@ -53,7 +63,8 @@ class Trainer:
 
     With a `folder` the run leaves its record there (see `record.py`); without, nothing is written. `run()` returns
     the Outcome; `intervals()` does the same work in pieces, yielding the last row of each log interval. After either,
-    `outcome` and, in memory, `rows` hold what happened in this attempt.
+    `outcome` and, in memory, `rows` hold what happened in this attempt. `reference`: the curve of a healthy run, for
+    the signals that are held against one; without it they are not measured.
     """
 
     def __init__(
@@ -63,6 +74,7 @@ class Trainer:
         *,
         folder: Path | None = None,
         observe: bool = True,
+        reference: ReferenceCurve | None = None,
     ) -> None:
         self.config = config
         self.reporter = reporter
@@ -78,11 +90,13 @@ class Trainer:
         self.formats = quantized_parameters(self.model)
         if not getattr(config.optimizer, "quantized", True):
             dequantize_model(self.model)
+        self.reference = reference
         self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))
         self.optimizer.telemetry = observe
-        self.signals = StepSignals(self.model, self.optimizer, self.formats) if observe else None
+        self.observers = self._build_observers() if observe else None
         self.panel = GuardPanel(config.guards)
-        self._names = [layer_name(name) for name, _ in self.model.named_parameters()]
+        self.interventions = Interventions(config.interventions)
+        self._score = GradientNormScore()
         self.step = 0
         self.resumed_from: int | None = None
         self._base_lr = config.optimizer.lr
@@ -111,7 +125,14 @@ class Trainer:
         verdict: Verdict | None = None
         while self.step < self.config.steps and verdict is None:
             rows = self._interval()
-            verdict = self.panel.check(rows)
+            shift = self.interventions.shift(rows, self._format_names())
+            if shift is not None:
+                self._apply(shift)
+                self.panel.forget()
+                rows[-1]["shifts"] = [f"{shift.layer}: {shift.label}"]
+            else:
+                verdict = self.panel.check(rows)
+                rows[-1] |= {"warnings": [w.message() for w in self.panel.warnings]} if self.panel.warnings else {}
             self._keep(rows, verdict)
             if verdict is not None or self.step >= self.config.steps:
                 self._finish(verdict)
@@ -127,13 +148,17 @@ class Trainer:
         first, rates, pending = self.step + 1, [], []
         for step in range(first, end + 1):
             rates.append(self._set_learning_rate(step))
-            pending.append(self._train_step(step))
+            pending.append(self._train_step(step, check=step == end))
         self.step = end
-        fetched = torch.stack(pending).tolist()
-        rows = [self._row(first + i, rates[i], *values) for i, values in enumerate(fetched)]
+        measured = [] if self.observers is None else [self.observers.collect()]
+        fetched = torch.cat([torch.stack(pending).flatten(), *measured]).tolist()
+        width = len(pending[0])
+        rows = [
+            self._row(first + i, rate, fetched[i * width : (i + 1) * width]) for i, rate in enumerate(rates)
+        ]
         last = rows[-1]
-        if self.signals is not None:
-            last |= self.signals.collect()
+        if self.observers is not None:
+            last |= self.observers.row(fetched[len(rows) * width :])
         elapsed = time.perf_counter() - started
         last[self.task.throughput] = len(rows) * self.task.units() / elapsed
         if end % config.eval_interval == 0 or end == config.steps:
@@ -141,42 +166,98 @@ class Trainer:
         self._seconds += time.perf_counter() - started
         return rows
 
-    def _row(self, step: int, rate: float, loss: float, norm: float, *norms: float) -> dict[str, Any]:
+    def _row(self, step: int, rate: float, values: list[float]) -> dict[str, Any]:
+        """A step's row from what `_train_step` returned for it."""
+        names = [name.removesuffix(".weight") for name, _ in self.model.named_parameters()]
+        loss, norm, values = values[0], values[1], values[2:]
         row: dict[str, Any] = {
             "step": step,
             "train_loss": loss,
             "grad_norm": norm,
+            "grad_norm_z": self._score.update(norm),
             "lr": rate,
             "loss_excess": self._excess(loss),
         }
-        if not math.isfinite(norm):
-            # Gradients flow backwards: of the broken layers, the last is the nearest to the cause.
-            broken = [
-                name for name, value in zip(self._names, norms, strict=True) if not math.isfinite(value)
-            ]
-            row["nonfinite_layer"] = broken[-1] if broken else None
+        expected = None if self.reference is None else self.reference.loss(step)
+        if expected is not None:
+            row["loss_gap"] = loss - expected
+        if self.interventions.clips:
+            row |= describe_clip(*values[len(names) : len(names) + 2])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            outputs = values[len(names) + 2 * self.interventions.clips :]
+            row["nonfinite_layer"] = self._broken_layer(loss, outputs, values[: len(names)], names)
         return row
 
-    def _train_step(self, step: int) -> Tensor:
-        """One step; returns loss, total and per-parameter gradient norms, as one tensor that nobody waited for."""
+    def _broken_layer(
+        self, loss: float, outputs: list[float], norms: list[float], names: list[str]
+    ) -> str | None:
+        """Where it broke: the first module whose output did, else the gradient nearest to its cause, or the loss."""
+        modules = [] if self.observers is None else self.observers.modules
+        broken = [name for name, value in zip(modules, outputs, strict=True) if not math.isfinite(value)]
+        if broken or not math.isfinite(loss):
+            return broken[0] if broken else None
+        # Gradients flow backwards: of the broken layers, the last is the nearest to the cause.
+        late = [name for name, value in zip(names, norms, strict=True) if not math.isfinite(value)]
+        return late[-1] if late else None
+
+    def _train_step(self, step: int, *, check: bool) -> Tensor:
+        """One step: loss, gradient norms, clipping and output sums, as one tensor that nobody waited for."""
+        if self.observers is not None:
+            self.observers.start_step(step, check=check)
         loss = self.task.loss(self.model, step)
+        outputs = torch.zeros(0) if self.observers is None else self.observers.end_forward(loss.device)
         loss.backward()
+        if self.observers is not None:
+            self.observers.before_update()
         norms = self._before_update()
         self.optimizer.step()
+        if self.observers is not None:
+            self.observers.after_update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.signals is not None:
-            self.signals.after_update()
-        return torch.cat([loss.detach()[None], norms])
+        return torch.cat([loss.detach().double()[None], norms, outputs.double()])
 
     def _before_update(self) -> Tensor:
-        """Clips the gradients to the global norm; returns the total and each parameter's L2 norm before that."""
-        parameters = list(self.model.parameters())
-        gradients = [torch.zeros(()) if p.grad is None else p.grad for p in parameters]
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        """Clips the gradients; their total and each parameter's L2 norm before that, and what clipping did."""
+        named = dict(self.model.named_parameters())
+        norms = _norms(named)
         total = torch.linalg.vector_norm(norms)
+        clipped = self.interventions.before_step(named, self._parameter_formats())
         if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, total)
-        return torch.cat([total[None], norms])
+            left = torch.linalg.vector_norm(_norms(named)) if self.interventions.clips else total
+            torch.nn.utils.clip_grads_with_norm_(named.values(), self.config.clip_grad_norm, left)
+        return torch.cat([total[None].double(), norms.double(), clipped])
+
+    def _format_names(self) -> dict[str, str]:
+        """Format by layer."""
+        return {name: fmt.name for name, (_, fmt) in self.formats.items()}
+
+    def _parameter_formats(self) -> dict[str, str]:
+        """Format by parameter, of those that have one."""
+        if not self.interventions.clips:
+            return {}
+        by_parameter = {parameter: fmt.name for parameter, fmt in self.formats.values()}
+        return {name: by_parameter[p] for name, p in self.model.named_parameters() if p in by_parameter}
+
+    def _build_observers(self) -> Observers:
+        critical: tuple[str, ...] = self.model.critical_layers()  # type: ignore[operator]
+        subject = Subject(self.model, self.optimizer, self.formats, critical)
+        config = self.config.observe
+        shadow = [] if config.shadow_every is None else [ShadowObserver(subject, self.task.build, self.task.loss)]
+        return Observers(subject, config, self.reference, shadow)
+
+    def _apply(self, *shifts: FormatShift) -> None:
+        """Moves layers to other formats; the optimizer and the observers go on with them."""
+        for shift in shifts:
+            requantize_layer(self.model, shift.layer, shift.after)
+        self.formats = quantized_parameters(self.model)
+        before, self.optimizer = self.optimizer, build_optimizer(self.config, self.model, dict(self.formats.values()))
+        self.optimizer.telemetry = before.telemetry
+        self.optimizer.adopt(before)
+        if self.observers is not None:
+            state = self.observers.state_dict()
+            self.observers.close()
+            self.observers = self._build_observers()
+            self.observers.load_state_dict(state)
 
     def _set_learning_rate(self, step: int) -> float:
         rate = self._base_lr * learning_rate_factor(self.config.schedule, step, self.config.steps)
@@ -211,6 +292,8 @@ class Trainer:
         ending: dict[str, Any] = {"kind": OutcomeKind.DONE, "step": self.step}
         if verdict is not None:
             ending = verdict_fields(verdict)
+        if self.interventions.shifts:
+            ending["formats"] = ", ".join(f"{shift.layer}: {shift.label}" for shift in self.interventions.shifts)
         self.outcome = Outcome(**ending, **self._last, seconds=self._seconds)  # type: ignore[arg-type]
         if self.folder is not None:
             self.folder.finish(self.outcome)
@@ -221,6 +304,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "guards": self.panel.state_dict(),
+            "interventions": self.interventions.state_dict(),
+            "observers": None if self.observers is None else self.observers.state_dict(),
+            "grad_norm_score": self._score.state_dict(),
             "first_loss": self._first_loss,
             "last": self._last,
             "seconds": self._seconds,
@@ -231,9 +317,15 @@ class Trainer:
         state = load_checkpoint(folder.checkpoint_path)
         if state is not None:
             check_fingerprint(state["data"], self.task.fingerprint())
+            self.interventions.load_state_dict(state["interventions"])
+            if self.interventions.shifts:
+                self._apply(*self.interventions.shifts)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.panel.load_state_dict(state["guards"])
+            self._score.load_state_dict(state["grad_norm_score"])
+            if self.observers is not None and state["observers"] is not None:
+                self.observers.load_state_dict(state["observers"])
             self.step = self.resumed_from = state["step"]
             self._first_loss, self._last, self._seconds = state["first_loss"], state["last"], state["seconds"]
         folder.begin(
@@ -241,7 +333,14 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
                 "data_sha256": self.task.data.sha256,
                 "resumed_from": self.resumed_from,
+                "reference": None if self.reference is None else self.reference.version,
             },
             after_step=self.step,
         )
         save_vocabulary(self.task, folder.path)
+
+
+def _norms(named: dict[str, torch.nn.Parameter]) -> Tensor:
+    """[parameters] the L2 norm of each one's gradient, 0 where it has none."""
+    gradients = (torch.zeros((), device=p.device) if p.grad is None else p.grad for p in named.values())
+    return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])

@@ -5,9 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from altgrad.training import TrainConfig, Trainer
-from altgrad.training.catalogue import SIGNALS, as_table
-from altgrad.training.guards import DEFAULT_GUARDS, GuardPanel, GuardRule, when
+from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardPanel, GuardRule, when
 from altgrad.training.outcome import OutcomeKind
 
 
@@ -153,12 +151,16 @@ def test_rules_over_layers_and_on_one_layer(signal, value, layer):
     assert GuardPanel([when("flip_yield/a").below(0.4)]).check([{"step": 10, "layers": layers}]) is None
 
 
-def test_the_catalogue_holds_every_signal_of_a_row():
-    trainer = Trainer(TrainConfig(model={"layers": 1, "heads": 2, "width": 16, "block": 16}, steps=10, eval_interval=10,
-                                  checkpoint_interval=10, data={"batch": 2, "eval_batches": 1}))  # fmt: skip
-    trainer.run()
-    last = trainer.rows[-1]
-    for name, signal in SIGNALS.items():
-        assert name in last, name
-        assert all((name in values) == signal.of_layers for values in last["layers"].values()), name
-    assert [line[0] for line in as_table()] == list(SIGNALS)
+def test_a_warning_is_recorded_and_ends_nothing():
+    warning = when("grad_norm").above(2.0).ending_as("warning")
+    rows = interval(10)
+    rows[4]["grad_norm"] = 3.0
+    panel = GuardPanel([warning])
+    assert panel.check(rows) is None
+    assert [(w.signal, w.step, w.value) for w in panel.warnings] == [("grad_norm", 5, 3.0)]
+    assert panel.check(interval(20)) is None and panel.warnings == []
+
+
+@pytest.mark.parametrize("name", NAMED_RULES)
+def test_rules_have_names(name):
+    assert GuardRule.model_validate(name) == NAMED_RULES[name]

@@ -1,0 +1,159 @@
+"""The tensors that a layer multiplies, in their roles, seen by hooks that change nothing.
+
+At a check every role's amax, its moving average, and the share beyond the format's range; on the rarer schedule, what
+else the format makes of the tensor (underflow, saturation, SQNR), the kurtosis of what comes in, and the largest
+attention logit. At every step one sum over each module's output: where it is not finite, so is the output, and the
+first such module in the order of execution is where a run broke.
+
+Activations are looked at before the layer rounds them, under the scale that it will take; gradients as they arrive at
+the layer's output. A layer in block scales has no single scale, and only its amax is followed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from altgrad.quantization import (
+    AmaxMovingAverage,
+    QuantizedLinear,
+    activation_kurtosis,
+    overflow_share,
+    range_statistics,
+)
+from altgrad.quantization.roles import RoleQuantizer
+from altgrad.training.model import Attention
+from altgrad.training.observers.base import Moment, Observer, Readings, Subject
+
+
+class TensorObserver(Observer):
+    """Ranges by role; see the module."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._layers = {name: m for name, m in subject.model.named_modules() if isinstance(m, QuantizedLinear)}
+        self._average = AmaxMovingAverage()
+        self._found: Readings = {}
+        self._moment = Moment(0, check=False, detail=False)
+        self._open = False
+        self._hooks: list[RemovableHandle] = []
+        for name, layer in self._layers.items():
+            self._hooks += [
+                layer.register_forward_pre_hook(partial(self._came_in, name)),
+                layer.register_forward_hook(partial(self._went_out, name)),
+            ]
+        for owner, module in subject.model.named_modules():
+            if isinstance(module, Attention):
+                self._hooks.append(module.c_attn.register_forward_hook(partial(self._attended, owner, module)))
+
+    def start_step(self, moment: Moment) -> None:
+        self._moment, self._open = moment, moment.check
+
+    def before_update(self) -> None:
+        if self._moment.check:
+            for name, layer in self._layers.items():
+                weight = cast(Tensor, layer.weight).detach()
+                self._look(name, "weight", weight, layer.weight_quantizer, own_scale=layer.grid.scale)
+        self._open = False
+
+    def collect(self) -> Readings:
+        found, self._found = self._found, {}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._average.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._average.load_state_dict(state)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _came_in(self, name: str, layer: QuantizedLinear, inputs: tuple[Tensor, ...]) -> None:
+        if self._open:
+            x = inputs[0]
+            self._look(name, "activation", x.detach(), layer.activation_quantizer)
+            if self._moment.detail:
+                self._found[name, "activation_kurtosis"] = activation_kurtosis(x)
+
+    def _went_out(self, name: str, layer: QuantizedLinear, _: Any, y: Tensor) -> None:
+        if self._open and y.requires_grad:
+            y.register_hook(lambda gradient: self._look(name, "gradient", gradient.detach(), layer.gradient_quantizer))
+
+    def _attended(self, name: str, attention: Attention, _: nn.Module, inputs: Any, parts: Tensor) -> None:
+        if self._open and self._moment.detail:
+            query, key, _value = attention.split(parts.detach())
+            logits = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+            self._found[name, "attention_logit_max"] = logits.amax()
+
+    def _look(
+        self, name: str, role: str, x: Tensor, quantizer: RoleQuantizer | None, own_scale: Tensor | None = None
+    ) -> None:
+        if (name, f"{role}_amax") in self._found:
+            return  # a layer that runs twice in a step is seen at its first run
+        low, high = torch.aminmax(x)
+        amax = torch.maximum(high, -low)
+        average = self._average.update(f"{name}/{role}", self._moment.step, amax)
+        self._found |= {
+            (name, f"{role}_amax"): amax,
+            (name, f"{role}_amax_mean"): average.mean,
+            (name, f"{role}_amax_jump"): average.jump,
+        }
+        if quantizer is None or quantizer.role.scale.kind == "block":
+            return
+        scale = own_scale
+        if scale is None:
+            scale = quantizer.role.scale.scale(x, quantizer.fmt, quantizer.tracker, update=False)
+        self._found[name, f"{role}_overflow"] = overflow_share(x, quantizer.fmt, scale)
+        if not self._moment.detail:
+            return
+        covered = range_statistics(x, quantizer.fmt, scale)
+        self._found |= {
+            (name, f"{role}_underflow"): covered.underflow,
+            (name, f"{role}_saturation"): covered.saturation,
+            (name, f"{role}_sqnr"): covered.sqnr_db,
+        }
+
+
+class OutputSums:
+    """One sum per module and step, to find the first output that was not finite; modules in the order of execution."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: list[str] = []
+        self._sums: dict[str, Tensor] = {}
+        self._open = False
+        self._fixed = False
+        self._hooks = [
+            module.register_forward_hook(partial(self._take, name))
+            for name, module in model.named_modules()
+            if not list(module.children())
+        ]
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def start_step(self) -> None:
+        """Before the forward pass of a training step."""
+        self._sums, self._open = {}, True
+
+    def end_forward(self, device: torch.device) -> Tensor:
+        """[modules] sums of the step, in the order of `names`, which the first step fixes."""
+        self._open, self._fixed = False, True
+        zero = torch.zeros((), device=device)
+        return torch.stack([self._sums.get(name, zero) for name in self.names]) if self.names else zero[None][:0]
+
+    def _take(self, name: str, _: nn.Module, inputs: Any, y: Any) -> None:
+        if not self._open or not isinstance(y, Tensor) or not y.is_floating_point():
+            return
+        if not self._fixed and name not in self._sums:
+            self.names.append(name)
+        total = y.detach().sum(dtype=torch.float32)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
