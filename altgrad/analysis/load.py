@@ -151,7 +151,8 @@ def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None,
 
 
 def _outcome(ending: sqlite3.Row) -> Outcome:
-    values = {"limit" if name == "limit_" else name: ending[name] for name in OUTCOME_FIELDS}
+    known = tuple(ending.keys())
+    values = {"limit" if name == "limit_" else name: ending[name] for name in OUTCOME_FIELDS if name in known}
     numbers = ("value", "limit", "train_loss", "val_loss", "bits_per_byte")
     return Outcome.from_dict(values | {name: from_plain(values[name]) for name in numbers})
 

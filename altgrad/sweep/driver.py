@@ -25,6 +25,7 @@ from ray import tune
 from altgrad.sweep.executors import TrialActor, run_request
 from altgrad.sweep.folder import cores
 from altgrad.sweep.progress import Progress
+from altgrad.sweep.queue import TrialQueue
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
@@ -95,22 +96,29 @@ class Breaker(tune.Stopper):
 
 
 def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progress, race: Race | None, *,
-          address: str, concurrent: int) -> str | None:
-    """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did."""
+          against: Mapping[str, str], address: str, concurrent: int, own_guards: bool = True) -> str | None:
+    """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
+
+    `against`: each trial's reference, which may be among the trials or have ended before.
+    """
     scratch = recorder.folder.parent.absolute() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     scheduler, breaker = HealthScheduler(trials, race), Breaker()
     follower = Follower(recorder, progress, scheduler, breaker)
-    requests = [run_request(trial_id, config, recorder.folder.absolute() / trial_id)
-                for trial_id, config in trials.items()]
+    requests = {
+        trial_id: run_request(
+            trial_id, config, recorder.folder.absolute() / trial_id, against.get(trial_id), own_guards=own_guards)
+        for trial_id, config in trials.items()
+    }
     progress.watch(_start(address))
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
             TrialActor,
-            param_space={"trial": tune.grid_search(requests)},
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
+                search_alg=TrialQueue(requests, against),
+                num_samples=len(requests),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
                 trial_name_creator=trial_id_of,

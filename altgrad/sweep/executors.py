@@ -13,6 +13,7 @@ the trial: that error goes to Ray, which tries again.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +23,37 @@ import torch
 from ray import tune
 
 from altgrad.training.config import TrainConfig
+from altgrad.training.guards import guarded_view
 from altgrad.training.outcome import Outcome, OutcomeKind
-from altgrad.training.record import write_json
+from altgrad.training.record import from_plain, to_plain, write_json
+from altgrad.training.reference import ReferenceCurve
 from altgrad.training.trainer import Trainer
 
 REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro",
             "samples_per_s")
+GUARDED = "guarded"
+"""Where a result carries what the scheduler's own look at the guards needs, as JSON."""
 TRACEBACK = "traceback.txt"
 
 
-def run_request(trial_id: str, config: TrainConfig, folder: Path) -> dict[str, str]:
-    """What an actor needs to run a trial; plain strings, so that Ray has nothing to interpret."""
-    return {"trial_id": trial_id, "config": config.model_dump_json(), "folder": str(folder)}
+def run_request(
+    trial_id: str, config: TrainConfig, folder: Path, reference: str | None = None, *, own_guards: bool = True
+) -> dict[str, str]:
+    """What an actor needs to run a trial; plain strings, so that Ray has nothing to interpret.
+
+    `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it.
+    """
+    return {"trial_id": trial_id, "config": config.model_dump_json(), "folder": str(folder),
+            "reference": reference or "", "own_guards": "yes" if own_guards else ""}
+
+
+def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
+    """The curve of the reference among these trials' folders, where it ran to its end."""
+    ending = trials / reference / "outcome.json"
+    if not reference or not ending.exists():
+        return None
+    outcome = Outcome.from_dict(from_plain(json.loads(ending.read_text())))
+    return ReferenceCurve.read(trials / reference) if outcome.kind is OutcomeKind.DONE else None
 
 
 class TrialActor(tune.Trainable):
@@ -71,20 +91,28 @@ class TrialActor(tune.Trainable):
         request = config["trial"]
         self._config = TrainConfig.model_validate_json(request["config"])
         self._folder = Path(request["folder"])
+        self._reference, self._own_guards = request["reference"], bool(request["own_guards"])
         self._trainer: Trainer | None = None
         self._rows: Iterator[dict[str, Any]] | None = None
         self._reached = 0
 
     def _interval(self) -> dict[str, Any]:
         if self._trainer is None or self._rows is None:
-            self._trainer = Trainer(self._config, folder=self._folder)
+            self._trainer = Trainer(
+                self._config,
+                folder=self._folder,
+                reference=read_reference(self._folder.parent, self._reference),
+                guarded=self._own_guards,
+            )
             self._rows = self._trainer.intervals()
         row = next(self._rows, None)
         outcome = self._trainer.outcome
         if outcome is None:
             assert row is not None, "a run without an outcome goes on"
             self._reached = row["step"]
-            return {name: row[name] for name in REPORTED if name in row}
+            return {name: row[name] for name in REPORTED if name in row} | {
+                GUARDED: json.dumps(to_plain(guarded_view(row, self._config.guards)))
+            }
         self._release()
         (self._folder / TRACEBACK).unlink(missing_ok=True)
         return _ending(outcome)

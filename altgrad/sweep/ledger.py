@@ -18,17 +18,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardRule
 from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
-ROW_SIGNALS = ("train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "loss_excess", "tokens_per_s",
-               "flips", "updates", "gradient_updates", "stall_ratio", "flip_yield", "stable_rank",
-               "overflow", "skipped_tensors", "nonfinite_weights", *CLASSIFICATION_SIGNALS)
+ROW_SIGNALS = (*SIGNALS, "bits_per_byte", "lr", "tokens_per_s", "clipped_tensors", "clip_factor",
+               *CLASSIFICATION_SIGNALS)
 OUTCOME_FIELDS = ("kind", "signal", "layer", "step", "value", "limit_", "first_seen", "message",
-                  "train_loss", "val_loss", "bits_per_byte", "seconds")
+                  "train_loss", "val_loss", "bits_per_byte", "seconds", "formats")
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS trials (
@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
-    seconds REAL, recorded REAL);
+    seconds REAL, formats TEXT, recorded REAL);
 """
 
 
@@ -53,14 +53,15 @@ class Ledger:
         self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.executescript(SCHEMA)
-        self._add_new_signals()
+        self._add_new_columns("rows", dict.fromkeys(ROW_SIGNALS, "REAL"))
+        self._add_new_columns("outcomes", {"formats": "TEXT"})
 
-    def _add_new_signals(self) -> None:
-        """A ledger of an earlier version lacks the columns of signals that came later."""
-        known = {row[1] for row in self._connection.execute("PRAGMA table_info(rows)")}
-        for name in ROW_SIGNALS:
+    def _add_new_columns(self, table: str, columns: Mapping[str, str]) -> None:
+        """A ledger of an earlier version lacks what came later."""
+        known = {row[1] for row in self._connection.execute(f"PRAGMA table_info({table})")}
+        for name, kind in columns.items():
             if name not in known:
-                self._connection.execute(f"ALTER TABLE rows ADD COLUMN {name} REAL")
+                self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
     def __enter__(self) -> Ledger:
         return self

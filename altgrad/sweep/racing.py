@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from altgrad.sweep.spec import RaceConfig, is_reference
 from altgrad.training.config import TrainConfig
-from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 
 SCORE = "val_loss"
 
@@ -83,7 +83,7 @@ class Race:
         self._judge(group, step)
 
     def ended(self, trial_id: str, kind: OutcomeKind, step: int) -> None:
-        """A trial ended by itself: a complete one is safe, one that a guard ended ranks last from here on."""
+        """A trial ended by itself: a complete one is safe, one that a guard ended ranks last in every rung."""
         group = self._group_of.get(trial_id)
         if group is None:
             return
@@ -91,7 +91,9 @@ class Race:
             group.finished.add(trial_id)
             return
         for rung in self._rungs:
-            group.scores.setdefault(rung, {}).setdefault(trial_id, math.inf)
+            scores = group.scores.setdefault(rung, {})
+            # What a guard ended was failing before it was ended: its earlier numbers decide for nobody either.
+            scores[trial_id] = math.inf if kind in GUARD_KINDS else scores.get(trial_id, math.inf)
         self._judge(group, step)
 
     def lost(self, trial_id: str) -> None:

@@ -19,6 +19,7 @@ from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.progress import Progress, ending_name
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.references import references
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
@@ -48,6 +49,8 @@ class RunOptions:
     max_concurrent: int | None = None
     address: str = "local"
     fresh: bool = False
+    worker_guards: bool = True
+    """without, trials are left to the scheduler's look at their guards, which comes one check later"""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfi
     with Progress(left, len(trials)) as progress:
         from altgrad.sweep.driver import drive
         return drive(left, recorder, progress, race, address=options.address,
-                     concurrent=options.max_concurrent or cores())
+                     against=references(trials), concurrent=options.max_concurrent or cores(),
+                     own_guards=options.worker_guards)
 
 
 def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) -> Race:

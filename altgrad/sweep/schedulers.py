@@ -3,24 +3,28 @@ verdict.
 
 Guards run inside the worker: only there can a trial still write its checkpoint and its reason before it ends,
 since Ray's STOP ends an actor hard. The scheduler therefore stops a trial in two cases only, each with a
-typed record of the reason: it lost its race (altgrad.sweep.racing), or its loss has been non-finite for
-longer than its own guard would have waited, by one whole interval. A sweep with guards off asked for neither,
-and its diverged trials run on.
+typed record of the reason: it lost its race (altgrad.sweep.racing), or one of its own guards holds and the worker
+has not answered: the same rules are judged here on what workers report, with the patience of one more check. A sweep
+with guards off asked for neither, and its diverged trials run on.
+
+A trial that a guard ended, on either side, enters no rung of a race with a number: it ranks behind every finite one.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from altgrad.sweep.executors import GUARDED
 from altgrad.sweep.racing import SCORE, Race
 from altgrad.training.config import TrainConfig
-from altgrad.training.guards import GuardRule
+from altgrad.training.guards import GuardPanel, GuardRule, verdict_fields
 from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.record import from_plain
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class HealthScheduler(FIFOScheduler):
-    """Runs trials in their order; stops what has lost its race or keeps reporting a non-finite loss.
+    """Runs trials in their order; stops what has lost its race or breaks its own guards.
 
     `trials` are all trials of the sweep by id; `race` is None for no racing. `verdicts` holds the
     reason for each trial that this scheduler stopped.
@@ -39,7 +43,7 @@ class HealthScheduler(FIFOScheduler):
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials
         self._race = race
-        self._nonfinite: dict[str, list[int]] = {}
+        self._panels: dict[str, GuardPanel] = {}
 
     def on_trial_result(
         self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
@@ -81,38 +85,27 @@ class HealthScheduler(FIFOScheduler):
         return None if verdict is None else _at(verdict, result)
 
     def _backstop(self, trial_id: str, result: Mapping[str, Any]) -> Outcome | None:
-        rule = _loss_guard(self._trials[trial_id])
-        loss = result.get("train_loss")
-        if rule is None or loss is None or math.isfinite(loss):
-            self._nonfinite.pop(trial_id, None)
+        if GUARDED not in result:
             return None
-        steps = self._nonfinite.setdefault(trial_id, [])
-        steps.append(int(result["step"]))
-        if len(steps) <= rule.checks:
+        if trial_id not in self._panels:
+            self._panels[trial_id] = GuardPanel(backstop_rules(self._trials[trial_id]))
+        verdict = self._panels[trial_id].check([from_plain(json.loads(result[GUARDED]))])
+        if verdict is None:
             return None
-        return _at(
-            Outcome(
-                kind=OutcomeKind(rule.kind),
-                step=steps[-1],
-                signal=rule.signal,
-                value=loss,
-                limit=rule.limit,
-                first_seen=steps[0],
-                message=f"train_loss has not been finite since step {steps[0]}; stopped by the scheduler",
-            ),
-            result,
-        )
+        fields = verdict_fields(verdict)
+        return _at(Outcome(**(fields | {"message": f"{fields['message']}; stopped by the scheduler"})), result)
+
+
+def backstop_rules(config: TrainConfig) -> tuple[GuardRule, ...]:
+    """The trial's own rules that end a run, with the patience of one more check: the worker answers first."""
+    return tuple(
+        rule.model_copy(update={"checks": rule.checks + 1}) for rule in config.guards if rule.kind != "warning"
+    )
 
 
 def trial_id_of(trial: Trial) -> str:
     """Our id of a Tune trial (Tune's own can't be set)."""
     return str(trial.config["trial"]["trial_id"])
-
-
-def _loss_guard(config: TrainConfig) -> GuardRule | None:
-    return next(
-        (rule for rule in config.guards if (rule.signal, rule.test) == ("train_loss", "nonfinite")), None
-    )
 
 
 def _at(outcome: Outcome, result: Mapping[str, Any]) -> Outcome:

@@ -207,7 +207,8 @@ class SweepSpec(Frozen):
         return [exclusion for exclusion in found.values() if exclusion.trials]
 
     def _references(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
-        for format in ((UNQUANTIZED,) if UNQUANTIZED in self.formats else ()) + (BASELINE,):
+        # BF16 first: the others wait for it, and FP32 fills what is left of its time.
+        for format in (BASELINE, *((UNQUANTIZED,) if UNQUANTIZED in self.formats else ())):
             for optimizer in self._variants("adamw"):
                 yield format, "uniform", optimizer
 

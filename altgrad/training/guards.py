@@ -289,6 +289,14 @@ def worst_layer(rule: GuardRule, row: Mapping[str, Any], last: Mapping[str, Any]
     return pick(layers, key=lambda name: layers[name])
 
 
+def guarded_view(row: Mapping[str, Any], rules: Iterable[GuardRule]) -> dict[str, Any]:
+    """The part of a row that these rules read."""
+    bases = {rule.signal.partition("/")[0] for rule in rules}
+    layers = {name: {k: v for k, v in values.items() if k in bases} for name, values in row.get("layers", {}).items()}
+    kept = {name: value for name, value in row.items() if name in bases or name in ("step", "nonfinite_layer")}
+    return kept | {"layers": {name: values for name, values in layers.items() if values}}
+
+
 def verdict_fields(verdict: Verdict) -> dict[str, Any]:
     """The verdict as the fields of an outcome."""
     return asdict(verdict) | {"message": verdict.message()}

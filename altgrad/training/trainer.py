@@ -64,7 +64,8 @@ class Trainer:
     With a `folder` the run leaves its record there (see `record.py`); without, nothing is written. `run()` returns
     the Outcome; `intervals()` does the same work in pieces, yielding the last row of each log interval. After either,
     `outcome` and, in memory, `rows` hold what happened in this attempt. `reference`: the curve of a healthy run, for
-    the signals that are held against one; without it they are not measured.
+    the signals that are held against one; without it they are not measured. With `guarded=False` the run leaves its
+    guards to whoever listens.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Trainer:
         folder: Path | None = None,
         observe: bool = True,
         reference: ReferenceCurve | None = None,
+        guarded: bool = True,
     ) -> None:
         self.config = config
         self.reporter = reporter
@@ -94,7 +96,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))
         self.optimizer.telemetry = observe
         self.observers = self._build_observers() if observe else None
-        self.panel = GuardPanel(config.guards)
+        self.panel = GuardPanel(config.guards if guarded else ())
         self.interventions = Interventions(config.interventions)
         self._score = GradientNormScore()
         self.step = 0

@@ -1,5 +1,6 @@
 """Races are held between groups of seeds in one cell; what is not a number never decides for others."""
 
+import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -7,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from altgrad.sweep.executors import GUARDED
 from altgrad.sweep.racing import Race
 from altgrad.sweep.schedulers import HealthScheduler
 from altgrad.sweep.spec import RaceConfig, SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
+from altgrad.training.record import to_plain
 
 RUNG = 30
 SPEC = SweepSpec(
@@ -42,7 +45,8 @@ class Bench:
         return SimpleNamespace(config={"trial": {"trial_id": name}})
 
     def report(self, name: str, step: int, **row: float) -> str:
-        return str(self.scheduler.on_trial_result(None, self._trial(name), {"step": step, **row}))
+        guarded = json.dumps(to_plain({"step": step, **row}))
+        return str(self.scheduler.on_trial_result(None, self._trial(name), {"step": step, GUARDED: guarded, **row}))
 
     def end(self, name: str, step: int, kind: str) -> None:
         self.scheduler.on_trial_complete(
@@ -161,6 +165,30 @@ def test_the_backstop_forgets_when_the_loss_is_finite_again(second: float) -> No
     assert [bench.report("E5M2-1-0", 10 * i, train_loss=loss) for i, loss in enumerate(losses, 1)] == [
         "CONTINUE"
     ] * 3
+
+
+@pytest.mark.parametrize(("signal", "value", "kind", "checks"), [
+    ("flip_yield", 0.05, "stalled", 4), ("spread_ratio", 0.1, "rank_collapse", 3), ("frozen", 1, "stalled", 3)])
+def test_the_backstop_knows_every_rule_that_ends_a_run(signal: str, value: float, kind: str, checks: int) -> None:
+    bench = Bench(race=False)
+    layers = {"lm_head": {signal: value}, "other": {signal: math.nan}}
+    answers = [bench.report("E5M2-1-0", 20 + 10 * i, **{signal: value, "layers": layers}) for i in range(1, checks + 1)]
+    assert answers == ["CONTINUE"] * (checks - 1) + ["STOP"]
+    verdict = bench.scheduler.verdicts["E5M2-1-0"]
+    assert (str(verdict.kind), verdict.layer, verdict.value) == (kind, "lm_head", value)
+    assert verdict.message.endswith("stopped by the scheduler")
+
+
+def test_a_guard_stopped_trial_enters_no_rung_with_a_number() -> None:
+    bench = Bench()
+    for step in (30, 40, 50, 60):
+        bench.report("E5M2-1-0", step, flip_yield=0.05, val_loss=0.1)
+    assert bench.scheduler.verdicts["E5M2-1-0"].kind is OutcomeKind.STALLED
+    bench.arrive("E5M2-2", (3.0, 3.0))
+    bench.arrive("E5M2-4", (3.1, 3.1))
+    bench.report("E5M2-1-1", RUNG, val_loss=0.1)
+    assert bench.report("E5M2-1-1", RUNG + 10) == "STOP"
+    assert "E5M2-2-0" not in bench.scheduler.verdicts
 
 
 def test_with_guards_off_a_diverged_trial_runs_on() -> None:

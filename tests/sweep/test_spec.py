@@ -20,7 +20,7 @@ def names(spec: SweepSpec) -> list[tuple[str, str, str, int]]:
 def test_references_stand_first_and_once() -> None:
     spec = SweepSpec(formats=("E5M2", "BF16", "FP32"), optimizers=("grid", "adamw"), seeds=2)
     found = names(spec)
-    assert found[:4] == [(format, "adamw", "uniform", seed) for format in ("FP32", "BF16") for seed in (0, 1)]
+    assert found[:4] == [(format, "adamw", "uniform", seed) for format in ("BF16", "FP32") for seed in (0, 1)]
     assert len(found) == len(set(found)) == 2 * (2 + 1 + 2)
     assert [is_reference(trial) for trial in spec.expand()] == [True] * 4 + [False] * 6
 

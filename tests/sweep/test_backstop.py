@@ -1,0 +1,75 @@
+"""Inside Ray Tune, planted faults end by name: by the worker with its checkpoint, or by the scheduler without it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.run import RunOptions, run_sweep
+from altgrad.sweep.spec import SweepSpec
+
+PLANT = """
+import importlib.abc, importlib.util, sys
+
+class Plant(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "altgrad.sweep.executors":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def load_and_plant(module):
+            load(module)
+            base = module.Trainer
+            def planted(config, **rest):
+                import faults
+                trainer = base(config, **rest)
+                if config.format == "E4M3":
+                    fault = {0: faults.nan_weight, 1: faults.collapse, 2: faults.frozen_layer}[config.seed]
+                    fault(trainer, 24)
+                return trainer
+            module.Trainer = planted
+        spec.loader.exec_module = load_and_plant
+        return spec
+
+sys.meta_path.insert(0, Plant())
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers, which inherit the environment, plant a fault in every E4M3 trial, by its seed."""
+    (tmp_path / "plant").mkdir()
+    (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
+    faults = Path(__file__).parents[1] / "training"
+    path = [str(tmp_path / "plant"), str(faults), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
+def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, worker_guards: bool) -> None:
+    spec = SweepSpec.model_validate({
+        "formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3, "steps": 100, "eval_interval": 100,
+        "checkpoint_interval": 100, "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
+        "data": {"batch": 4, "eval_batches": 1}})
+    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards))
+    assert result.left == 0
+    with Ledger(result.out / "ledger.sqlite") as ledger:
+        trials, outcomes = ledger.trials(), ledger.outcomes()
+    expected = {0: "nonfinite", 1: "rank_collapse", 2: "stalled"}
+    layers = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
+    for trial_id, trial in trials.items():
+        outcome = outcomes[trial_id]
+        kind = expected[trial["seed"]] if trial["format"] == "E4M3" else "done"
+        if (trial["format"], trial["arm"]) == ("E7M0", "adamw_nearest"):
+            kind = "stalled"
+        assert outcome.kind == kind, (trial, outcome)
+        assert ("stopped by the scheduler" in outcome.message) == (kind != "done" and not worker_guards)
+        if kind != "done":
+            has_checkpoint = (result.out / "trials" / trial_id / "checkpoint" / "state.pt").exists()
+            assert has_checkpoint == worker_guards
+            assert outcome.step < 100
+        if trial["format"] == "E4M3" and trial["arm"] == "adamw" and trial["seed"] in layers:
+            assert outcome.layer == layers[trial["seed"]]
