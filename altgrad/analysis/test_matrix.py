@@ -8,7 +8,7 @@ and another runs exactly the combinations that are listed as covered, so that ne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,8 +23,9 @@ from altgrad.quantization import (
     quantize_model,
     quantized_parameters,
 )
+from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import ARMS, ModelConfig
-from altgrad.training.guards import DEFAULT_GUARDS
+from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
 from altgrad.training.model import build_model
 
 COVERED_BY = "tests/analysis/test_combinations.py"
@@ -94,7 +95,10 @@ def render() -> str:
         "## Arms", _table(("arm", "optimizer", "parameters"), [_arm(name) for name in ARMS]),
         "## Layer types", _layers(),
         "## Policies", f"What each layer's weight takes when the format is {SHOWN_FORMAT}.", _policies(),
-        "## Guards", _guards(),
+        "## Guards", "The defaults, then those that are to be had by name.", _guards(DEFAULT_GUARDS),
+        _guards(NAMED_RULES.values()),
+        "## Signals", "A guard may test each of them; `signal/min`, `/max` and `/median` go over the layers.",
+        _signals(),
         "## Combinations", "✓ is run by the test above: a gradient reaches the weight, all stays finite, "
         "and the arm's steps move the weight and leave it where the arm says it lives (resident arms: on the "
         "grid).",
@@ -141,10 +145,17 @@ def _policies() -> str:
     return _table(("policy", *(layer.short for layer in layers), "activation / gradient"), lines)
 
 
-def _guards() -> str:
-    return _table(("ends a run as", "signal", "test", "limit", "checks", "after step"), [
+def _guards(rules: Iterable[GuardRule]) -> str:
+    names = {rule: name for name, rule in NAMED_RULES.items()}
+    return _table(("ends a run as", "signal", "test", "limit", "checks", "after step", "name"), [
         (rule.kind, rule.signal, rule.test, "–" if rule.limit is None else f"{rule.limit:g}",
-         str(rule.checks), str(rule.after_step)) for rule in DEFAULT_GUARDS])
+         str(rule.checks), str(rule.after_step), names.get(rule, "–")) for rule in rules])
+
+
+def _signals() -> str:
+    return _table(("signal", "meaning", "unit", "measured", "of layers"), [
+        (f"`{name}`", signal.meaning.replace("|", "\\|"), signal.unit, signal.schedule, signal.row or "–")
+        for name, signal in SIGNALS.items()])
 
 
 def _combination_table(layer: LayerType) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from altgrad.sweep.executors import TrialActor, run_request
+from altgrad.sweep.executors import PAUSED, TrialActor, run_request
 from altgrad.sweep.folder import cores
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.queue import TrialQueue
@@ -36,6 +36,8 @@ OBJECT_STORE_BYTES = 200_000_000
 REACH_SECONDS = 5
 RETRIES = 2
 EQUAL_BUGS = 3
+PAUSES = 32
+"""More times than a trial can pause: rungs lie a factor apart."""
 
 
 class Follower(tune.Callback):
@@ -61,9 +63,14 @@ class Follower(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
         outcome = self._recorder.finish(trial_id, self._scheduler.verdicts.get(trial_id))
+        if outcome is None and PAUSED in (trial.last_result or {}):
+            self._progress.waits(trial_id, int(trial.last_result["step"]))
+            self.settle()
+            return
         if outcome is not None and outcome.kind is OutcomeKind.BUG:
             self._breaker.count(outcome.message)
         self._progress.ended(trial_id, outcome)
+        self.settle()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
@@ -72,6 +79,12 @@ class Follower(tune.Callback):
             outcome = _fault(trial)
             self._recorder.ledger.record_outcome(trial_id, outcome)
         self._progress.ended(trial_id, outcome)
+        self.settle()
+
+    def settle(self) -> None:
+        """Records those that have lost their race while they waited."""
+        for trial_id in self._scheduler.pruned():
+            self._progress.ended(trial_id, self._recorder.finish(trial_id, self._scheduler.verdicts[trial_id]))
 
 
 class Breaker(tune.Stopper):
@@ -111,14 +124,15 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
         for trial_id, config in trials.items()
     }
     progress.watch(_start(address))
+    follower.settle()
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
             TrialActor,
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
-                search_alg=TrialQueue(requests, against),
-                num_samples=len(requests),
+                search_alg=TrialQueue(requests, against, race),
+                num_samples=PAUSES * len(requests),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
                 trial_name_creator=trial_id_of,

@@ -33,6 +33,8 @@ REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "
             "samples_per_s")
 GUARDED = "guarded"
 """Where a result carries what the scheduler's own look at the guards needs, as JSON."""
+PAUSED = "paused"
+"""In a result that ends a trial for now: it has come to the step at which it waits."""
 TRACEBACK = "traceback.txt"
 
 
@@ -41,7 +43,8 @@ def run_request(
 ) -> dict[str, str]:
     """What an actor needs to run a trial; plain strings, so that Ray has nothing to interpret.
 
-    `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it.
+    `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. A key `until`
+    may be added: the step at which the trial pauses, with a checkpoint.
     """
     return {"trial_id": trial_id, "config": config.model_dump_json(), "folder": str(folder),
             "reference": reference or "", "own_guards": "yes" if own_guards else ""}
@@ -91,6 +94,7 @@ class TrialActor(tune.Trainable):
         request = config["trial"]
         self._config = TrainConfig.model_validate_json(request["config"])
         self._folder = Path(request["folder"])
+        self._until = int(request.get("until", 0))
         self._reference, self._own_guards = request["reference"], bool(request["own_guards"])
         self._trainer: Trainer | None = None
         self._rows: Iterator[dict[str, Any]] | None = None
@@ -110,6 +114,10 @@ class TrialActor(tune.Trainable):
         if outcome is None:
             assert row is not None, "a run without an outcome goes on"
             self._reached = row["step"]
+            if self._until and row["step"] >= self._until and "val_loss" in row:
+                self._trainer.checkpoint()
+                self._release()
+                return {PAUSED: True, "done": True, **{name: row[name] for name in REPORTED if name in row}}
             return {name: row[name] for name in REPORTED if name in row} | {
                 GUARDED: json.dumps(to_plain(guarded_view(row, self._config.guards)))
             }

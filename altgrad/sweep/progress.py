@@ -31,6 +31,7 @@ class Progress:
         self._trials = trials
         self._total = total
         self._running: dict[str, int] = {}
+        self._paused: dict[str, int] = {}
         self._ended: dict[str, Outcome] = {}
         self._base: tuple[float, float] | None = None
         """time and settled share at the first result"""
@@ -61,6 +62,7 @@ class Progress:
 
     def reached(self, trial_id: str, step: int) -> None:
         """A running trial has done `step` steps."""
+        self._paused.pop(trial_id, None)
         self._running[trial_id] = step
         if self._base is None:
             self._base = time.monotonic(), self.settled_share()
@@ -69,13 +71,20 @@ class Progress:
     def ended(self, trial_id: str, outcome: Outcome | None) -> None:
         """A trial has left the machine; without an outcome it was only interrupted."""
         self._running.pop(trial_id, None)
+        self._paused.pop(trial_id, None)
         if outcome is not None:
             self._ended[trial_id] = outcome
         self._line_if_due()
 
+    def waits(self, trial_id: str, step: int) -> None:
+        """A trial pauses at `step`, until its rivals have come there."""
+        self._running.pop(trial_id, None)
+        self._paused[trial_id] = step
+        self._line_if_due()
+
     def settled_share(self) -> float:
         """The share of this run's work that is behind it, in [0, 1]."""
-        steps = sum(step / self._trials[trial_id].steps for trial_id, step in self._running.items())
+        steps = sum(step / self._trials[trial_id].steps for trial_id, step in (self._running | self._paused).items())
         return (len(self._ended) + steps) / max(1, len(self._trials))
 
     def seconds_left(self) -> float | None:

@@ -1,7 +1,8 @@
-"""The trials in their order, handed to Ray Tune one by one, each when what it waits for has ended.
+"""The trials in their order, handed to Ray Tune one by one, each when what it waits for has come.
 
 Tune's own grid would start every trial as soon as a slot is free, and would hold all of them in memory from the
-start. This is a searcher only in name: nothing is searched, and its order is the sweep's.
+start. This is a searcher only in name: nothing is searched, and its order is the sweep's. A trial waits for its
+reference to end and, in a race, at a rung for its rivals; a waiting trial holds no slot.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from altgrad.sweep.executors import PAUSED
+from altgrad.sweep.racing import Race
+
 
 class TrialQueue(Searcher):
     """`requests`: what the executor needs, by trial, in order; `waits`: the trial that must have ended first."""
 
-    def __init__(self, requests: Mapping[str, Any], waits: Mapping[str, str]) -> None:
+    def __init__(
+        self, requests: Mapping[str, dict[str, Any]], waits: Mapping[str, str], race: Race | None = None
+    ) -> None:
         super().__init__()
-        self._left = dict(requests)
-        self._waits = waits
+        self._requests = requests
+        self._left = list(requests)
+        self._waits, self._race = waits, race
         self._running: dict[str, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -26,17 +33,24 @@ class TrialQueue(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's request; None while all that are left wait."""
-        if not self._left:
+        if self._race is not None:
+            self._left = [name for name in self._left if self._race.verdict(name) is None]
+        if not self._left and not self._running:
             return str(Searcher.FINISHED)
         open_trials = {*self._left, *self._running.values()}
-        ready = next((name for name in self._left if self._waits.get(name) not in open_trials), None)
+        ready = next((name for name in self._left if self._is_ready(name, open_trials)), None)
         if ready is None:
             return None
+        self._left.remove(ready)
         self._running[trial_id] = ready
-        return {"trial": self._left.pop(ready)}
+        until = None if self._race is None else self._race.pause_step(ready)
+        return {"trial": self._requests[ready] | ({} if until is None else {"until": str(until)})}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._running.pop(trial_id, None)
+        name = self._running.pop(trial_id, None)
+        if name is not None and not error and PAUSED in (result or {}):
+            # Before those that have not begun: its cell is the nearest to an answer.
+            self._left.insert(0, name)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger knows what is left."""
@@ -46,3 +60,7 @@ class TrialQueue(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: the ledger knows what is left."""
+
+    def _is_ready(self, name: str, open_trials: set[str]) -> bool:
+        is_held = self._race is not None and self._race.is_waiting(name)
+        return not is_held and self._waits.get(name) not in open_trials

@@ -51,6 +51,7 @@ class Recorder:
         outcome = self._left(trial_id)
         if outcome is None and stopped is not None:
             outcome = stopped
+            (self.folder / trial_id).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
         if outcome is not None:
             self.ledger.record_outcome(trial_id, outcome)

@@ -156,6 +156,7 @@ def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) ->
     for trial_id in trials:
         for step, loss in ledger.signal(trial_id, "val_loss"):
             race.observe(trial_id, step, loss)
+    for trial_id in trials:
         outcome = outcomes.get(trial_id)
         if outcome is not None and outcome.kind in RESULT_KINDS:
             race.ended(trial_id, outcome.kind, outcome.step)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from altgrad.sweep.executors import GUARDED
+from altgrad.sweep.executors import GUARDED, PAUSED
 from altgrad.sweep.racing import SCORE, Race
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardPanel, GuardRule, verdict_fields
@@ -44,6 +44,9 @@ class HealthScheduler(FIFOScheduler):
         self._trials = trials
         self._race = race
         self._panels: dict[str, GuardPanel] = {}
+        self._busy: set[str] = set()
+        """trials that run, or have come to an ending of their own"""
+        self._paused: dict[str, dict[str, Any]] = {}
 
     def on_trial_result(
         self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
@@ -57,11 +60,21 @@ class HealthScheduler(FIFOScheduler):
             self._race.ended(trial_id, verdict.kind, verdict.step)
         return str(TrialScheduler.STOP)
 
+    def on_trial_add(self, tune_controller: TuneController | None, trial: Trial) -> None:
+        self._busy.add(trial_id_of(trial))
+
     def on_trial_complete(
         self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
     ) -> None:
         trial_id = trial_id_of(trial)
-        if self._race is None or trial_id in self.verdicts or "outcome" not in result:
+        if "outcome" not in result:
+            self._busy.discard(trial_id)
+        if self._race is None or trial_id in self.verdicts:
+            return
+        if PAUSED in result:
+            self._paused[trial_id] = result
+            self._race.observe(trial_id, int(result["step"]), float(result[SCORE]))
+        if "outcome" not in result:
             return
         kind = OutcomeKind(result["outcome"])
         if kind in (OutcomeKind.BUG, OutcomeKind.OOM):
@@ -70,8 +83,17 @@ class HealthScheduler(FIFOScheduler):
             self._race.ended(trial_id, kind, int(result["step"]))
 
     def on_trial_error(self, tune_controller: TuneController | None, trial: Trial) -> None:
+        self._busy.discard(trial_id_of(trial))
         if self._race is not None:
             self._race.lost(trial_id_of(trial))
+
+    def pruned(self) -> list[str]:
+        """Trials that lost their race while they did not run, since the last call; `verdicts` has the reasons."""
+        stopped = {} if self._race is None else self._race.stopped
+        found = [name for name in stopped if name in self._trials.keys() - self._busy - self.verdicts.keys()]
+        for name in found:
+            self.verdicts[name] = _at(stopped[name], self._paused[name]) if name in self._paused else stopped[name]
+        return found
 
     def debug_string(self) -> str:
         return f"HealthScheduler: {len(self.verdicts)} stopped"

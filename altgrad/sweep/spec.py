@@ -63,20 +63,21 @@ class RaceConfig(Frozen):
     first_rung: int | None = Field(
         None,
         ge=1,
-        description="steps before the first comparison; null: steps / reduction², at least one eval_interval",
+        description="steps before the first comparison; null: steps / (reduction + 1), at least one eval_interval",
     )
     reduction: int = Field(
-        3, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart"
+        2, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart"
     )
+    seeds: int = Field(1, ge=1, description="seeds of each group that race; the others start when it has won")
 
     def first(self, steps: int, eval_interval: int) -> int:
         """The first rung of a run of `steps`: as asked, or derived."""
-        return self.first_rung or max(eval_interval, -(-steps // self.reduction**2))
+        return self.first_rung or max(eval_interval, -(-steps // (self.reduction + 1)))
 
     def rungs(self, steps: int, eval_interval: int) -> list[int]:
         """The rungs (steps) whose first evaluation comes before the last step, where stopping still saves."""
         found, rung = [], self.first(steps, eval_interval)
-        while _evaluated_at(rung, eval_interval) < steps:
+        while evaluated_at(rung, eval_interval) < steps:
             found.append(rung)
             rung *= self.reduction
         return found
@@ -175,7 +176,7 @@ class SweepSpec(Frozen):
             rung = self.race.first(self.steps, self.eval_interval)
             raise ValueError(
                 f"scheduler='asha' with steps={self.steps} would compare nothing: the first rung, at step {rung} "
-                f"(race.first_rung), is evaluated at step {_evaluated_at(rung, self.eval_interval)} "
+                f"(race.first_rung), is evaluated at step {evaluated_at(rung, self.eval_interval)} "
                 f"(eval_interval={self.eval_interval}); more steps than that are expected"
             )
         return self
@@ -269,7 +270,8 @@ def _refuse_booleans(value: Any, path: str = "") -> None:
             _refuse_booleans(item, path)
 
 
-def _evaluated_at(rung: int, eval_interval: int) -> int:
+def evaluated_at(rung: int, eval_interval: int) -> int:
+    """The first step at or behind the rung that is evaluated."""
     return -(-rung // eval_interval) * eval_interval
 
 

@@ -123,6 +123,11 @@ class Trainer:
             self._resume(self.folder)
             yield from self._train()
 
+    def checkpoint(self) -> None:
+        """Saves the state as it stands, between two intervals, for a run that is to go on later."""
+        if self.folder is not None:
+            save_checkpoint(self.folder.checkpoint_path, self._state())
+
     def _train(self) -> Iterator[dict[str, Any]]:
         verdict: Verdict | None = None
         while self.step < self.config.steps and verdict is None:
@@ -288,7 +293,7 @@ class Trainer:
             or self.step % self.config.checkpoint_interval == 0
             or self.step >= self.config.steps
         ):
-            save_checkpoint(self.folder.checkpoint_path, self._state())
+            self.checkpoint()
 
     def _finish(self, verdict: Verdict | None) -> None:
         ending: dict[str, Any] = {"kind": OutcomeKind.DONE, "step": self.step}

@@ -98,5 +98,5 @@ def test_three_equal_errors_break_the_sweep_and_different_ones_do_not(tmp_path: 
             assert not breaker.stop_all()
             with TrialFolder(tmp_path / trial_id) as folder:
                 folder.finish(Outcome(kind=OutcomeKind.BUG, step=0, message=message))
-            follower.on_trial_complete(0, [], SimpleNamespace(config={"trial": {"trial_id": trial_id}}))
+            follower.on_trial_complete(0, [], SimpleNamespace(config={"trial": {"trial_id": trial_id}}, last_result={}))
     assert breaker.stop_all() and breaker.reason == "x"

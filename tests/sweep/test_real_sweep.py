@@ -53,6 +53,35 @@ def test_the_folder_says_what_ran_on_what_and_keeps_no_scratch(first: SweepResul
         ".lock", "sweep.json", "trials"]
 
 
+@pytest.mark.slow
+def test_a_race_stops_the_losers_whole_runs_the_winner_whole_and_a_restart_changes_nothing(tmp_path: Path) -> None:
+    spec = tiny(lrs="1e-5,1e-2,2e-2", seeds=2, steps=30, scheduler="asha")
+    result = run_sweep(spec, RunOptions(out=tmp_path / "race"))
+    assert result.endings == {"done": 6 + 2, "pruned by val_loss": 4} and result.left == 0
+    ran = steps_in_files(result.out)
+    with Ledger(result.out / "ledger.sqlite") as ledger:
+        trials, outcomes = ledger.trials(), ledger.outcomes()
+        cell = {(row["lr"], row["seed"]): name for name, row in trials.items() if row["format"] == "E5M2"}
+        for name, outcome in outcomes.items():
+            assert len(ledger.signal(name, "train_loss")) == outcome.step
+    lengths = {key: len(ran.get(name, ())) for key, name in cell.items()}
+    assert [lengths[1e-5, seed] for seed in (0, 1)] == [10, 0], "a hopeless rate stops at the first rung"
+    assert sorted(lengths[lr, 0] for lr in (1e-2, 2e-2)) == [20, 30]
+    winner = next(lr for lr in (1e-2, 2e-2) if lengths[lr, 0] == 30)
+    assert lengths[winner, 1] == 30
+    assert "not started" in outcomes[cell[1e-5, 1]].message
+
+    for name in (cell[winner, 1], cell[1e-5, 1]):
+        (result.out / "trials" / name / "outcome.json").unlink()
+    for path in result.out.glob("ledger.sqlite*"):
+        path.unlink()
+    again = run_sweep(spec, RunOptions(out=result.out))
+    with Ledger(again.out / "ledger.sqlite") as ledger:
+        assert {name: outcome.kind for name, outcome in ledger.outcomes().items()} == {
+            name: outcome.kind for name, outcome in outcomes.items()}
+    assert steps_in_files(again.out) == ran
+
+
 def test_asking_again_runs_nothing_and_starts_no_ray(first: SweepResult) -> None:
     before = {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")}
     code = ("import sys; from pathlib import Path; from altgrad.sweep.run import *\n"

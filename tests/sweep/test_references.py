@@ -33,13 +33,17 @@ def test_without_a_bf16_run_there_is_no_reference() -> None:
 
 
 def test_the_queue_keeps_its_order_and_holds_back_what_waits() -> None:
-    queue = TrialQueue(dict.fromkeys("abcd", 1) | {name: name for name in "abcd"}, {"c": "a", "d": "z"})
-    assert [queue.suggest(f"t{i}") for i in range(3)] == [{"trial": "a"}, {"trial": "b"}, {"trial": "d"}]
+    requests = {name: {"trial_id": name} for name in "abcd"}
+    queue = TrialQueue(requests, {"c": "a", "d": "z"})
+    assert [queue.suggest(f"t{i}") for i in range(3)] == [{"trial": requests[name]} for name in "abd"]
     assert queue.suggest("t3") is None
     queue.on_trial_complete("t1")
     assert queue.suggest("t3") is None
     queue.on_trial_complete("t0", error=True)
-    assert queue.suggest("t3") == {"trial": "c"}
+    assert queue.suggest("t3") == {"trial": requests["c"]}
+    assert queue.suggest("t4") is None, "one that runs may come back to go on"
+    for name in ("t2", "t3"):
+        queue.on_trial_complete(name)
     assert queue.suggest("t4") == Searcher.FINISHED
 
 

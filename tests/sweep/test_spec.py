@@ -232,7 +232,7 @@ def test_an_axis_without_a_point_names_the_choices(tmp_path: Path, text: str) ->
         resolve(SweepSpec(), {}, path)
 
 
-@pytest.mark.parametrize(("steps", "rungs"), [(100, [20, 60]), (300, [34, 102]), (21, [20])])
+@pytest.mark.parametrize(("steps", "rungs"), [(100, [34, 68]), (300, [100, 200]), (21, [20])])
 def test_the_first_rung_follows_the_steps(steps: int, rungs: list[int]) -> None:
     spec = SweepSpec(steps=steps, scheduler="asha")
     assert spec.race.rungs(spec.steps, spec.eval_interval) == rungs
