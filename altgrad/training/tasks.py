@@ -42,8 +42,10 @@ from altgrad.training.metrics import (
     token_loss,
 )
 from altgrad.training.model import build_model
+from altgrad.training.workers import Share
 
 EVALUATED_AT_A_TIME = 32
+WHOLE = Share()
 
 
 class Task(Protocol):
@@ -60,8 +62,8 @@ class Task(Protocol):
     def build(self) -> nn.Module:
         """The model with the weights of the configuration's seed."""
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
-        """The training loss of a step's batch, 0-d, in nats."""
+    def loss(self, model: nn.Module, step: int, share: Share = WHOLE) -> Tensor:
+        """The training loss of a share of a step's batch, 0-d, in nats."""
 
     def units(self) -> int:
         """What a step works through, in units of `throughput`."""
@@ -114,12 +116,14 @@ class LanguageModelling:
     def build(self) -> nn.Module:
         return build_model(self.config.model, vocabulary=self.data.tokenizer.vocabulary, seed=self.config.seed)
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
+    def loss(self, model: nn.Module, step: int, share: Share = WHOLE) -> Tensor:
         config = self.config
         inputs, targets = train_batch(
-            self.data, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step
-        )
-        return token_loss(model, inputs, targets)
+            self.data, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step,
+            rank=share.rank, world=share.world,
+        )  # fmt: skip
+        device = device_of(model)
+        return token_loss(model, inputs.to(device), targets.to(device))
 
     def units(self) -> int:
         return self.config.data.batch * self.config.model.block
@@ -127,7 +131,8 @@ class LanguageModelling:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         shape = self.config.data
         batches = val_batches(self.data, block=self.config.model.block, batch=shape.batch, count=shape.eval_batches)
-        loss = evaluate(model, batches)
+        device = device_of(model)
+        loss = evaluate(model, ((inputs.to(device), targets.to(device)) for inputs, targets in batches))
         return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, bytes_per_token=self.data.bytes_per_token)}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -157,20 +162,22 @@ class Classification:
         return build_classifier(self.config.model, vocabulary=self.data.tokenizer.vocabulary,
                                 labels=len(self.data.labels), seed=self.config.seed)
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
-        config = self.config
-        tokens, lengths, targets = document_batch(
-            self.data, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step
-        )
+    def loss(self, model: nn.Module, step: int, share: Share = WHOLE) -> Tensor:
+        config, device = self.config, device_of(model)
+        batch = document_batch(
+            self.data, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step,
+            rank=share.rank, world=share.world,
+        )  # fmt: skip
+        tokens, lengths, targets = (part.to(device) for part in batch)
         if config.model.encoder is None:
             return self._loss(model(tokens, lengths), targets)
         # An encoder from elsewhere has dropout: its draws too are a function of (seed, step).
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((config.seed << 32) + step)
+            torch.manual_seed((config.seed << 32) + step + (share.rank << 24))
             return self._loss(model(tokens, lengths), targets)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self._pos_weight)
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self._pos_weight.to(logits.device))
 
     def units(self) -> int:
         return self.config.data.batch
@@ -199,7 +206,8 @@ class Classification:
         known = len(self.data.labels)
         width = known + len(self.data.unseen)
         batches = split_batches(split, block=self.config.model.block, batch=EVALUATED_AT_A_TIME, labels=width)
-        found = [(model(tokens, lengths), targets) for tokens, lengths, targets in batches]
+        device = device_of(model)
+        found = [(model(tokens.to(device), lengths.to(device)).cpu(), targets) for tokens, lengths, targets in batches]
         logits = torch.cat([logits for logits, _ in found])
         none = logits.new_full((len(logits), width - known), -torch.inf)
         return torch.cat([logits, none], dim=1), torch.cat([targets for _, targets in found])
@@ -212,3 +220,8 @@ class Classification:
 def _chances(logits: Tensor) -> np.ndarray:
     found: np.ndarray = logits.sigmoid().numpy()
     return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device

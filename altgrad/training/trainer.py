@@ -38,6 +38,7 @@ from altgrad.training.record import TrialFolder
 from altgrad.training.reference import ReferenceCurve
 from altgrad.training.shadow import ShadowObserver
 from altgrad.training.tasks import build_task, check_fingerprint, save_vocabulary
+from altgrad.training.workers import ALONE, Workers
 
 
 class Reporter(Protocol):
@@ -65,7 +66,8 @@ class Trainer:
     the Outcome; `intervals()` does the same work in pieces, yielding the last row of each log interval. After either,
     `outcome` and, in memory, `rows` hold what happened in this attempt. `reference`: the curve of a healthy run, for
     the signals that are held against one; without it they are not measured. With `guarded=False` the run leaves its
-    guards to whoever listens.
+    guards to whoever listens. `workers`: this process's place among those that share the training; only the first
+    observes and writes, and a folder is given to all of them. `device` holds the model.
     """
 
     def __init__(
@@ -77,14 +79,19 @@ class Trainer:
         observe: bool = True,
         reference: ReferenceCurve | None = None,
         guarded: bool = True,
+        workers: Workers = ALONE,
+        device: torch.device | str = "cpu",
     ) -> None:
+        workers.check(config.data.batch)
+        observe = observe and workers.is_first
         self.config = config
+        self.workers = workers
         self.reporter = reporter
-        self.folder = None if folder is None else TrialFolder(folder)
+        self.folder = None if folder is None or not workers.is_first else TrialFolder(folder)
         self.outcome: Outcome | None = None
         self.rows: list[dict[str, Any]] = []
         self.task = build_task(config)
-        self.model = self.task.build()
+        self.model = self.task.build().to(device)
         if config.format != UNQUANTIZED:
             self.conversion = quantize_model(
                 self.model, policy=named_policy(config.policy, config.format), seed=config.seed
@@ -117,10 +124,13 @@ class Trainer:
     def intervals(self) -> Iterator[dict[str, Any]]:
         """Trains one log interval per item. Closing the generator early leaves the folder to the next attempt."""
         if self.folder is None:
+            self._restore(self.workers.from_first(None))
             yield from self._train()
             return
         with self.folder:
-            self._resume(self.folder)
+            state = load_checkpoint(self.folder.checkpoint_path)
+            self._restore(self.workers.from_first(state))
+            self._begin(self.folder)
             yield from self._train()
 
     def checkpoint(self) -> None:
@@ -132,13 +142,14 @@ class Trainer:
         verdict: Verdict | None = None
         while self.step < self.config.steps and verdict is None:
             rows = self._interval()
-            shift = self.interventions.shift(rows, self._format_names())
+            decides = self.workers.is_first
+            shift = self.workers.from_first(self.interventions.shift(rows, self._format_names()) if decides else None)
             if shift is not None:
                 self._apply(shift)
                 self.panel.forget()
                 rows[-1]["shifts"] = [f"{shift.layer}: {shift.label}"]
             else:
-                verdict = self.panel.check(rows)
+                verdict = self.workers.from_first(self.panel.check(rows) if decides else None)
                 rows[-1] |= {"warnings": [w.message() for w in self.panel.warnings]} if self.panel.warnings else {}
             self._keep(rows, verdict)
             if verdict is not None or self.step >= self.config.steps:
@@ -169,7 +180,7 @@ class Trainer:
         elapsed = time.perf_counter() - started
         last[self.task.throughput] = len(rows) * self.task.units() / elapsed
         if end % config.eval_interval == 0 or end == config.steps:
-            last |= self.task.evaluate(self.model)
+            last |= self.task.evaluate(self.model) if self.workers.is_first else {}
         self._seconds += time.perf_counter() - started
         return rows
 
@@ -211,9 +222,9 @@ class Trainer:
         """One step: loss, gradient norms, clipping and output sums, as one tensor that nobody waited for."""
         if self.observers is not None:
             self.observers.start_step(step, check=check)
-        loss = self.task.loss(self.model, step)
-        outputs = torch.zeros(0) if self.observers is None else self.observers.end_forward(loss.device)
-        loss.backward()
+        loss = self._backward(step)
+        outputs = loss.new_zeros(0) if self.observers is None else self.observers.end_forward(loss.device)
+        loss = self.workers.average(loss, self.model)
         if self.observers is not None:
             self.observers.before_update()
         norms = self._before_update()
@@ -221,7 +232,17 @@ class Trainer:
         if self.observers is not None:
             self.observers.after_update()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.cat([loss.detach().double()[None], norms, outputs.double()])
+        return torch.cat([loss.double()[None], norms, outputs.double()])
+
+    def _backward(self, step: int) -> Tensor:
+        """This worker's share of the batch, forward and backward; its mean loss, 0-d."""
+        losses = []
+        for share in self.workers.shares:
+            loss = self.task.loss(self.model, step, share)
+            pieces = self.workers.micro_batches
+            (loss / pieces if pieces > 1 else loss).backward()
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def _before_update(self) -> Tensor:
         """Clips the gradients; their total and each parameter's L2 norm before that, and what clipping did."""
@@ -320,27 +341,32 @@ class Trainer:
             "data": self.task.fingerprint(),
         }
 
-    def _resume(self, folder: TrialFolder) -> None:
-        state = load_checkpoint(folder.checkpoint_path)
-        if state is not None:
-            check_fingerprint(state["data"], self.task.fingerprint())
-            self.interventions.load_state_dict(state["interventions"])
-            if self.interventions.shifts:
-                self._apply(*self.interventions.shifts)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.panel.load_state_dict(state["guards"])
-            self._score.load_state_dict(state["grad_norm_score"])
-            if self.observers is not None and state["observers"] is not None:
-                self.observers.load_state_dict(state["observers"])
-            self.step = self.resumed_from = state["step"]
-            self._first_loss, self._last, self._seconds = state["first_loss"], state["last"], state["seconds"]
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        """Goes on exactly where the state was saved."""
+        if state is None:
+            return
+        check_fingerprint(state["data"], self.task.fingerprint())
+        self.interventions.load_state_dict(state["interventions"])
+        if self.interventions.shifts:
+            self._apply(*self.interventions.shifts)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.panel.load_state_dict(state["guards"])
+        self._score.load_state_dict(state["grad_norm_score"])
+        if self.observers is not None and state["observers"] is not None:
+            self.observers.load_state_dict(state["observers"])
+        self.step = self.resumed_from = state["step"]
+        self._first_loss, self._last, self._seconds = state["first_loss"], state["last"], state["seconds"]
+
+    def _begin(self, folder: TrialFolder) -> None:
         folder.begin(
             {
                 "config": self.config.model_dump(mode="json"),
                 "data_sha256": self.task.data.sha256,
                 "resumed_from": self.resumed_from,
                 "reference": None if self.reference is None else self.reference.version,
+                "workers": self.workers.world,
+                "micro_batches": self.workers.micro_batches,
             },
             after_step=self.step,
         )
