@@ -17,13 +17,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast, get_args
 
 from altgrad.sweep import monitor
 from altgrad.sweep.folder import PACKAGES, FolderError, check_folder, check_ledger, cores, installed
 from altgrad.sweep.monitor import print_table
+from altgrad.sweep.options import Executor, RunOptions
 from altgrad.sweep.resolve import SpecError, resolve
-from altgrad.sweep.run import RunOptions, SweepResult, preflight, run_sweep
+from altgrad.sweep.run import SweepResult, preflight, run_sweep
 from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
 from altgrad.training.config import MODELS
 from altgrad.training.data import NAMED, Corpus, Documents
@@ -172,6 +173,11 @@ def _add_sweep_flags(parser: Parser) -> None:
         parser.add_argument(f"--{flag}", dest=f"spec:{key}", metavar="X", help=help)
     parser.add_argument("--out", type=_path, help="the sweep's folder; default runs/<name>")
     parser.add_argument("--max-concurrent", metavar="N", help="trials at a time; default one per core")
+    parser.add_argument("--executor", default="auto", help="auto, actor (one worker, reused) or train (Ray Train)")
+    parser.add_argument("--workers-per-trial", default="1", metavar="N", help="data-parallel processes of a trial")
+    parser.add_argument("--gpus-per-trial", default="0", metavar="F", help="GPUs of each worker; .25: four share one")
+    parser.add_argument("--interval-timeout", default="900", metavar="S", help=(
+        "seconds after which a log interval counts as hung, and its trial starts again; 0 for never"))
     parser.add_argument(
         "--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head"
     )
@@ -192,22 +198,40 @@ def _spec(request: argparse.Namespace) -> SweepSpec:
 
 
 def _options(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
-    concurrent = request.max_concurrent
-    if concurrent is not None and not re.fullmatch(r"0*[1-9][0-9]{0,8}", concurrent):
-        raise SpecError(
-            f"--max-concurrent: {concurrent!r} is not allowed: a whole number, at least 1, is expected"
-        )
     if not ADDRESS.fullmatch(request.address):
         raise SpecError(
             f"--address: {request.address!r} is not allowed: local, auto, or the HOST:PORT of a head "
             f"(for ray:// submit the command as a job){nearest(request.address, ('local', 'auto'))}"
         )
-    return RunOptions(
-        out=request.out or Path("runs") / spec.name,
-        address=request.address,
-        fresh=request.fresh,
-        max_concurrent=int(concurrent) if concurrent else None,
-    )
+    concurrent = request.max_concurrent
+    try:
+        options = RunOptions(
+            out=request.out or Path("runs") / spec.name,
+            address=request.address,
+            fresh=request.fresh,
+            max_concurrent=None if concurrent is None else _number_of("--max-concurrent", concurrent),
+            executor=cast(Executor, check_choice(request.executor, get_args(Executor), "executor")),
+            workers_per_trial=_number_of("--workers-per-trial", request.workers_per_trial),
+            gpus_per_trial=_amount_of("--gpus-per-trial", request.gpus_per_trial),
+            interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
+        )
+        options.check(spec.data.batch)
+    except ValueError as error:
+        text = str(error)
+        raise SpecError(text if text.startswith("--") else f"--executor: {text}") from None
+    return options
+
+
+def _number_of(flag: str, text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+        raise ValueError(f"{flag}: {text!r} is not allowed: a whole number, at least 1, is expected")
+    return int(text)
+
+
+def _amount_of(flag: str, text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", text):
+        raise ValueError(f"{flag}: {text!r} is not allowed: a number, at least 0, is expected")
+    return float(text)
 
 
 def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:

@@ -22,13 +22,15 @@ from typing import Any
 import ray
 from ray import tune
 
-from altgrad.sweep.executors import PAUSED, TrialActor, run_request
+from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
 from altgrad.sweep.folder import cores
+from altgrad.sweep.options import RunOptions
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.queue import TrialQueue
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
+from altgrad.sweep.train_executor import DRIVER_CPUS, WorkerGroup, group_trainable
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
@@ -76,7 +78,7 @@ class Follower(tune.Callback):
         trial_id = trial_id_of(trial)
         outcome = self._recorder.finish(trial_id)
         if outcome is None:
-            outcome = _fault(trial)
+            outcome = _fault(trial, self._recorder.folder / trial_id)
             self._recorder.ledger.record_outcome(trial_id, outcome)
         self._progress.ended(trial_id, outcome)
         self.settle()
@@ -109,7 +111,7 @@ class Breaker(tune.Stopper):
 
 
 def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progress, race: Race | None, *,
-          against: Mapping[str, str], address: str, concurrent: int, own_guards: bool = True) -> str | None:
+          against: Mapping[str, str], options: RunOptions) -> str | None:
     """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
 
     `against`: each trial's reference, which may be among the trials or have ended before.
@@ -120,21 +122,25 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
     follower = Follower(recorder, progress, scheduler, breaker)
     requests = {
         trial_id: run_request(
-            trial_id, config, recorder.folder.absolute() / trial_id, against.get(trial_id), own_guards=own_guards)
+            trial_id, config, recorder.folder.absolute() / trial_id, against.get(trial_id),
+            own_guards=options.worker_guards, interval_timeout=options.interval_timeout)
         for trial_id, config in trials.items()
     }
-    progress.watch(_start(address))
+    progress.watch(_start(options.address))
     follower.settle()
+    cpus, gpus = (ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU"))
+    executor = options.chosen_executor(gpus)
+    progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial")
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
-            TrialActor,
+            trainable(executor, options, scratch),
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
                 search_alg=TrialQueue(requests, against, race),
                 num_samples=PAUSES * len(requests),
-                max_concurrent_trials=concurrent,
-                reuse_actors=True,
+                max_concurrent_trials=options.concurrent(cpus, gpus),
+                reuse_actors=executor == "actor",
                 trial_name_creator=trial_id_of,
                 trial_dirname_creator=trial_id_of,
             ),
@@ -152,6 +158,15 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
     return breaker.reason
+
+
+def trainable(executor: str, options: RunOptions, scratch: Path) -> Any:
+    """What Tune runs for each trial, with what it asks for."""
+    if executor == "actor":
+        gpus = {"gpu": options.gpus_per_trial} if options.gpus_per_trial else {}
+        return tune.with_resources(TrialActor, {"cpu": 1} | gpus)
+    group = WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
+    return tune.with_resources(group_trainable(group, scratch / "train"), {"cpu": DRIVER_CPUS})
 
 
 def reach(address: str) -> None:
@@ -193,12 +208,15 @@ def _sigterm_stays_the_callers() -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_term)
 
 
-def _fault(trial: Any) -> Outcome:
+def _fault(trial: Any, folder: Path | None = None) -> Outcome:
     """What ended a trial that could not end itself, from Ray's own words."""
     file = None if trial.error_file is None else Path(trial.error_file)
     text = file.read_text().strip() if file is not None and file.exists() else "the actor died"
     kind = OutcomeKind.NODE_LOST
-    if "OutOfMemory" in text or "low on memory" in text:
+    hung = None if folder is None else hung_at(folder)
+    if hung is not None:
+        kind, text = OutcomeKind.TIMEOUT, f"a log interval did not end in time: {hung}"
+    elif "OutOfMemory" in text or "low on memory" in text:
         kind = OutcomeKind.OOM
     elif "TimeoutError" in text:
         kind = OutcomeKind.TIMEOUT

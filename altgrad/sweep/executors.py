@@ -1,24 +1,30 @@
-"""One trial inside Ray: a Tune actor, reused from trial to trial, that runs the one training loop.
+"""One trial inside Ray, under either executor, in the one training loop.
 
-Reuse is what makes short trials affordable: a fresh process pays for importing torch each time, a reused
-actor pays 1.3 CPU-seconds for a whole trivial trial. The actor owns the trial's folder through the Trainer,
-resumes from the checkpoint there by itself, and reports one small result per log interval; the folder, not
-the result, is the record. Ray's own checkpoints carry nothing, so a retry after an actor's death starts the
-same way as a first attempt.
+One-device trials run in a Tune actor that is reused from trial to trial: a fresh process pays for importing torch each
+time, a reused actor pays 1.3 CPU-seconds for a whole trivial trial. Trials of several workers run under Ray Train
+(`train_executor.py`). Both take a trial's request and hand out one small result per log interval; the trial's folder,
+not the result, is the record. The first worker owns the folder through the Trainer and resumes from the checkpoint
+there by itself; Ray's own checkpoints carry nothing, so a retry after a death starts the same way as a first attempt.
 
-An exception in a trial must not cost the others anything: it becomes an outcome (`oom` or `bug`) in the
-trial's own folder, with the whole traceback beside it. A folder that another living process owns is no bug of
-the trial: that error goes to Ray, which tries again.
+An exception in a trial must not cost the others anything: it becomes an outcome (`oom` or `bug`) in the trial's own
+folder, with the whole traceback beside it. Out of memory is first answered by halving the micro-batch, once. A folder
+that another living process owns is no bug of the trial: that error goes to Ray, which tries again. A trial that hangs
+can't say so: a watchdog ends its process, and leaves in the folder where it hung.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
+import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 
@@ -28,6 +34,7 @@ from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain, write_json
 from altgrad.training.reference import ReferenceCurve
 from altgrad.training.trainer import Trainer
+from altgrad.training.workers import ALONE, Workers
 
 REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro",
             "samples_per_s")
@@ -36,18 +43,23 @@ GUARDED = "guarded"
 PAUSED = "paused"
 """In a result that ends a trial for now: it has come to the step at which it waits."""
 TRACEBACK = "traceback.txt"
+HUNG = "hung"
+"""How the files begin in which watchdogs leave a stack."""
 
 
 def run_request(
-    trial_id: str, config: TrainConfig, folder: Path, reference: str | None = None, *, own_guards: bool = True
-) -> dict[str, str]:
-    """What an actor needs to run a trial; plain strings, so that Ray has nothing to interpret.
+    trial_id: str, config: TrainConfig, folder: Path, reference: str | None = None, *, own_guards: bool = True,
+    interval_timeout: float = 0.0,
+) -> dict[str, str]:  # fmt: skip
+    """What an executor needs to run a trial; plain strings, so that Ray has nothing to interpret.
 
-    `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. A key `until`
-    may be added: the step at which the trial pauses, with a checkpoint.
+    `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. Where a log
+    interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. A key `until` may be added:
+    the step at which the trial pauses, with a checkpoint.
     """
     return {"trial_id": trial_id, "config": config.model_dump_json(), "folder": str(folder),
-            "reference": reference or "", "own_guards": "yes" if own_guards else ""}
+            "reference": reference or "", "own_guards": "yes" if own_guards else "",
+            "interval_timeout": str(interval_timeout)}
 
 
 def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
@@ -59,46 +71,41 @@ def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
     return ReferenceCurve.read(trials / reference) if outcome.kind is OutcomeKind.DONE else None
 
 
-class TrialActor(tune.Trainable):
-    """Runs trials one after another; `step` trains one log interval."""
+class TrialRun:
+    """A request at work in this process, one of `workers`; `step` trains one log interval."""
 
-    def setup(self, config: dict[str, Any]) -> None:
-        torch.set_num_threads(1)
-        self._take(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._release()
-        self._take(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        try:
-            return self._interval()
-        except TimeoutError:
-            raise
-        except MemoryError as error:
-            return self._failed(OutcomeKind.OOM, error)
-        except Exception as error:  # the boundary: whatever a trial raises is that trial's own outcome
-            return self._failed(OutcomeKind.BUG, error)
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the Trainer keeps its own checkpoint in the trial's folder."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: the Trainer resumes by itself."""
-
-    def cleanup(self) -> None:
-        self._release()
-
-    def _take(self, config: dict[str, Any]) -> None:
-        request = config["trial"]
+    def __init__(self, request: Mapping[str, str], workers: Workers = ALONE, device: str = "cpu") -> None:
         self._config = TrainConfig.model_validate_json(request["config"])
         self._folder = Path(request["folder"])
         self._until = int(request.get("until", 0))
+        self._patience = float(request.get("interval_timeout", 0))
         self._reference, self._own_guards = request["reference"], bool(request["own_guards"])
+        self._workers, self._device = workers, device
         self._trainer: Trainer | None = None
         self._rows: Iterator[dict[str, Any]] | None = None
         self._reached = 0
+
+    def step(self) -> dict[str, Any]:
+        """One log interval's result, or the ending."""
+        try:
+            with self._watched():
+                return self._interval()
+        except TimeoutError:
+            raise
+        except Exception as error:  # the boundary: whatever a trial raises is that trial's own outcome
+            if not is_out_of_memory(error):
+                return self._failed(OutcomeKind.BUG, error)
+            if not self._can_halve():
+                return self._failed(OutcomeKind.OOM, error)
+            self.release()
+            self._workers = replace(self._workers, micro_batches=2)
+            return self.step()
+
+    def release(self) -> None:
+        """Closes the generator, which unlocks the folder, and drops the model."""
+        if self._rows is not None:
+            self._rows.close()  # type: ignore[attr-defined]
+        self._rows = self._trainer = None
 
     def _interval(self) -> dict[str, Any]:
         if self._trainer is None or self._rows is None:
@@ -107,6 +114,8 @@ class TrialActor(tune.Trainable):
                 folder=self._folder,
                 reference=read_reference(self._folder.parent, self._reference),
                 guarded=self._own_guards,
+                workers=self._workers,
+                device=self._device,
             )
             self._rows = self._trainer.intervals()
         row = next(self._rows, None)
@@ -114,31 +123,94 @@ class TrialActor(tune.Trainable):
         if outcome is None:
             assert row is not None, "a run without an outcome goes on"
             self._reached = row["step"]
-            if self._until and row["step"] >= self._until and "val_loss" in row:
+            reported = {name: row[name] for name in REPORTED if name in row}
+            if self._until and row["step"] >= self._until and row["step"] % self._config.eval_interval == 0:
                 self._trainer.checkpoint()
-                self._release()
-                return {PAUSED: True, "done": True, **{name: row[name] for name in REPORTED if name in row}}
-            return {name: row[name] for name in REPORTED if name in row} | {
-                GUARDED: json.dumps(to_plain(guarded_view(row, self._config.guards)))
-            }
-        self._release()
+                self.release()
+                return {PAUSED: True, "done": True, **reported}
+            return reported | {GUARDED: json.dumps(to_plain(guarded_view(row, self._config.guards)))}
+        self.release()
         (self._folder / TRACEBACK).unlink(missing_ok=True)
         return _ending(outcome)
 
+    def _can_halve(self) -> bool:
+        """Whether smaller pieces are possible and not tried yet."""
+        shares = self._config.data.batch // self._workers.world
+        return self._workers.micro_batches == 1 and self._workers.world == 1 and shares % 2 == 0
+
     def _failed(self, kind: OutcomeKind, error: BaseException) -> dict[str, Any]:
-        self._release()
+        self.release()
+        if self._workers.world > 1:
+            # Those that wait for this worker in a collective learn of it at once.
+            torch.distributed.destroy_process_group()
         message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         outcome = Outcome(kind=kind, step=self._reached, message=f"{message} {_place(error)}")
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
+        try:
+            with (self._folder / TRACEBACK).open("w" if self._workers.world == 1 else "x") as file:
+                file.write("".join(traceback.format_exception(error)))
+        except FileExistsError:
+            return _ending(outcome)  # another worker failed first, and this one of it
         write_json(self._folder / "outcome.json", outcome.to_dict())
         return _ending(outcome)
 
-    def _release(self) -> None:
-        """Closes the generator, which unlocks the folder, and drops the model."""
-        if self._rows is not None:
-            self._rows.close()  # type: ignore[attr-defined]
-        self._rows = self._trainer = None
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Ends this process, its stack left in the folder, where the body takes longer than the patience."""
+        if not self._patience:
+            yield
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{HUNG}.{os.getpid()}"
+        with path.open("w") as file:
+            faulthandler.dump_traceback_later(self._patience, exit=True, file=file)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+                path.unlink()
+
+
+class TrialActor(tune.Trainable):
+    """Runs trials one after another on one device."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        torch.set_num_threads(1)
+        self._run = TrialRun(config["trial"], device=own_device())
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._run.release()
+        self._run = TrialRun(new_config["trial"], device=own_device())
+        return True
+
+    def step(self) -> dict[str, Any]:
+        return self._run.step()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the Trainer keeps its own checkpoint in the trial's folder."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: the Trainer resumes by itself."""
+
+    def cleanup(self) -> None:
+        self._run.release()
+
+
+def own_device() -> str:
+    """The GPU that Ray gave this process, or the CPU."""
+    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the host or of a device, was what lacked."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def hung_at(folder: Path) -> str | None:
+    """Where a trial hung when its watchdog ended it last: a line of its stack; None where it did not."""
+    left = [path.read_text() for path in folder.glob(f"{HUNG}.*")]
+    lines = [line.strip() for text in left for line in text.splitlines() if line.startswith("  File")]
+    return lines[0] if lines else None
 
 
 def _ending(outcome: Outcome) -> dict[str, Any]:

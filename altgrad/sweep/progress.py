@@ -60,6 +60,10 @@ class Progress:
             flush=True,
         )
 
+    def note(self, text: str) -> None:
+        """Something that whoever watches should know."""
+        print(text, flush=True)
+
     def reached(self, trial_id: str, step: int) -> None:
         """A running trial has done `step` steps."""
         self._paused.pop(trial_id, None)

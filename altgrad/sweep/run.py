@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.sweep.folder import check_folder, check_ledger, cores, manifest, owned
+from altgrad.sweep.folder import check_folder, check_ledger, manifest, owned
 from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.options import RunOptions
 from altgrad.sweep.progress import Progress, ending_name
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
@@ -39,18 +40,6 @@ RAY_ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "30",
 }
 """Ray reads these at import: no telemetry, no chatter, no second record. A user's own values win."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a sweep is run; nothing here can change a result."""
-
-    out: Path
-    max_concurrent: int | None = None
-    address: str = "local"
-    fresh: bool = False
-    worker_guards: bool = True
-    """without, trials are left to the scheduler's look at their guards, which comes one check later"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +69,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises
     nothing: it is an outcome.
     """
+    options.check(spec.data.batch)
     corpus = preflight(spec)
     check_folder(options.out, fresh=options.fresh)
     anchored = spec.model_copy(
@@ -144,9 +134,7 @@ def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfi
     _set_ray_environment()
     with Progress(left, len(trials)) as progress:
         from altgrad.sweep.driver import drive
-        return drive(left, recorder, progress, race, address=options.address,
-                     against=references(trials), concurrent=options.max_concurrent or cores(),
-                     own_guards=options.worker_guards)
+        return drive(left, recorder, progress, race, against=references(trials), options=options)
 
 
 def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) -> Race:

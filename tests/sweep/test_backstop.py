@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.run import RunOptions, run_sweep
+from altgrad.sweep.options import RunOptions
+from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
 
 PLANT = """
@@ -47,22 +48,25 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 
+SMALL = {
+    "steps": 100, "eval_interval": 100, "checkpoint_interval": 100, "data": {"batch": 4, "eval_batches": 1},
+    "model": {"layers": 2, "heads": 2, "width": 32, "block": 64}}  # fmt: skip
+EXPECTED = {0: "nonfinite", 1: "rank_collapse", 2: "stalled"}
+LAYERS = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
 def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, worker_guards: bool) -> None:
     spec = SweepSpec.model_validate({
-        "formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3, "steps": 100, "eval_interval": 100,
-        "checkpoint_interval": 100, "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
-        "data": {"batch": 4, "eval_batches": 1}})
+        "formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3} | SMALL)
     result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards))
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
-    expected = {0: "nonfinite", 1: "rank_collapse", 2: "stalled"}
-    layers = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
     for trial_id, trial in trials.items():
         outcome = outcomes[trial_id]
-        kind = expected[trial["seed"]] if trial["format"] == "E4M3" else "done"
+        kind = EXPECTED[trial["seed"]] if trial["format"] == "E4M3" else "done"
         if (trial["format"], trial["arm"]) == ("E7M0", "adamw_nearest"):
             kind = "stalled"
         assert outcome.kind == kind, (trial, outcome)
@@ -71,5 +75,23 @@ def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, wo
             has_checkpoint = (result.out / "trials" / trial_id / "checkpoint" / "state.pt").exists()
             assert has_checkpoint == worker_guards
             assert outcome.step < 100
-        if trial["format"] == "E4M3" and trial["arm"] == "adamw" and trial["seed"] in layers:
-            assert outcome.layer == layers[trial["seed"]]
+        if trial["format"] == "E4M3" and trial["arm"] == "adamw" and trial["seed"] in LAYERS:
+            assert outcome.layer == LAYERS[trial["seed"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
+def test_planted_faults_end_by_name_under_ray_train(planted: None, tmp_path: Path, worker_guards: bool) -> None:
+    spec = SweepSpec.model_validate({"formats": "E4M3", "optimizers": "adamw", "seeds": 3} | SMALL)
+    options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train")
+    result = run_sweep(spec, options)
+    assert result.left == 0
+    with Ledger(result.out / "ledger.sqlite") as ledger:
+        trials, outcomes = ledger.trials(), ledger.outcomes()
+    for trial_id, trial in trials.items():
+        outcome, seed = outcomes[trial_id], trial["seed"]
+        assert outcome.kind == (EXPECTED[seed] if trial["format"] == "E4M3" else "done"), (trial, outcome)
+        if trial["format"] == "E4M3":
+            assert ("stopped by the scheduler" in outcome.message) == (not worker_guards)
+            assert (result.out / "trials" / trial_id / "checkpoint" / "state.pt").exists() == worker_guards
+            assert seed not in LAYERS or outcome.layer == LAYERS[seed]

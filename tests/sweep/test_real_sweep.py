@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.run import RunOptions, SweepResult, run_sweep
+from altgrad.sweep.options import RunOptions
+from altgrad.sweep.run import SweepResult, run_sweep
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.outcome import OutcomeKind
 
