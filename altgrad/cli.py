@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
 from altgrad.sweep import monitor
-from altgrad.sweep.folder import PACKAGES, FolderError, check_folder, check_ledger, cores, installed
+from altgrad.sweep.folder import (
+    PACKAGES,
+    FolderError,
+    check_folder,
+    check_ledger,
+    cores,
+    installed,
+    is_disk_full,
+)
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.options import Executor, RunOptions
 from altgrad.sweep.resolve import SpecError, resolve
@@ -265,6 +273,12 @@ def _run(request: argparse.Namespace) -> int:
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"--address: {options.address!r}: no Ray cluster answers ({reason})") from None
+    except Exception as error:  # Ray wraps what its callbacks raise in errors of its own
+        if not is_disk_full(error):
+            raise
+        print(f"altgrad: the disk of {options.out} is full; what is recorded is whole, and the same command goes on "
+              "from there", file=sys.stderr)  # fmt: skip
+        return 1
     return _conclude(result)
 
 

@@ -28,6 +28,7 @@ import ray
 import torch
 from ray import tune
 
+from altgrad.sweep.folder import is_disk_full
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import guarded_view
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -93,6 +94,8 @@ class TrialRun:
         except TimeoutError:
             raise
         except Exception as error:  # the boundary: whatever a trial raises is that trial's own outcome
+            if is_disk_full(error):
+                raise
             if not is_out_of_memory(error):
                 return self._failed(OutcomeKind.BUG, error)
             if not self._can_halve():

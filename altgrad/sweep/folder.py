@@ -9,6 +9,7 @@ modified), the versions, the machine, and the data by content.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -103,6 +104,16 @@ def _move_aside(out: Path) -> None:
     out.mkdir()
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came of, says that a file system has no room left."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in text or "No space left" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def has_driver(out: Path) -> bool:
     """Whether a live driver owns the folder."""
     if not (out / LOCK).exists():
@@ -115,14 +126,19 @@ def has_driver(out: Path) -> bool:
 
 
 def _lock(out: Path) -> IO[str]:
-    file = (out / LOCK).open("a")
+    file = (out / LOCK).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "process unknown"
         file.close()
         raise FolderError(
-            f"{out} is in use by another running sweep; wait for it, or take another --out"
+            f"{out} is in use by another running sweep ({owner}); wait for it, or take another --out"
         ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
     return file
 
 

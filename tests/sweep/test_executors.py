@@ -68,6 +68,20 @@ def test_an_error_is_an_outcome_with_its_traceback(actor: TrialActor, tmp_path: 
     assert not (tmp_path / "a" / "traceback.txt").exists()
 
 
+def test_out_of_memory_is_first_answered_by_smaller_pieces(actor: TrialActor, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = executors.Trainer, list[int]()
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["workers"].micro_batches)
+        if seen[-1] == 1:
+            raise MemoryError("no room")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(executors, "Trainer", scarce)
+    assert [actor.step()["step"], actor.step()["outcome"]] == [5, "done"] and seen == [1, 2]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["micro_batches"] == 2
+
+
 def test_a_folder_that_another_process_owns_is_rays_to_retry(actor: TrialActor, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("altgrad.training.record.LOCK_WAIT_SECONDS", 0.2)
