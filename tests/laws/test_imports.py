@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "altgrad"
-FLOORS = ("quantization", "training", "sweep", "analysis", "cli")
+FLOORS = ("quantization", "training", "sweep", "analysis", "commands", "cli")
 HEAVY = ("ray", "wandb", "datasets", "matplotlib")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,147 @@
+"""What is done with sweeps: plan, run, status, why, report. Each takes the parsed request and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from altgrad.commands.flags import options_of, spec_of
+from altgrad.sweep import monitor
+from altgrad.sweep.folder import check_folder, check_ledger, is_disk_full
+from altgrad.sweep.monitor import print_table
+from altgrad.sweep.options import RunOptions
+from altgrad.sweep.resolve import SpecError
+from altgrad.sweep.run import SweepResult, preflight, run_sweep
+from altgrad.sweep.spec import SweepSpec, nearest
+from altgrad.training.data import NAMED, Corpus, Documents
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: as an interrupt it unwinds everything in order."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While it lasts, SIGTERM interrupts the main thread and leaves as Terminated."""
+    came = False
+
+    def stop(number: int, frame: object) -> NoReturn:
+        nonlocal came
+        came = True
+        raise Terminated
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Inside Ray's calls any exception of a signal handler comes out as a bare KeyboardInterrupt.
+        if came:
+            raise Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:
+    """The corpus, its notes printed; SpecError or FolderError, before a word is said, where a run can't be."""
+    try:
+        corpus = preflight(spec)
+    except ValueError as error:
+        path = Path(spec.data.source)
+        is_missing = spec.data.source not in NAMED and not path.exists() and path.parent.is_dir()
+        close = nearest(path.name, [*NAMED, *(item.name for item in path.parent.iterdir())]) if is_missing else ""
+        file = request.file or request.config
+        where = "--" if getattr(request, "spec:data.source") is not None or file is None else f"{file}: "
+        raise SpecError(f"{where}{error}{close}") from None
+    check_folder(options.out, fresh=options.fresh)
+    for note in corpus.notes:
+        print(f"data: {note}")
+    return corpus
+
+
+def run(request: argparse.Namespace) -> int:
+    if request.plan:
+        return plan(request)
+    spec = spec_of(request)
+    options = options_of(request, spec)
+    _checked_corpus(spec, options, request)
+    try:
+        with _terminable():
+            result = run_sweep(spec, options)
+    except BrokenPipeError:
+        raise
+    except ConnectionError as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(f"--address: {options.address!r}: no Ray cluster answers ({reason})") from None
+    except Exception as error:  # Ray wraps what its callbacks raise in errors of its own
+        if not is_disk_full(error):
+            raise
+        print(f"altgrad: the disk of {options.out} is full; what is recorded is whole, and the same command goes on "
+              "from there", file=sys.stderr)  # fmt: skip
+        return 1
+    return _conclude(result)
+
+
+def _conclude(result: SweepResult) -> int:
+    from altgrad.analysis.report import write_report
+    finding = write_report(result.out)
+    print(finding.headline)
+    print(finding.certainty)
+    endings = ", ".join(f"{count} {name}" for name, count in result.endings.most_common())
+    print(f"{result.trials} trials: {endings}" + ("" if result.ran else "; nothing was left to run"))
+    print(f"report: {finding.path}")
+    if result.broken is not None:
+        print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
+    if result.left:
+        print(
+            f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
+            "command goes on",
+            file=sys.stderr,
+        )
+    return 1 if result.left else 0
+
+
+def plan(request: argparse.Namespace) -> int:
+    spec = spec_of(request)
+    options = options_of(request, spec)
+    trials = spec.trials(_checked_corpus(spec, options, request).sha256)
+    cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
+    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, "
+          f"{spec.seeds} seeds")
+    rows = [(*cell, str(count)) for cell, count in cells.items()]
+    print_table([("format", "arm", "policy", "trials"), *rows])
+    for exclusion in spec.exclusions():
+        print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
+    if not options.fresh and check_ledger(options.out / "ledger.sqlite"):
+        with monitor.open_ledger(options.out) as ledger:
+            print(f"{options.out} lacks {len(ledger.remaining(trials))} of them")
+    return 0
+
+
+def status(request: argparse.Namespace) -> int:
+    headline, counts = monitor.status(request.out)
+    print(headline)
+    print_table(counts)
+    return 0
+
+
+def why(request: argparse.Namespace) -> int:
+    table = monitor.why(request.out, request.trial)
+    if table:
+        print_table([monitor.WHY_COLUMNS, *table])
+    else:
+        print("no trial was stopped")
+    return 0
+
+
+def report(request: argparse.Namespace) -> int:
+    monitor.open_ledger(request.out).close()
+    from altgrad.analysis.report import write_report
+    finding = write_report(request.out)
+    print(f"{finding.headline}\n{finding.certainty}\nreport: {finding.path}")
+    return 0
