@@ -26,7 +26,11 @@ SPEC_FLAGS = {
     "label-field": ("data.label_field", "the field that holds the labels, for --task classify; default labels"),
     "tokenizer": ("data.tokenizer", "bytes, bpe, bpe-N, or for --task classify words, words-N"),
     "model": ("model", f"{', '.join(MODELS)}; left out: the preset's"),
-    "scheduler": ("scheduler", "none, or asha: races learning rates within a cell"),
+    "search": ("search", "grid, or random or optuna: samples from the axes"),
+    "num-samples": ("num_samples", "configurations that a search samples, each with all seeds; default 20"),
+    "objectives": ("objectives", "what optuna is told: val_loss, flip_yield, bits_per_byte, val_f1_micro, or several"),
+    "scheduler": ("scheduler", "none; asha: races learning rates within a cell, in a search all samples; pbt: "
+                               "populations over learning rates and rung clips"),
     "guards": ("guards", "on, off, or rules like 'flip_yield/min < 0.2 for 3 after 50; grad_norm is nonfinite'"),
 }
 ADDRESS = re.compile(r"local|auto|(?!ray://)[\w.\-\[\]:]+:\d+")

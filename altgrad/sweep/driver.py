@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from ray import tune
 
 from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
 from altgrad.sweep.folder import cores
+from altgrad.sweep.growth import Growth
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.queue import TrialQueue
-from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
+from altgrad.sweep.references import references
+from altgrad.sweep.schedulers import AnyRace, HealthScheduler, trial_id_of
 from altgrad.sweep.train_executor import DRIVER_CPUS, WorkerGroup, group_trainable
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -46,8 +48,14 @@ class Follower(tune.Callback):
     """Keeps the ledger and the display up with Tune's events."""
 
     def __init__(
-        self, recorder: Recorder, progress: Progress, scheduler: HealthScheduler, breaker: Breaker
+        self,
+        recorder: Recorder,
+        progress: Progress,
+        scheduler: HealthScheduler,
+        breaker: Breaker,
+        growth: Growth | None = None,
     ) -> None:
+        self._growth = growth
         self._recorder = recorder
         self._progress = progress
         self._scheduler = scheduler
@@ -71,7 +79,7 @@ class Follower(tune.Callback):
             return
         if outcome is not None and outcome.kind is OutcomeKind.BUG:
             self._breaker.count(outcome.message)
-        self._progress.ended(trial_id, outcome)
+        self._ended(trial_id, outcome)
         self.settle()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -80,13 +88,18 @@ class Follower(tune.Callback):
         if outcome is None:
             outcome = _fault(trial, self._recorder.folder / trial_id)
             self._recorder.ledger.record_outcome(trial_id, outcome)
-        self._progress.ended(trial_id, outcome)
+        self._ended(trial_id, outcome)
         self.settle()
 
     def settle(self) -> None:
         """Records those that have lost their race while they waited."""
         for trial_id in self._scheduler.pruned():
-            self._progress.ended(trial_id, self._recorder.finish(trial_id, self._scheduler.verdicts[trial_id]))
+            self._ended(trial_id, self._recorder.finish(trial_id, self._scheduler.verdicts[trial_id]))
+
+    def _ended(self, trial_id: str, outcome: Outcome | None) -> None:
+        self._progress.ended(trial_id, outcome)
+        if self._growth is not None and outcome is not None:
+            self._growth.ended(trial_id)
 
 
 class Breaker(tune.Stopper):
@@ -110,22 +123,38 @@ class Breaker(tune.Stopper):
         return self.reason is not None
 
 
-def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progress, race: Race | None, *,
-          against: Mapping[str, str], options: RunOptions) -> str | None:
+def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress, race: AnyRace | None, *,
+          against: dict[str, str], options: RunOptions, growth: Growth | None = None) -> str | None:
     """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
 
-    `against`: each trial's reference, which may be among the trials or have ended before.
+    `against`: each trial's reference, which may be among the trials or have ended before. Both grow with what `growth`
+    adds.
     """
     scratch = recorder.folder.parent.absolute() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     scheduler, breaker = HealthScheduler(trials, race), Breaker()
-    follower = Follower(recorder, progress, scheduler, breaker)
-    requests = {
-        trial_id: run_request(
-            trial_id, config, recorder.folder.absolute() / trial_id, against.get(trial_id),
-            own_guards=options.worker_guards, interval_timeout=options.interval_timeout)
-        for trial_id, config in trials.items()
-    }
+    follower = Follower(recorder, progress, scheduler, breaker, growth)
+    requests: dict[str, dict[str, str]] = {}
+
+    def enter(new: Mapping[str, TrainConfig]) -> Iterable[str]:
+        trials.update(new)
+        if growth is not None:
+            against.update(references(growth.trials))
+        requests.update({
+            trial_id: run_request(
+                trial_id, config, recorder.folder.absolute() / trial_id, against.get(trial_id),
+                own_guards=options.worker_guards, interval_timeout=options.interval_timeout)
+            for trial_id, config in new.items()
+        })
+        if isinstance(race, PooledRace):
+            race.admit(new)
+        return new
+
+    def more() -> Iterable[str]:
+        return () if growth is None else enter(growth.more())
+
+    enter(trials)
+    planned = len(trials) + (0 if growth is None else growth.planned)
     progress.watch(_start(options.address))
     follower.settle()
     cpus, gpus = (ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU"))
@@ -137,8 +166,8 @@ def drive(trials: Mapping[str, TrainConfig], recorder: Recorder, progress: Progr
             trainable(executor, options, scratch),
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
-                search_alg=TrialQueue(requests, against, race),
-                num_samples=PAUSES * len(requests),
+                search_alg=TrialQueue(requests, against, race, more),
+                num_samples=PAUSES * planned,
                 max_concurrent_trials=options.concurrent(cpus, gpus),
                 reuse_actors=executor == "actor",
                 trial_name_creator=trial_id_of,

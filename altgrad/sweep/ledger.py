@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +41,12 @@ CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
     seconds REAL, formats TEXT, recorded REAL);
+CREATE TABLE IF NOT EXISTS samples (
+    search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
+    PRIMARY KEY (search, number));
+CREATE TABLE IF NOT EXISTS mutations (
+    trial_id TEXT NOT NULL, step INTEGER NOT NULL, field TEXT NOT NULL, before REAL, after REAL, source TEXT NOT NULL,
+    applied INTEGER NOT NULL, PRIMARY KEY (trial_id, step, field));
 """
 
 
@@ -106,10 +112,27 @@ class Ledger:
             f"INSERT OR REPLACE INTO outcomes ({','.join(names)}) VALUES ({','.join('?' * len(names))})",
             (trial_id, *(fields[name] for name in OUTCOME_FIELDS), time.time()))
 
+    def add_sample(self, search: str, number: int, params: Mapping[str, Any], trial_ids: Sequence[str]) -> None:
+        """Enters what a search chose, and the trials that are to tell what it is worth."""
+        self._connection.execute("INSERT OR REPLACE INTO samples VALUES (?,?,?,?)",
+                                 (search, number, json.dumps(params), json.dumps(list(trial_ids))))
+
+    def samples(self, search: str) -> list[dict[str, Any]]:
+        """The parameters of every sample of a search, in their order."""
+        found = self._connection.execute("SELECT params FROM samples WHERE search = ? ORDER BY number", (search,))
+        return [json.loads(params) for (params,) in found]
+
     def outcomes(self) -> dict[str, Outcome]:
         """Every recorded ending by trial id."""
+        return self._endings("")
+
+    def outcomes_of(self, trial_ids: Sequence[str]) -> dict[str, Outcome]:
+        """The recorded endings of these trials."""
+        return self._endings(f" WHERE trial_id IN ({','.join('?' * len(trial_ids))})", trial_ids)
+
+    def _endings(self, where: str, values: Sequence[str] = ()) -> dict[str, Outcome]:
         names = ",".join(OUTCOME_FIELDS)
-        found = self._connection.execute(f"SELECT trial_id,{names} FROM outcomes")
+        found = self._connection.execute(f"SELECT trial_id,{names} FROM outcomes{where}", values)
         return {trial_id: Outcome.from_dict({"limit" if name == "limit_" else name: from_plain(value)
                                              if name in ("value", "limit_", "train_loss", "val_loss",
                                                          "bits_per_byte") else value

@@ -25,11 +25,17 @@ LINE_EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """A context manager that shows the course of `trials`, the trials that this run has to do."""
+    """A context manager that shows the course of `trials`, the trials that this run has to do.
 
-    def __init__(self, trials: Mapping[str, TrainConfig], total: int, *, live: bool | None = None) -> None:
+    A search adds to them, about `to_come` in all. `total` counts all trials of the sweep so far.
+    """
+
+    def __init__(
+        self, trials: Mapping[str, TrainConfig], total: int, *, to_come: int = 0, live: bool | None = None
+    ) -> None:
         self._trials = trials
-        self._total = total
+        self._to_come = to_come + len(trials)
+        self._before = total - len(trials)
         self._running: dict[str, int] = {}
         self._paused: dict[str, int] = {}
         self._ended: dict[str, Outcome] = {}
@@ -56,7 +62,7 @@ class Progress:
         """Ray is up, and can be watched at `dashboard`."""
         self._dashboard = dashboard
         print(
-            f"{len(self._trials)} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""),
+            f"{self._planned} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""),
             flush=True,
         )
 
@@ -89,7 +95,7 @@ class Progress:
     def settled_share(self) -> float:
         """The share of this run's work that is behind it, in [0, 1]."""
         steps = sum(step / self._trials[trial_id].steps for trial_id, step in (self._running | self._paused).items())
-        return (len(self._ended) + steps) / max(1, len(self._trials))
+        return (len(self._ended) + steps) / max(1, self._planned)
 
     def seconds_left(self) -> float | None:
         """Seconds per share, measured since the first result, times the share left; None before that."""
@@ -103,12 +109,14 @@ class Progress:
         left = self.seconds_left()
         endings = ", ".join(f"{count} {name}" for name, count in self._endings().most_common())
         eta = "measuring" if left is None else f"about {_duration(left)} left"
-        return (f"{self._before() + len(self._ended)}/{self._total} trials ended"
+        return (f"{self._before + len(self._ended)}/{self._before + self._planned} trials ended"
                 f"{f' ({endings})' if endings else ''}, {len(self._running)} running, "
-                f"{len(self._trials) - len(self._ended) - len(self._running)} waiting; {eta}")
+                f"{self._planned - len(self._ended) - len(self._running)} waiting; {eta}")
 
-    def _before(self) -> int:
-        return self._total - len(self._trials)
+    @property
+    def _planned(self) -> int:
+        """Trials of this run, with those that a search is to add."""
+        return max(self._to_come, len(self._trials))
 
     def _endings(self) -> Counter[str]:
         return Counter(ending_name(outcome) for outcome in self._ended.values())
@@ -122,7 +130,7 @@ class Progress:
     def _table(self) -> Table:
         from rich.table import Table
         table = Table.grid(padding=(0, 2))
-        table.add_row("ended", f"{self._before() + len(self._ended)} of {self._total}",
+        table.add_row("ended", f"{self._before + len(self._ended)} of {self._before + self._planned}",
                       ", ".join(f"{count} {name}" for name, count in self._endings().most_common()))
         for trial_id, step in list(self._running.items()):
             trial = self._trials[trial_id]

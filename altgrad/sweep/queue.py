@@ -1,32 +1,45 @@
 """The trials in their order, handed to Ray Tune one by one, each when what it waits for has come.
 
 Tune's own grid would start every trial as soon as a slot is free, and would hold all of them in memory from the
-start. This is a searcher only in name: nothing is searched, and its order is the sweep's. A trial waits for its
-reference to end and, in a race, at a rung for its rivals; a waiting trial holds no slot.
+start. This is a searcher only in name: its order is the sweep's, and what a search adds comes from `more`. A trial
+waits for its reference to end and, in a race, at a rung for its rivals; a waiting trial holds no slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from altgrad.sweep.executors import PAUSED
+from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.racing import Race
 
 
 class TrialQueue(Searcher):
-    """`requests`: what the executor needs, by trial, in order; `waits`: the trial that must have ended first."""
+    """`requests`: what the executor needs, by trial, in order; `waits`: the trial that must have ended first.
+
+    `more`: asked when a slot is free and nothing is ready; enters new trials in both and names them.
+    """
 
     def __init__(
-        self, requests: Mapping[str, dict[str, Any]], waits: Mapping[str, str], race: Race | None = None
+        self,
+        requests: Mapping[str, dict[str, Any]],
+        waits: Mapping[str, str],
+        race: Race | PooledRace | None = None,
+        more: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         super().__init__()
+        self._more = more
         self._requests = requests
         self._left = list(requests)
         self._waits, self._race = waits, race
         self._running: dict[str, str] = {}
+
+    def __reduce__(self) -> tuple[type[TrialQueue], tuple[dict[str, Any], dict[str, str]]]:
+        """Tune pickles its searcher for a restore that is never used; what `more` holds can't go along."""
+        return TrialQueue, ({}, {})
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -35,12 +48,12 @@ class TrialQueue(Searcher):
         """The next trial's request; None while all that are left wait."""
         if self._race is not None:
             self._left = [name for name in self._left if self._race.verdict(name) is None]
-        if not self._left and not self._running:
-            return str(Searcher.FINISHED)
-        open_trials = {*self._left, *self._running.values()}
-        ready = next((name for name in self._left if self._is_ready(name, open_trials)), None)
+        ready = self._ready()
         if ready is None:
-            return None
+            self._left += self._more()
+            ready = self._ready()
+        if ready is None:
+            return None if self._left or self._running else str(Searcher.FINISHED)
         self._left.remove(ready)
         self._running[trial_id] = ready
         until = None if self._race is None else self._race.pause_step(ready)
@@ -60,6 +73,10 @@ class TrialQueue(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: the ledger knows what is left."""
+
+    def _ready(self) -> str | None:
+        open_trials = {*self._left, *self._running.values()}
+        return next((name for name in self._left if self._is_ready(name, open_trials)), None)
 
     def _is_ready(self, name: str, open_trials: set[str]) -> bool:
         is_held = self._race is not None and self._race.is_waiting(name)

@@ -19,6 +19,9 @@ that on few cores it saves little and decides by the order of arrival. Here
   steps, and at least one evaluation); of n groups at a rung the best ceil(n / reduction) go on. One group alone
   is never stopped nor paused, and references never are.
 
+A search for the one best configuration is no ablation and may pool its cells; where its samples come one after another
+see `altgrad.sweep.pooled`.
+
 A rung is reached by the first result at or behind its step that carries a validation loss. A group with a
 leader that has already run to its end, or that a fault took out, is compared with nobody and left alone.
 """
@@ -66,9 +69,12 @@ class Cell:
 
 
 class Race:
-    """Who goes on. Fed with losses and endings; the order in which they come decides nothing."""
+    """Who goes on. Fed with losses and endings; the order in which they come decides nothing.
 
-    def __init__(self, trials: Mapping[str, TrainConfig], config: RaceConfig) -> None:
+    `pooled`: all trials are one cell, as a search for the one best configuration wants it.
+    """
+
+    def __init__(self, trials: Mapping[str, TrainConfig], config: RaceConfig, *, pooled: bool = False) -> None:
         self._config = config
         self._cells: dict[str, Cell] = {}
         self._place: dict[str, tuple[Cell, Group]] = {}
@@ -82,7 +88,7 @@ class Race:
         for trial_id, trial in trials.items():
             if is_reference(trial):
                 continue
-            cell = self._cells.setdefault(json.dumps(trial.cell()), Cell())
+            cell = self._cells.setdefault("" if pooled else json.dumps(trial.cell()), Cell())
             parameters = trial.model_dump_json(exclude={"seed"})
             if parameters not in groups:
                 groups[parameters] = Group([])

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from altgrad.sweep.folder import check_folder, check_ledger, manifest, owned
+from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.progress import Progress, ending_name
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
+from altgrad.sweep.sampling import OptunaSearch
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
@@ -57,9 +60,10 @@ class SweepResult:
 
 def preflight(spec: SweepSpec) -> Corpus | Documents:
     """The data, once they are known to serve the model. Raises ValueError."""
-    task = build_task(spec.expand()[0])
-    task.check()
-    return task.data
+    tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in spec.expand()}.values()]
+    for task in tasks:
+        task.check()
+    return tasks[0].data
 
 
 def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
@@ -83,21 +87,31 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         from altgrad.sweep.driver import reach
         reach(options.address)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
-        write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), **manifest(),
-                                        "data": {"source": spec.data.source, "sha256": corpus.sha256,
-                                                 "description": corpus.describe(), "notes": corpus.notes,
-                                                 **({"hub": dict(corpus.provenance)} if corpus.provenance else {})},
-                                        "trials": list(trials)})
-        ledger.add_trials(trials, corpus.sha256)
+        search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
+        provenance = {"spec": spec.model_dump(mode="json"), **manifest(),
+                      "data": {"source": spec.data.source, "sha256": corpus.sha256,
+                               "description": corpus.describe(), "notes": corpus.notes,
+                               **({"hub": dict(corpus.provenance)} if corpus.provenance else {})}}
+
+        def admit(new: Mapping[str, TrainConfig]) -> None:
+            trials.update(new)
+            write_json(out / "sweep.json", provenance | {"trials": list(trials)})
+            ledger.add_trials(new, corpus.sha256)
+
+        admit(trials if search is None else trials | search.trials)
         recorder = Recorder(ledger, out / "trials")
         recorder.ingest(ledger.trials())
         left = ledger.remaining(trials)
-        broken = _drive(anchored, options, trials, left, recorder) if left else None
+        growth = None if search is None else Growth(search, ledger, trials, admit)
+        if growth is not None and not left:
+            left = growth.more()
+        before = len(trials) - len(left)
+        broken = _drive(anchored, options, trials, left, recorder, growth) if left else None
         outcomes = ledger.outcomes()
         return SweepResult(
             out,
             len(trials),
-            len(left),
+            len(trials) - before,
             len(ledger.remaining(trials)),
             Counter(
                 ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished"
@@ -129,17 +143,26 @@ def _set_ray_environment() -> None:
 
 
 def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfig],
-           left: Mapping[str, TrainConfig], recorder: Recorder) -> str | None:
+           left: dict[str, TrainConfig], recorder: Recorder, growth: Growth | None) -> str | None:
     race = _race(spec, trials, recorder.ledger) if spec.scheduler == "asha" else None
     _set_ray_environment()
-    with Progress(left, len(trials)) as progress:
+    with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
         from altgrad.sweep.driver import drive
-        return drive(left, recorder, progress, race, against=references(trials), options=options)
+        try:
+            return drive(left, recorder, progress, race, against=references(trials), options=options, growth=growth)
+        finally:
+            if growth is not None:
+                growth.close()
 
 
-def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) -> Race:
+def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) -> Race | PooledRace:
     """The race as it stands after what the ledger already holds."""
-    race = Race(trials, spec.race)
+    race: Race | PooledRace
+    if spec.search == "optuna":
+        race = PooledRace(spec.race, spec.steps, spec.eval_interval)
+        race.admit(trials)
+    else:
+        race = Race(trials, spec.race, pooled=spec.search == "random")
     outcomes = ledger.outcomes()
     for trial_id in trials:
         for step, loss in ledger.signal(trial_id, "val_loss"):

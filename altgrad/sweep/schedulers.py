@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from altgrad.sweep.executors import GUARDED, PAUSED
+from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.racing import SCORE, Race
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardPanel, GuardRule, verdict_fields
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 
+AnyRace = Race | PooledRace
+
+
 class HealthScheduler(FIFOScheduler):
     """Runs trials in their order; stops what has lost its race or breaks its own guards.
 
@@ -38,7 +42,7 @@ class HealthScheduler(FIFOScheduler):
     reason for each trial that this scheduler stopped.
     """
 
-    def __init__(self, trials: Mapping[str, TrainConfig], race: Race | None = None) -> None:
+    def __init__(self, trials: Mapping[str, TrainConfig], race: AnyRace | None = None) -> None:
         super().__init__()
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials

@@ -16,37 +16,31 @@ the same time, which is what racing groups against each other needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
-from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from altgrad.quantization import FORMATS, POLICIES, get_format
-from altgrad.sweep.exclusions import (
-    BASELINE,
-    RAW_LR,
-    RAW_LR_REASON,
-    RULES,
-    Combination,
-    Exclusion,
-    excluded_by,
-)
+from altgrad.sweep import expansion
+from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
+from altgrad.sweep.exclusions import BASELINE, RULES, Exclusion
+from altgrad.sweep.objectives import OBJECTIVES
 from altgrad.training.config import (
     ARMS,
     MODELS,
     UNQUANTIZED,
     DataConfig,
     Frozen,
-    GridOptimConfig,
     ModelConfig,
-    OptimizerConfig,
+    ObserveConfig,
     ScheduleConfig,
     TrainConfig,
-    has_own_lr_unit,
 )
 from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
+from altgrad.training.interventions import InterventionConfig
 
 ALL_FORMATS = tuple(FORMATS)
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -83,6 +77,21 @@ class RaceConfig(Frozen):
         return found
 
 
+class PbtConfig(Frozen):
+    """Population-based training; see `altgrad.sweep.population`."""
+
+    interval: int | None = Field(None, ge=1, description=(
+        "steps from one exchange to the next, a multiple of eval_interval; null: about a fifth of the steps"))
+    quantile: float = Field(0.25, gt=0, le=0.5, description="share of a population that takes over from as many of the "
+                            "best, one member at least")  # fmt: skip
+    factors: tuple[Positive, ...] = Field((0.8, 1.25), min_length=1, description=(
+        "one of them multiplies a value that is taken over"))
+
+    def every(self, steps: int, eval_interval: int) -> int:
+        """Steps between exchanges: as asked, or derived; a multiple of eval_interval."""
+        return self.interval or max(1, round(steps / 5 / eval_interval)) * eval_interval
+
+
 class SweepSpec(Frozen):
     """A whole sweep; its defaults are the quick preset. Unknown keys are errors."""
 
@@ -101,15 +110,28 @@ class SweepSpec(Frozen):
     rung_clip: tuple[Positive, ...] = Field(
         (), description="rungs, for arms that have them; empty for the default"
     )
+    axes: dict[str, Axis] = Field({}, description=(
+        "further axes: a field's path (optimizer.beta2, lion.lr, schedule.kind, data.batch, model) to a list of values "
+        "or, in a search, a range {low, high, log}"))
+    constraints: tuple[Constraint, ...] = Field((), description="combinations to leave out, each by a named rule")
+    search: Literal["grid", "random", "optuna"] = Field("grid", description=(
+        "grid: the product of the axes; random, optuna: configurations sampled from it, each with all seeds"))
+    num_samples: int | None = Field(None, ge=1, le=100_000, description="of a search; null: 20")
+    objectives: tuple[Literal[tuple(OBJECTIVES)], ...] = Field(  # type: ignore[valid-type]
+        ("val_loss",), min_length=1, description="what optuna is told of a configuration: means over its seeds")
+    search_seed: int = Field(0, ge=0, lt=2**31, description="of what a search draws")
     seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
     steps: int = Field(100, ge=1, description="training steps of a trial")
     model: ModelConfig = Field(ModelConfig(), description="a model's name, or its layers, heads, width and block")
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip_grad_norm: Positive | None = 1.0
+    interventions: tuple[InterventionConfig, ...] = ()
+    observe: ObserveConfig = ObserveConfig()
     guards: tuple[GuardRule, ...] = Field(DEFAULT_GUARDS, description="'on', 'off' or rules")
-    scheduler: Literal["none", "asha"] = "none"
+    scheduler: Literal["none", "asha", "pbt"] = "none"
     race: RaceConfig = RaceConfig()
+    pbt: PbtConfig = PbtConfig()
     log_interval: int = Field(10, ge=1, description="steps")
     eval_interval: int = Field(20, ge=1, description="steps, a multiple of log_interval")
     checkpoint_interval: int = Field(50, ge=1, description="steps, a multiple of log_interval")
@@ -129,7 +151,8 @@ class SweepSpec(Frozen):
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, on and true as True, which Python would count as 1."""
-        if not (info.field_name == "guards" and isinstance(value, bool)):
+        is_checked_elsewhere = info.field_name in ("axes", "constraints")
+        if not is_checked_elsewhere and not (info.field_name == "guards" and isinstance(value, bool)):
             _refuse_booleans(value)
         return value
 
@@ -162,12 +185,47 @@ class SweepSpec(Frozen):
             value = check_choice(value, ("on", "off"), "setting of the guards") == "on"
         return (DEFAULT_GUARDS if value else ()) if isinstance(value, bool) else value
 
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _known_axes(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{value!r} is not allowed: a mapping of paths to lists or ranges is expected")
+        arms = info.data.get("optimizers", tuple(ARMS))
+        return {str(path): read_axis(str(path), axis, arms) for path, axis in value.items()}
+
+    @field_validator("constraints")
+    @classmethod
+    def _known_constraints(cls, rules: tuple[Constraint, ...], info: ValidationInfo) -> tuple[Constraint, ...]:
+        names = Counter([rule.name for rule in rules] + [rule.name for rule in RULES])
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} names two rules; each needs a name of its own")
+        return tuple(_checked(rule, info.data.get("optimizers", tuple(ARMS))) for rule in rules)
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _objectives_by_commas(cls, value: Any) -> Any:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(check_choice(str(item).strip(), OBJECTIVES, "objective") for item in items)
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _no_hyperband(cls, value: Any) -> Any:
+        if str(value).lower().startswith(("hyperband", "bohb")):
+            raise ValueError(f"{value!r} is not offered: it runs NaN trials to their end, stops good ones, and hangs "
+                             "when a guard ends a trial; allowed: none, asha, pbt; nearest: asha")  # fmt: skip
+        return value
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> SweepSpec:
+        check_together(self)
+        return self
+
     @model_validator(mode="after")
     def _every_trial_is_valid(self) -> SweepSpec:
-        try:
-            self.expand()
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        if not self.expand():
+            names = ", ".join(rule.name for rule in self.constraints)
+            raise ValueError(f"constraints: nothing is left to run by {names}")
         return self
 
     @model_validator(mode="after")
@@ -182,62 +240,73 @@ class SweepSpec(Frozen):
         return self
 
     def expand(self) -> list[TrainConfig]:
-        """Every trial once: references first, then cells with their seeds adjacent."""
-        combinations = [*self._references(), *self._cells()]
-        trials = (
-            self._trial(*combination, seed) for combination in combinations for seed in range(self.seeds)
-        )
-        return list({trial.trial_id(""): trial for trial in trials}.values())
+        """Every trial that can be named beforehand, once: references first, then cells with their seeds adjacent.
+
+        A search by Optuna chooses as it goes: only its references are here.
+        """
+        if self.search == "grid":
+            return expansion.expand(self)
+        from altgrad.sweep.sampling import sampled
+        return sampled(self)
 
     def trials(self, data_sha256: str) -> dict[str, TrainConfig]:
         """The trials by id, in the order in which they run."""
         return {config.trial_id(data_sha256): config for config in self.expand()}
 
     def exclusions(self) -> list[Exclusion]:
-        """What the product of the axes would hold and `expand` leaves out, by rule."""
-        found = {rule.name: Exclusion(rule.name, rule.reason, 0) for rule in RULES}
-        found[RAW_LR] = Exclusion(RAW_LR, RAW_LR_REASON, 0)
-        for point in self._combinations():
-            rule = excluded_by(point)
-            if rule is not None:
-                found[rule.name] = found[rule.name].plus(self.seeds * len(self._variants(point.arm)))
-            elif has_own_lr_unit(ARMS[point.arm]):
-                found[RAW_LR] = found[RAW_LR].plus(
-                    self.seeds * len(self._variants(point.arm)) * len(self.lrs)
-                )
-        return [exclusion for exclusion in found.values() if exclusion.trials]
+        """What the product of a grid's axes would hold and `expand` leaves out, by rule."""
+        return expansion.exclusions(self) if self.search == "grid" else []
 
-    def _references(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
-        # BF16 first: the others wait for it, and FP32 fills what is left of its time.
-        for format in (BASELINE, *((UNQUANTIZED,) if UNQUANTIZED in self.formats else ())):
-            for optimizer in self._variants("adamw"):
-                yield format, "uniform", optimizer
+def check_together(spec: SweepSpec) -> None:
+    """ValueError where two of the sweep's settings exclude each other."""
+    ranges = [path for path, axis in spec.axes.items() if isinstance(axis, Range)]
+    if spec.search == "grid":
+        if ranges:
+            raise ValueError(f"axes: {ranges[0]}: a range can't be enumerated; with search='grid' a list is expected, "
+                             "ranges are for random and optuna")  # fmt: skip
+        if spec.num_samples is not None:
+            raise ValueError(f"num_samples={spec.num_samples} belongs to search='random' or 'optuna'; "
+                             "a grid runs whole")  # fmt: skip
+    for old, path in (("lrs", "optimizer.lr"), ("rung_clip", "optimizer.rung_clip")):
+        if getattr(spec, old) and path in spec.axes:
+            raise ValueError(f"axes: {path}: {old} is the same axis; one of them, please")
+    if spec.objectives != ("val_loss",) and spec.search != "optuna":
+        raise ValueError(f"objectives={','.join(spec.objectives)} belongs to search='optuna'")
+    if len(spec.objectives) > 1 and spec.scheduler == "asha":
+        raise ValueError(f"scheduler='asha' with objectives={','.join(spec.objectives)}: a race compares one number")
+    if "data.tokenizer" in spec.axes and spec.search != "grid" and "val_loss" in spec.objectives:
+        raise ValueError("objectives: 'val_loss' can't compare tokenizers (nats per token); bits_per_byte can")
+    if spec.scheduler == "pbt":
+        _check_pbt(spec)
 
-    def _cells(self) -> Iterator[tuple[str, str, OptimizerConfig]]:
-        for point in self._combinations():
-            if excluded_by(point) is None:
-                for optimizer in self._variants(point.arm):
-                    yield point.format, point.policy, optimizer
 
-    def _combinations(self) -> Iterator[Combination]:
-        quantized = [name for name in self.formats if name != UNQUANTIZED]
-        lead = next((name for name in quantized if get_format(name).total_bits == 8), self.formats[0])
-        for format, policy, arm in product(self.formats, self.policies, self.optimizers):
-            yield Combination(format, policy, arm, lead)
+def _check_pbt(spec: SweepSpec) -> None:
+    if spec.search != "grid":
+        raise ValueError(f"scheduler='pbt' with search={spec.search!r}: a population starts from a grid of rates")
+    every = spec.pbt.every(spec.steps, spec.eval_interval)
+    if every % spec.eval_interval or every >= spec.steps:
+        raise ValueError(f"pbt.interval={every} is not allowed: a multiple of eval_interval={spec.eval_interval} below "
+                         f"steps={spec.steps} is expected")  # fmt: skip
+    if all(len(expansion.population_axes(spec, arm)) < 2 for arm in spec.optimizers):
+        raise ValueError("scheduler='pbt': a population has 2 or more members; give lrs, or rung_clip, several values")
 
-    def _variants(self, arm: str) -> list[OptimizerConfig]:
-        base = ARMS[arm]
-        lrs = (base.lr,) if has_own_lr_unit(base) else self.lrs or (base.lr,)
-        if not isinstance(base, GridOptimConfig):
-            return [base.model_copy(update={"lr": lr}) for lr in lrs]
-        return [base.model_copy(update={"lr": lr, "rung_clip": rung_clip})
-                for lr, rung_clip in product(lrs, self.rung_clip or (base.rung_clip,))]
 
-    def _trial(self, format: str, policy: str, optimizer: OptimizerConfig, seed: int) -> TrainConfig:
-        shared = {name: getattr(self, name) for name in (
-            "task", "model", "data", "schedule", "clip_grad_norm", "guards", "steps", "log_interval",
-            "eval_interval", "checkpoint_interval")}
-        return TrainConfig(format=format, policy=policy, optimizer=optimizer, seed=seed, **shared)
+def _checked(rule: Constraint, arms: tuple[str, ...]) -> Constraint:
+    """The constraint with its names as the sweep spells them; ValueError where it names what there is not."""
+    when = dict(rule.when)
+    for path, wanted in rule.when.items():
+        check_path(path, arms, f"key for {rule.name}", ("format", "policy", "optimizer"))
+        if path not in ("format", "policy", "optimizer"):
+            continue
+        if not isinstance(wanted, tuple):
+            raise ValueError(f"{rule.name}: {path} is a name; {{low, high}} is for numbers")
+        if path == "format":
+            when[path] = tuple(_format_name(str(name)) for name in wanted)
+        else:
+            known: Any = ARMS if path == "optimizer" else POLICIES
+            what = "arm" if path == "optimizer" else path
+            when[path] = tuple(check_choice(str(name), known, what) for name in wanted)
+    return rule.model_copy(update={"when": when})
 
 
 def is_reference(config: TrainConfig) -> bool:

@@ -36,7 +36,7 @@ BAD = [
     (["--lrs", "fast"], ["--lrs", "'fast'", "number"]),
     (["--optimizers", "admaw"], ["--optimizers", "'admaw'", "manifold, ", "nearest: adamw"]),
     (["--policies", "clasic"], ["--policies", "'clasic'", "uniform, ", "nearest: classic"]),
-    (["--scheduler", "ahsa"], ["--scheduler", "'ahsa'", "'none' or 'asha'", "nearest: asha"]),
+    (["--scheduler", "ahsa"], ["--scheduler", "'ahsa'", "'none', 'asha' or 'pbt'", "nearest: asha"]),
     (["--task", "ln"], ["--task", "'ln'", "'lm'", "nearest: lm"]),
     (["--guards", "onn"], ["--guards", "'onn'", "on, off", "nearest: on"]),
     (["--steps", "1.5"], ["--steps", "'1.5'", "integer"]),

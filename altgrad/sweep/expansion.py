@@ -1,0 +1,235 @@
+"""From a sweep's axes to its trials: the product, what is left out of it and why, and single points of it.
+
+A point is an arm in a format under a policy, with values for the axes that apply to it: those of the setting, which
+all arms share, and those of its arm's own parameters. A point becomes a `TrainConfig` and is checked by becoming one.
+Constraints are asked first, so a rule may leave out what would be no valid training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from altgrad.quantization import get_format
+from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_arm
+from altgrad.sweep.exclusions import (
+    BASELINE,
+    RAW_LR,
+    RAW_LR_REASON,
+    RULES,
+    Combination,
+    Exclusion,
+    excluded_by,
+)
+from altgrad.training.config import ARMS, UNQUANTIZED, OptimizerConfig, TrainConfig, has_own_lr_unit
+
+if TYPE_CHECKING:
+    from altgrad.sweep.spec import SweepSpec
+
+SHARED = ("task", "model", "data", "schedule", "clip_grad_norm", "interventions", "observe", "guards", "steps",
+          "log_interval", "eval_interval", "checkpoint_interval")  # fmt: skip
+_OPTIMIZER: TypeAdapter[Any] = TypeAdapter(OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class Point:
+    """`setting`: values by path; `parameters`: the arm's own, by field. What neither names is the sweep's own value."""
+
+    combination: Combination
+    setting: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+
+    @cached_property
+    def optimizer(self) -> Any:
+        """The arm with its parameters; ValidationError where they don't go together."""
+        base = ARMS[self.combination.arm]
+        # Not copied: what belongs together (rounding and error feedback) has to be checked together.
+        return _OPTIMIZER.validate_python(base.model_dump() | dict(self.parameters)) if self.parameters else base
+
+    def values(self, spec: SweepSpec) -> dict[str, Any]:
+        """By path, for constraints: every field of the arm and of the setting."""
+        asked = self.combination
+        try:
+            arm = self.optimizer.arm
+        except ValidationError:
+            arm = asked.arm
+        own = ARMS[asked.arm].model_dump() | dict(self.parameters)
+        found = {"format": asked.format, "policy": asked.policy, "optimizer": arm}
+        found |= {f"{head}.{field}": value for field, value in own.items() for head in ("optimizer", asked.arm)}
+        for name in SHARED[1:7]:
+            value = self.setting.get(name, getattr(spec, name))
+            plain = value.model_dump() if isinstance(value, BaseModel) else value
+            found[name] = plain
+            if isinstance(plain, Mapping):
+                found |= {f"{name}.{field}": item for field, item in plain.items()}
+        return found | dict(self.setting)
+
+    def config(self, spec: SweepSpec, seed: int) -> TrainConfig:
+        """The trial; ValueError, naming the values, where they are no valid training together."""
+        try:
+            return TrainConfig(
+                format=self.combination.format, policy=self.combination.policy, optimizer=self.optimizer, seed=seed,
+                **_shared(spec, self.setting))  # fmt: skip
+        except ValidationError as error:
+            first = error.errors()[0]
+            text = str(first["msg"]).removeprefix("Value error, ")
+            varied = {**self.setting, **{f"{self.combination.arm}.{name}": v for name, v in self.parameters.items()}}
+            if not varied:
+                raise ValueError(text) from None
+            named = ", ".join(f"{path}={value!r}" for path, value in varied.items())
+            raise ValueError(f"{named} makes no valid trial ({text}); a constraint can leave it out") from None
+
+
+def _shared(spec: SweepSpec, setting: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: getattr(spec, name) for name in SHARED}
+    for path, value in setting.items():
+        head, _, field = path.partition(".")
+        if not field:
+            found[head] = value
+            continue
+        held = found[head]
+        plain = held.model_dump() if isinstance(held, BaseModel) else dict(held)
+        found[head] = plain | {field: value}
+    return found
+
+
+def expand(spec: SweepSpec) -> list[TrainConfig]:
+    """Every trial of a grid once: references first, then cells with their seeds adjacent."""
+    cells = [point for point, excluded in points(spec) if excluded is None]
+    settings = settings_of(cells)
+    if not settings and not spec.constraints:
+        settings = [{}]  # FP32 alone: nothing but references
+    return trials_of(spec, [*references(spec, settings), *cells])
+
+
+def trials_of(spec: SweepSpec, found: Sequence[Point]) -> list[TrainConfig]:
+    """The points' trials, each repeated over the seeds, equal ones once."""
+    trials = (point.config(spec, seed) for point in found for seed in range(spec.seeds))
+    return list({trial.trial_id(""): trial for trial in trials}.values())
+
+
+def references(spec: SweepSpec, settings: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
+    """BF16 AdamW, and FP32 where asked for, in each of the settings, as far as constraints leave them."""
+    # BF16 first: the others wait for it, and FP32 fills what is left of its time.
+    for format in (BASELINE, *((UNQUANTIZED,) if UNQUANTIZED in spec.formats else ())):
+        for setting in settings:
+            for parameters in ({},) if spec.search != "grid" else _variants(spec, "adamw"):
+                point = Point(Combination(format, "uniform", "adamw", format), setting, parameters)
+                if _constraint(spec, point) is None:
+                    yield point
+
+
+def exclusions(spec: SweepSpec) -> list[Exclusion]:
+    """What the product of the axes would hold and `expand` leaves out, by rule; declared constraints even where
+    they leave out nothing."""
+    found = {rule.name: Exclusion(rule.name, rule.reason, 0) for rule in RULES}
+    found[RAW_LR] = Exclusion(RAW_LR, RAW_LR_REASON, 0)
+    found |= {rule.name: Exclusion(rule.name, rule.text, 0) for rule in spec.constraints}
+    for point, rule in points(spec):
+        if rule is not None:
+            found[rule] = found[rule].plus(spec.seeds)
+        elif has_own_lr_unit(ARMS[point.combination.arm]):
+            found[RAW_LR] = found[RAW_LR].plus(spec.seeds * len(general_lrs(spec)))
+    declared = {rule.name for rule in spec.constraints}
+    return [exclusion for exclusion in found.values() if exclusion.trials or exclusion.rule in declared]
+
+
+def points(spec: SweepSpec) -> Iterator[tuple[Point, str | None]]:
+    """The whole product, each point with the name of the rule that leaves it out, or None."""
+    settings = _product({path: axis for path, axis in spec.axes.items() if not is_of_arm(path)})
+    settings = _unread_dropped(spec, settings)
+    for combination in combinations(spec):
+        for setting in settings:
+            for parameters in _variants(spec, combination.arm):
+                point = Point(combination, setting, parameters)
+                yield point, excluded(spec, point)
+
+
+def combinations(spec: SweepSpec) -> Iterator[Combination]:
+    """Format × policy × arm."""
+    for format, policy, arm in product(spec.formats, spec.policies, spec.optimizers):
+        yield Combination(format, policy, arm, lead(spec))
+
+
+def lead(spec: SweepSpec) -> str:
+    """The first 8-bit format asked for, or the first format."""
+    quantized = [name for name in spec.formats if name != UNQUANTIZED]
+    return next((name for name in quantized if get_format(name).total_bits == 8), spec.formats[0])
+
+
+def excluded(spec: SweepSpec, point: Point) -> str | None:
+    """The name of the first rule that leaves the point out, or None."""
+    rule = excluded_by(point.combination)
+    return rule.name if rule is not None else _constraint(spec, point)
+
+
+def general_lrs(spec: SweepSpec) -> tuple[Any, ...]:
+    """The learning rates in AdamW's unit that the sweep gives to all arms that have it."""
+    given = spec.axes.get("optimizer.lr", spec.lrs)
+    return given if isinstance(given, tuple) else ()
+
+
+def arm_axes(spec: SweepSpec, arm: str) -> dict[str, Any]:
+    """The axes of an arm's parameters, by field: those of its own, else those for all arms that have the field."""
+    fields, own_unit = arm_fields(arm), has_own_lr_unit(ARMS[arm])
+    found: dict[str, Any] = {}
+    given = {"optimizer.lr": spec.lrs, "optimizer.rung_clip": spec.rung_clip} | spec.axes
+    for path, axis in given.items():
+        head, _, field = path.partition(".")
+        if head != "optimizer" or field not in fields or not axis or (field == "lr" and own_unit):
+            continue
+        taken = axis if isinstance(axis, Range) else tuple(value for value in axis if accepts(arm, field, value))
+        if taken:
+            found[field] = taken
+    return found | {path.partition(".")[2]: axis for path, axis in spec.axes.items() if path.partition(".")[0] == arm}
+
+
+def population_axes(spec: SweepSpec, arm: str) -> list[dict[str, Any]]:
+    """What the members of a population of this arm start from: learning rates and rung clips."""
+    return _product({field: axis for field, axis in arm_axes(spec, arm).items() if field in ("lr", "rung_clip")})
+
+
+def is_read(spec: SweepSpec, setting: Mapping[str, Any], path: str) -> bool:
+    """Whether the field is read under this setting."""
+    if path not in CONDITIONS:
+        return True
+    other, values = CONDITIONS[path]
+    head, _, field = other.partition(".")
+    return setting.get(other, getattr(getattr(spec, head), field)) in values
+
+
+def _constraint(spec: SweepSpec, point: Point) -> str | None:
+    if not spec.constraints:
+        return None
+    values = point.values(spec)
+    return next((rule.name for rule in spec.constraints if rule.holds(values)), None)
+
+
+def _variants(spec: SweepSpec, arm: str) -> list[dict[str, Any]]:
+    return _product(arm_axes(spec, arm))
+
+
+def _product(axes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+def _unread_dropped(spec: SweepSpec, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for setting in settings:
+        kept = {path: value for path, value in setting.items() if is_read(spec, setting, path)}
+        if kept not in found:
+            found.append(kept)
+    return found
+
+
+def settings_of(found: Sequence[Point]) -> list[Mapping[str, Any]]:
+    settings: list[Mapping[str, Any]] = []
+    for point in found:
+        if point.setting not in settings:
+            settings.append(point.setting)
+    return settings
