@@ -93,7 +93,7 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             gpus_per_trial=_amount_of("--gpus-per-trial", request.gpus_per_trial),
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
         )
-        options.check(spec.data.batch)
+        options.check(spec)
     except ValueError as error:
         text = str(error)
         raise SpecError(text if text.startswith("--") else f"--executor: {text}") from None

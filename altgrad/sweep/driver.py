@@ -27,11 +27,12 @@ from altgrad.sweep.folder import cores
 from altgrad.sweep.growth import Growth
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
+from altgrad.sweep.population import Population
 from altgrad.sweep.progress import Progress
-from altgrad.sweep.queue import TrialQueue
+from altgrad.sweep.queue import Pace, TrialQueue
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
-from altgrad.sweep.schedulers import AnyRace, HealthScheduler, trial_id_of
+from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
 from altgrad.sweep.train_executor import DRIVER_CPUS, WorkerGroup, group_trainable
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -123,7 +124,7 @@ class Breaker(tune.Stopper):
         return self.reason is not None
 
 
-def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress, race: AnyRace | None, *,
+def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress, race: Pace | None, *,
           against: dict[str, str], options: RunOptions, growth: Growth | None = None) -> str | None:
     """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
 
@@ -158,7 +159,8 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     progress.watch(_start(options.address))
     follower.settle()
     cpus, gpus = (ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU"))
-    executor = options.chosen_executor(gpus)
+    # A population hands checkpoints over between one-device trials.
+    executor = "actor" if isinstance(race, Population) else options.chosen_executor(gpus)
     progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial")
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

@@ -122,6 +122,26 @@ class Ledger:
         found = self._connection.execute("SELECT params FROM samples WHERE search = ? ORDER BY number", (search,))
         return [json.loads(params) for (params,) in found]
 
+    def add_mutations(self, exchange: Iterable[tuple[str, int, str, float, float, str]]) -> None:
+        """Enters (trial, step, field, before, after, source), all or none, as not yet done."""
+        with self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.executemany("INSERT OR REPLACE INTO mutations VALUES (?,?,?,?,?,?,0)", list(exchange))
+
+    def mutations_applied(self, exchange: Iterable[tuple[str, int, str, float, float, str]]) -> None:
+        """Notes that the trials have taken over what was entered."""
+        with self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.executemany("UPDATE mutations SET applied = 1 WHERE trial_id = ? AND step = ?",
+                                         [item[:2] for item in exchange])
+
+    def mutations(self, trial_ids: Sequence[str]) -> tuple[list[tuple[Any, ...]], set[int]]:
+        """What was entered for these trials, by step, and the steps of which not all is done."""
+        found = self._connection.execute(
+            "SELECT trial_id,step,field,before,after,source,applied FROM mutations WHERE trial_id IN "
+            f"({','.join('?' * len(trial_ids))}) ORDER BY step, rowid", trial_ids).fetchall()
+        return [tuple(row[:6]) for row in found], {row[1] for row in found if not row[6]}
+
     def outcomes(self) -> dict[str, Outcome]:
         """Every recorded ending by trial id."""
         return self._endings("")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from altgrad.sweep.folder import cores
+
+if TYPE_CHECKING:
+    from altgrad.sweep.spec import SweepSpec
 
 Executor = Literal["auto", "actor", "train"]
 
@@ -28,11 +31,16 @@ class RunOptions:
     interval_timeout: float = 900.0
     """seconds after which a log interval that has not ended counts as hung; 0 for never"""
 
-    def check(self, batch: int) -> None:
-        """ValueError, naming the flag, where the settings can't go together, with this batch or on this machine."""
-        if batch % self.workers_per_trial:
-            raise ValueError(f"--workers-per-trial: {self.workers_per_trial} is not allowed: data.batch={batch} can't "
-                             "be shared evenly")  # fmt: skip
+    def check(self, spec: SweepSpec) -> None:
+        """ValueError, naming the flag, where the settings can't go together, with this sweep or on this machine."""
+        for batch in spec.batches:
+            if batch % self.workers_per_trial:
+                raise ValueError(f"--workers-per-trial: {self.workers_per_trial} is not allowed: data.batch={batch} "
+                                 "can't be shared evenly")  # fmt: skip
+        if spec.scheduler == "pbt" and (self.workers_per_trial > 1 or self.executor == "train"):
+            many = f"--workers-per-trial: {self.workers_per_trial}"
+            asked = "--executor: 'train'" if self.executor == "train" else many
+            raise ValueError(f"{asked} is not allowed with --scheduler pbt: populations are of one-device trials")
         if self.executor == "actor" and self.workers_per_trial > 1:
             raise ValueError(f"--executor: 'actor' is not allowed with --workers-per-trial {self.workers_per_trial}: "
                              "an actor is one worker; auto or train is expected")  # fmt: skip

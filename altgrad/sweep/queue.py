@@ -14,7 +14,11 @@ from ray.tune.search import Searcher
 
 from altgrad.sweep.executors import PAUSED
 from altgrad.sweep.pooled import PooledRace
+from altgrad.sweep.population import Population
 from altgrad.sweep.racing import Race
+
+Pace = Race | PooledRace | Population
+"""What may make trials wait for each other."""
 
 
 class TrialQueue(Searcher):
@@ -27,7 +31,7 @@ class TrialQueue(Searcher):
         self,
         requests: Mapping[str, dict[str, Any]],
         waits: Mapping[str, str],
-        race: Race | PooledRace | None = None,
+        race: Pace | None = None,
         more: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         super().__init__()
@@ -56,8 +60,11 @@ class TrialQueue(Searcher):
             return None if self._left or self._running else str(Searcher.FINISHED)
         self._left.remove(ready)
         self._running[trial_id] = ready
-        until = None if self._race is None else self._race.pause_step(ready)
-        return {"trial": self._requests[ready] | ({} if until is None else {"until": str(until)})}
+        request, race = self._requests[ready], self._race
+        if isinstance(race, Population):
+            request = race.adjusted(ready, request)
+        until = None if race is None else race.pause_step(ready)
+        return {"trial": request | ({} if until is None else {"until": str(until)})}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name = self._running.pop(trial_id, None)

@@ -19,6 +19,7 @@ from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
+from altgrad.sweep.population import Population
 from altgrad.sweep.progress import Progress, ending_name
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
@@ -73,7 +74,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises
     nothing: it is an outcome.
     """
-    options.check(spec.data.batch)
+    options.check(spec)
     corpus = preflight(spec)
     check_folder(options.out, fresh=options.fresh)
     anchored = spec.model_copy(
@@ -144,7 +145,11 @@ def _set_ray_environment() -> None:
 
 def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfig],
            left: dict[str, TrainConfig], recorder: Recorder, growth: Growth | None) -> str | None:
-    race = _race(spec, trials, recorder.ledger) if spec.scheduler == "asha" else None
+    race: Race | PooledRace | Population | None = None
+    if spec.scheduler == "asha":
+        race = _race(spec, trials, recorder.ledger)
+    elif spec.scheduler == "pbt":
+        race = Population(trials, spec, recorder.ledger, recorder.folder)
     _set_ray_environment()
     with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
         from altgrad.sweep.driver import drive

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from altgrad.sweep.executors import GUARDED, PAUSED
-from altgrad.sweep.pooled import PooledRace
-from altgrad.sweep.racing import SCORE, Race
+from altgrad.sweep.queue import Pace
+from altgrad.sweep.racing import SCORE
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardPanel, GuardRule, verdict_fields
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 
-AnyRace = Race | PooledRace
-
-
 class HealthScheduler(FIFOScheduler):
     """Runs trials in their order; stops what has lost its race or breaks its own guards.
 
@@ -42,7 +39,7 @@ class HealthScheduler(FIFOScheduler):
     reason for each trial that this scheduler stopped.
     """
 
-    def __init__(self, trials: Mapping[str, TrainConfig], race: AnyRace | None = None) -> None:
+    def __init__(self, trials: Mapping[str, TrainConfig], race: Pace | None = None) -> None:
         super().__init__()
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials
@@ -51,6 +48,10 @@ class HealthScheduler(FIFOScheduler):
         self._busy: set[str] = set()
         """trials that run, or have come to an ending of their own"""
         self._paused: dict[str, dict[str, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[FIFOScheduler], tuple[()]]:
+        """Tune pickles its scheduler for a restore that is never used; an open ledger can't go along."""
+        return FIFOScheduler, ()
 
     def on_trial_result(
         self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]

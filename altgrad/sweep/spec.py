@@ -15,6 +15,7 @@ the same time, which is what racing groups against each other needs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -251,7 +252,16 @@ class SweepSpec(Frozen):
 
     def trials(self, data_sha256: str) -> dict[str, TrainConfig]:
         """The trials by id, in the order in which they run."""
+        if self.scheduler == "pbt":
+            from altgrad.sweep.population import named
+            return named(self, data_sha256)
         return {config.trial_id(data_sha256): config for config in self.expand()}
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Every batch size that trials may have."""
+        axis = self.axes.get("data.batch", (self.data.batch,))
+        return tuple(range(math.ceil(axis.low), math.floor(axis.high) + 1)) if isinstance(axis, Range) else axis
 
     def exclusions(self) -> list[Exclusion]:
         """What the product of a grid's axes would hold and `expand` leaves out, by rule."""
