@@ -201,7 +201,8 @@ class TrialActor(tune.Trainable):
 
 def own_device() -> str:
     """The GPU that Ray gave this process, or the CPU."""
-    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    # Ray is asked last: outside of a cluster the question would start one.
+    return "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from altgrad.quantization import FloatFormat, QuantizedEmbedding, get_format, quantized_parameters
 from altgrad.training.config import TrainConfig
 from altgrad.training.grid_optim import GridOptim
-from altgrad.training.kernels import Geometry, Job, Moments, Placement, Plan
+from altgrad.training.kernels import Counting, Geometry, Job, Moments, Placement, Plan
 from altgrad.training.optimizer import GridAwareOptimizer, Rounding
 from altgrad.training.rules import RULES
 
@@ -65,7 +65,7 @@ class RoundedAdamW(GridAwareOptimizer):
         super().__init__(params, defaults | own)
 
     def _plan(self, group: dict[str, Any]) -> Plan:
-        return adam_plan(group, self._counts_now(group), error_feedback=group["error_feedback"])
+        return adam_plan(group, self._counting(group), error_feedback=group["error_feedback"])
 
 
 class ManifoldAdamW(RoundedAdamW):
@@ -114,7 +114,7 @@ class ManifoldAdamW(RoundedAdamW):
         if group["manifold_aware"]:
             update = Geometry.ULP if group["step_unit"] == "ulp" else Geometry.RELATIVE
             geometry = Geometry.GRADIENT if group["precondition"] == "gradient" else update
-        return adam_plan(group, self._counts_now(group), geometry=geometry, max_stiffness=group["max_stiffness"])
+        return adam_plan(group, self._counting(group), geometry=geometry, max_stiffness=group["max_stiffness"])
 
 
 class RoundedOptimizer(GridAwareOptimizer):
@@ -157,7 +157,7 @@ class RoundedOptimizer(GridAwareOptimizer):
     def _plan(self, group: dict[str, Any]) -> Plan:
         own = group | {"betas": (group["momentum"], group["beta2"])}
         moments = Moments.ADAM if group["rule"] == "adam" else Moments.GIVEN
-        return adam_plan(own, self._counts_now(group), moments=moments)
+        return adam_plan(own, self._counting(group), moments=moments)
 
     def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
         if plan.moments == Moments.GIVEN and parameter.dim() < RULES[group["rule"]].least_axes:
@@ -183,7 +183,7 @@ class RoundedOptimizer(GridAwareOptimizer):
 
 def adam_plan(
     group: Mapping[str, Any],
-    counts: bool,
+    counting: Counting,
     *,
     moments: Moments = Moments.ADAM,
     geometry: Geometry = Geometry.NONE,
@@ -204,7 +204,7 @@ def adam_plan(
         weight_decay=group["weight_decay"],
         max_stiffness=max_stiffness,
         feedback=error_feedback and has_format,
-        telemetry=counts,
+        counting=counting,
         master_scale=group["tensor_scale"] if group["rounding"] is None else None,
     )
 

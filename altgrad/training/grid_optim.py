@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization import get_format, ulp
-from altgrad.training.kernels import Moments, Placement, Plan
+from altgrad.training.kernels import Counting, Moments, Placement, Plan
 from altgrad.training.optimizer import GridAwareOptimizer, StepResult
 
 
@@ -85,9 +85,10 @@ class GridOptim(GridAwareOptimizer):
         offset: Tensor = carry * ulp(weight, group["format"], self.state[parameter]["grid_scale"])
         return weight + offset
 
-    def _counts_now(self, group: dict[str, Any]) -> bool:
-        # What step() returns is of every step; on the grid counting costs next to nothing.
-        return self.telemetry and group["format"] is not None
+    def _counting(self, group: dict[str, Any]) -> Counting:
+        # What step() returns is of every step; on the grid flips and updates cost next to nothing.
+        found, is_counted = super()._counting(group), self.telemetry and group["format"] is not None
+        return Counting.MOVES if is_counted and not found else found
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,5 +113,5 @@ class GridOptim(GridAwareOptimizer):
             rung_clip=group["rung_clip"],
             own_unit=group["step_unit"] == "rungs",
             carry=group["carry"] and has_format,
-            telemetry=self._counts_now(group),
+            counting=self._counting(group),
         )

@@ -25,11 +25,14 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, ulp, weight_grid
-from altgrad.training.kernels import FIXED, Count, Job, Moments, Placement, Plan
+from altgrad.training.kernels import FIXED, Count, Counting, Job, Moments, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
 from altgrad.training.rules import RULES
 
 HEADROOM = 2.0
+
+COUNT_EVERY = 8
+"""Steps from one that is counted to the next, unless the optimizer's `count_every` is set."""
 
 OF_FORMAT = ("mean_spacing", "grid_scale", "overflow_streak", "carry")
 """State that means nothing in another format."""
@@ -150,15 +153,17 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     """Plumbing shared by the arms: state, scales, randomness, counting, exact resume.
 
     A parameter group may carry its own `format` (a name, or None for plain float32 parameters such as norms).
-    `counts` holds each parameter's `StepCounts` of the last step, `skipped` the number of tensors whose gradient was
-    not finite in it (0-d). With `telemetry = False` nothing is counted, with `count_every` = n only every n-th step
-    (in the others flips and the like are 0); the weights are the same, bit for bit.
+    `counts` holds each parameter's `StepCounts` of the last step that was counted, `skipped` the number of tensors
+    whose gradient was not finite in the last step (0-d). The first step is counted and every `count_every`-th after it,
+    for counting costs more than the step itself; with `telemetry = False` none is. The weights are the same, bit for
+    bit.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.telemetry = True
-        self.count_every = 1
+        self.count_every = COUNT_EVERY
         self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._versions: dict[Tensor, int] = {}
         check_arguments(defaults)
         super().__init__(params, {"calls": 0} | defaults)
@@ -166,7 +171,8 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copying, unpickling and loading: torch keeps groups and state only."""
         super().__setstate__(state)
-        for name, value in (("telemetry", True), ("count_every", 1), ("counted", []), ("_versions", {})):
+        for name, value in (("telemetry", True), ("count_every", COUNT_EVERY), ("counted", []), ("_whole", []),
+                            ("_versions", {})):
             self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -185,11 +191,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 
     @property
     def counts(self) -> dict[Tensor, StepCounts]:
-        """What the last step did to each parameter that has a format."""
+        """What the last counted step did to each parameter that has a format."""
         plain = {p for group in self.param_groups if group["format"] is None for p in group["params"]}
         return {
             parameter: StepCounts(row)
-            for parameters, rows in self.counted
+            for parameters, rows in self._whole
             for parameter, row in zip(parameters, rows, strict=True)
             if parameter not in plain
         }
@@ -207,8 +213,10 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         """What the step does to a group's tensors; an arm's own choice."""
         raise TypeError(f"{type(self).__name__} says no plan")
 
-    def _counts_now(self, group: dict[str, Any]) -> bool:
-        return self.telemetry and group["format"] is not None and group["calls"] % self.count_every == 0
+    def _counting(self, group: dict[str, Any]) -> Counting:
+        """What this step counts, the group's `calls` being its number, the first from 1."""
+        is_due = self.telemetry and group["format"] is not None and (group["calls"] - 1) % self.count_every == 0
+        return Counting.ALL if is_due else Counting.NONE
 
     @torch.no_grad()
     def _place_on_grid(self, parameter: Any, group: dict[str, Any]) -> None:
@@ -251,7 +259,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.counted = []
-        index = 0
+        index, is_whole = 0, False
         for group in self.param_groups:
             group["calls"] += 1
             batches: dict[Any, tuple[Plan, list[tuple[Tensor, Job]]]] = {}
@@ -264,6 +272,9 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 index += 1
             for (kernel, _, _), (own, members) in batches.items():
                 self._step_batch(kernel, own, members, group["calls"])
+                is_whole = is_whole or own.counting == Counting.ALL
+        if is_whole:
+            self._whole = self.counted
         return loss
 
     def _step_batch(

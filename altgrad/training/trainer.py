@@ -101,7 +101,8 @@ class Trainer:
             dequantize_model(self.model)
         self.reference = reference
         self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))
-        self.optimizer.telemetry = observe
+        # Beside a backward pass, counting every step costs little.
+        self.optimizer.telemetry, self.optimizer.count_every = observe, 1
         self.observers = self._build_observers() if observe else None
         self.panel = GuardPanel(config.guards if guarded else ())
         self.interventions = Interventions(config.interventions)
@@ -279,7 +280,7 @@ class Trainer:
             requantize_layer(self.model, shift.layer, shift.after)
         self.formats = quantized_parameters(self.model)
         before, self.optimizer = self.optimizer, build_optimizer(self.config, self.model, dict(self.formats.values()))
-        self.optimizer.telemetry = before.telemetry
+        self.optimizer.telemetry, self.optimizer.count_every = before.telemetry, before.count_every
         self.optimizer.adopt(before)
         if self.observers is not None:
             state = self.observers.state_dict()

@@ -1,9 +1,9 @@
 """What a step of each arm costs, × torch's fused AdamW on the same tensors: `python tests/bench/optimizers.py`.
 
 The tensors are those of a byte GPT of 10.8 M parameters (6 blocks, 384 wide), with one gradient each. Every arm is
-stepped with and without telemetry (flips, updates, expected flips, travel), each between two steps of the baseline, on
-one thread unless asked otherwise; of the quieter half of the rounds the median is kept. Ratios carry over between
-machines where milliseconds do not.
+stepped as it comes (counting all at every eighth step; GridOptim flips and updates at each), counting all at every
+step, and without telemetry, each between two steps of the baseline, on one thread unless asked otherwise; of the
+quieter half of the rounds the median is kept. Ratios carry over between machines where milliseconds do not.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from quantize import provenance
 
 from altgrad.training import GridOptim, ManifoldAdamW, RoundedAdamW, RoundedOptimizer
 from altgrad.training.kernels import MEAN_EVERY
-from altgrad.training.optimizer import GridAwareOptimizer
-
-RARELY = 8
-"""`count_every` of the second column, reckoned from the others: (counted + (n - 1) · not counted) / n."""
+from altgrad.training.optimizer import COUNT_EVERY, GridAwareOptimizer
 
 SAVED = Path(__file__).parents[2] / "docs" / "bench" / "optimizers.md"
 
@@ -64,39 +61,47 @@ def gpt_tensors(layers: int, width: int) -> list[nn.Parameter]:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
+    """How long one call takes: of processor time on one thread, for the machine is shared, else of wall time."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def ratio(make: Callable, telemetry: bool, rounds: int, shape: tuple[int, int]) -> float:
-    """Time of a step by the mean of the baseline's before and after it; median of the quieter half of the rounds."""
+SETTINGS = {"as it comes": (True, COUNT_EVERY), "all at every step": (True, 1), "no telemetry": (False, 1)}
+"""`telemetry` and `count_every` of the columns."""
+
+
+def ratios(make: Callable, rounds: int, shape: tuple[int, int]) -> list[float]:
+    """A step under each setting by the mean of the baseline's before and after it; medians of the quieter half.
+
+    As it comes, a round is `COUNT_EVERY` steps, of which one counts; the settings take turns.
+    """
     baseline = torch.optim.AdamW(gpt_tensors(*shape), fused=True)
     own = make(gpt_tensors(*shape))
-    own.telemetry = telemetry
     # The mean spacing is measured at each of the first steps and rarely after; what counts is the long run.
     for _ in range(MEAN_EVERY + 1):
         own.step(), baseline.step()
-    found = []
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
     for _ in range(rounds):
-        before, mine, after = seconds(baseline.step), seconds(own.step), seconds(baseline.step)
-        found.append((before + mine + after, 2 * mine / (before + after)))
-    return statistics.median(share for _, share in sorted(found)[: (rounds + 1) // 2])
+        for name, (own.telemetry, own.count_every) in SETTINGS.items():
+            times = []
+            for _ in range(own.count_every):
+                before, mine, after = seconds(baseline.step), seconds(own.step), seconds(baseline.step)
+                times.append((before + mine + after, 2 * mine / (before + after)))
+            found[name].append((sum(t for t, _ in times), statistics.fmean(share for _, share in times)))
+    return [statistics.median(share for _, share in sorted(each)[: (rounds + 1) // 2]) for each in found.values()]
 
 
 def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -> str:
     """The measured arms as markdown."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    lines = [
-        f"| arm | counted at every step | at every {RARELY}th | not counted | counting adds, every step / {RARELY}th |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| arm | " + " | ".join(SETTINGS) + " | telemetry adds, as it comes / at every step |",
+             "| --- | --- | --- | --- | --- |"]  # fmt: skip
     try:
         for name in names:
-            counted, bare = (ratio(ARMS[name], telemetry, rounds, shape) for telemetry in (True, False))
-            lines.append(_line(name, counted, bare))
+            lines.append(_line(name, rounds, shape))
             print(lines[-1], flush=True)
     finally:
         torch.set_num_threads(before)
@@ -110,13 +115,12 @@ def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -
     )
 
 
-def _line(name: str, counted: float, bare: float) -> str:
+def _line(name: str, rounds: int, shape: tuple[int, int]) -> str:
+    usual, always, bare = ratios(ARMS[name], rounds, shape)
     if "torch" in name:
         return f"| {name} | – | – | {bare:.2f} | – |"
-    always = "grid" in name  # GridOptim returns its flips at every step
-    rare = counted if always else bare + (counted - bare) / RARELY
-    adds = f"{100 * (counted / bare - 1):+.0f} % / {100 * (rare / bare - 1):+.0f} %"
-    return f"| {name} | {counted:.2f} | {rare:.2f} | {bare:.2f} | {adds} |"
+    return (f"| {name} | {usual:.2f} | {always:.2f} | {bare:.2f} | {100 * (usual / bare - 1):+.0f} % / "
+            f"{100 * (always / bare - 1):+.0f} % |")  # fmt: skip
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from altgrad.quantization import Role
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 from altgrad.training import Trainer
+from altgrad.training.workers import Share
 
 HEAD, BRANCH, MIDDLE = "lm_head", "transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_fc"
 
@@ -57,8 +58,8 @@ def nan_gradient(trainer: Trainer, step: int, layer: str = MIDDLE) -> None:
 def nan_loss(trainer: Trainer, step: int) -> None:
     loss = trainer.task.loss
 
-    def broken(model: torch.nn.Module, number: int) -> Tensor:
-        return loss(model, number) * (torch.nan if number == step else 1.0)
+    def broken(model: torch.nn.Module, number: int, *share: Share) -> Tensor:
+        return loss(model, number, *share) * (torch.nan if number == step else 1.0)
 
     trainer.task.loss = broken  # type: ignore[method-assign]
 

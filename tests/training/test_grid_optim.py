@@ -92,6 +92,7 @@ def test_a_doubled_scale_alone_counts_no_flip():
     # All weights lie at the end of the grid and want out: the scale doubles, no code under it counts as moved.
     weight = nn.Parameter(torch.full((2048,), 127 / 128))
     optimizer = GridOptim([weight], format="E0M7", tensor_scale=1.0, **LITERAL)
+    optimizer.count_every = 1
     counts = []
     for _ in range(3):
         step(optimizer, weight, -torch.ones(2048))
@@ -123,6 +124,7 @@ def test_a_nan_weight_stays_visible():
 def test_the_stall_ratio_stays_in_bounds_on_sparse_gradients_with_momentum():
     weight = normal()
     optimizer = GridOptim([weight], lr=2e-2, format="E4M3")
+    optimizer.count_every = 1
     generator = torch.Generator().manual_seed(1)
     for _ in range(40):
         grad = torch.randn(64, 64, generator=generator) * (torch.rand(64, 64, generator=generator) < 0.02)

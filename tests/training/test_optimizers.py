@@ -186,6 +186,7 @@ def test_grid_step_returns_flips_and_updates_as_numbers():
 def test_flips_of_a_master_arm_are_code_changes_under_one_scale(arm):
     weight = parameter()
     optimizer = MASTER[arm]([weight], "E3M4")
+    optimizer.count_every = 1
     train(optimizer, weight, gradients(3))
     before = weight.detach().clone()
     scale = before.abs().max() / get_format("E3M4").max
@@ -252,6 +253,7 @@ def test_a_non_finite_gradient_skips_the_tensor_and_is_counted(arm):
 def test_sustained_overflow_doubles_the_scale_once_and_is_an_event():
     weight = nn.Parameter(torch.full((4096,), 0.5))
     optimizer = RoundedAdamW([weight], lr=0.2, format="E0M7", rounding="stochastic")
+    optimizer.count_every = 1
     before = float(weight.grid.scale)
     events = 0
     for _ in range(14):
@@ -266,13 +268,13 @@ def test_sustained_overflow_doubles_the_scale_once_and_is_an_event():
 def test_counting_changes_no_bit(arm):
     make = (RESIDENT | MASTER)[arm]
     weights = []
-    for telemetry in (True, False):
+    for telemetry, every in ((True, 1), (True, 8), (False, 1)):
         weight = parameter()
         optimizer = make([weight], "E3M4")
-        optimizer.telemetry = telemetry
+        optimizer.telemetry, optimizer.count_every = telemetry, every
         train(optimizer, weight, gradients(20))
         weights.append(weight)
-    assert torch.equal(*weights)
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
 def test_weights_loaded_after_construction_are_honoured():

@@ -21,13 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 FORMATS = ("E4M3", "E7M0", "BF16")
 
 
-def both(monkeypatch, arm: str, name: str, dtype: torch.dtype, shape: tuple[int, int]):
+def both(monkeypatch, arm: str, name: str, dtype: torch.dtype, shape: tuple[int, int],
+         count_every: int = 1):
     """State and counts of the same ten steps by the Triton kernels and by the reference."""
     monkeypatch.setattr(steps, "SHAPE", shape)
     results = []
     for kernel in (gpu, reference):
         monkeypatch.setattr(optimizer_module, "kernel_for", lambda job, kernel=kernel: kernel)
-        results.append(steps.run(arm, name, dtype))
+        results.append(steps.run(arm, name, dtype, count_every))
     return results
 
 
@@ -42,6 +43,11 @@ def assert_equal(triton, torch_results) -> None:
 @pytest.mark.parametrize("arm", steps.ARMS)
 def test_the_triton_step_is_the_references(arm, name, monkeypatch):
     assert_equal(*both(monkeypatch, arm, name, torch.float32, (7, 11)))
+
+
+@pytest.mark.parametrize("arm", ["grid", "stochastic"])
+def test_steps_that_count_less_too(arm, monkeypatch):
+    assert_equal(*both(monkeypatch, arm, "E4M3", torch.float32, (7, 11), 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from altgrad.quantization import get_format
+from altgrad.quantization.kernels import grid_of
 from altgrad.training import GridOptim, ManifoldAdamW, RoundedAdamW, RoundedOptimizer
+from altgrad.training.kernels import reference as step_reference
 
 pytest.importorskip("numba")
 
@@ -38,13 +41,13 @@ HALVES = (torch.bfloat16, torch.float16)
 FORMATS = ("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E7M0", "BF16", "FP16", "E2M1")
 
 
-def run(arm: str, name: str, dtype: torch.dtype, telemetry: bool = True):
+def run(arm: str, name: str, dtype: torch.dtype, count_every: int = 1):
     """Ten steps, the fourth with a NaN gradient, the last ones outwards to fill the grid."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter((torch.randn(SHAPE, generator=generator) * 0.02).to(dtype))
     small = nn.Parameter(torch.randn(5, generator=generator).to(dtype))
     optimizer = ARMS[arm]([weight, small], name)
-    optimizer.telemetry = telemetry
+    optimizer.count_every = count_every
     counts = []
     for step in range(10):
         for parameter in (weight, small):
@@ -75,6 +78,16 @@ def test_compiled_step_equals_the_reference(arm, name, dtype, monkeypatch):
     assert torch.equal(compiled_counts, reference_counts)
     for ours, theirs in zip(compiled, reference, strict=True):
         assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("arm", ["grid", "grid_carry", "stochastic"])
+def test_steps_that_count_less_equal_the_reference_too(arm, monkeypatch):
+    compiled, compiled_counts = run(arm, "E4M3", torch.float32, 3)
+    monkeypatch.setenv("ALTGRAD_KERNEL", "reference")
+    reference, reference_counts = run(arm, "E4M3", torch.float32, 3)
+    assert torch.equal(compiled_counts, reference_counts)
+    for ours, theirs in zip(compiled, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
@@ -112,3 +125,15 @@ def test_views_with_gaps_are_stepped_like_their_copies():
         parameter.grad = torch.full_like(parameter, 0.01)
         RoundedAdamW([parameter], lr=1e-2, format="E4M3", rounding="stochastic").step()
     assert not gapped.is_contiguous() and torch.equal(gapped, whole)
+
+
+def test_the_binade_of_a_quotient_needs_no_division():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0x00800000, 0x7F800000, (1 << 20,), generator=generator, dtype=torch.int32)
+    weights = torch.cat([bits.view(torch.float32), -bits.view(torch.float32), torch.zeros(1)])
+    for scale in (1.0, 1.5, 1 + 2**-23, 2 - 2**-23, 3.7e-20, 2.0**-100, 1e30, *weights[:20].abs().tolist()):
+        scale = torch.tensor(scale)
+        for name in ("E4M3", "E7M0", "E0M7", "BF16"):
+            grid = grid_of(get_format(name))
+            assert torch.equal(step_reference.quotient_bits(weights, scale, grid),
+                               step_reference.exponent_bits(weights / scale, grid))  # fmt: skip

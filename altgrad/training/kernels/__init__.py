@@ -70,6 +70,14 @@ class Placement(IntEnum):
     RUNGS = 3
 
 
+class Counting(IntEnum):
+    """What is counted: nothing, flips and updates, or everything."""
+
+    NONE = 0
+    MOVES = 1
+    ALL = 2
+
+
 class Count(IntEnum):
     """Columns of the counts, one int64 row per tensor; EXPECTED is in units of 2^-FIXED codes."""
 
@@ -106,7 +114,7 @@ class Plan:
     own_unit: bool = False
     feedback: bool = False
     carry: bool = False
-    telemetry: bool = True
+    counting: Counting = Counting.ALL
     master_scale: float | None = None
 
     @property
@@ -126,7 +134,7 @@ class Plan:
         """Whether the codes of the weights matter to this step."""
         is_resident = self.placement != Placement.MASTER
         return self.fmt is not None and (
-            is_resident or self.telemetry or self.geometry in (Geometry.RELATIVE, Geometry.ULP)
+            is_resident or self.counting != Counting.NONE or self.geometry in (Geometry.RELATIVE, Geometry.ULP)
         )
 
     @property

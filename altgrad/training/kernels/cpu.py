@@ -50,7 +50,7 @@ def stepper_of(plan: Plan, divides: bool) -> Any:
     decays = plan.weight_decay > 0 and plan.placement == Placement.RUNGS
     return fused.stepper(
         int(plan.moments), int(plan.geometry), int(plan.placement), plan.fmt is not None, plan.needs_scale,
-        plan.needs_mean, plan.own_unit, feedback, plan.carry, decays, plan.telemetry, plan.rescales, divides,
+        plan.needs_mean, plan.own_unit, feedback, plan.carry, decays, int(plan.counting), plan.rescales, divides,
     )  # fmt: skip
 
 

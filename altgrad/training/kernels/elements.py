@@ -6,8 +6,6 @@ Nothing branches, or LLVM would not vectorise the loop (see `quantization.kernel
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import types
 
@@ -16,7 +14,9 @@ from altgrad.quantization.kernels.loops import _bits, _float, _hash, _on_words, 
 from altgrad.training.kernels import FIXED
 
 _U32, _F32, _I32 = np.uint32, np.float32, np.int32
-_ABSOLUTE, _SIGN, _EXPONENT = _U32(0x7FFFFFFF), _U32(0x80000000), _U32(0x7F800000)
+_ABSOLUTE, _SIGN, _EXPONENT, _ONE = _U32(0x7FFFFFFF), _U32(0x80000000), _U32(0x7F800000), _U32(0x3F800000)
+_NORMAL, _NEGATIVE = _U32(0x00800000), _U32(0xC0000000)
+"""From here on a difference of the bits of two magnitudes is one that wrapped around."""
 _FULL = _F32(2.0**FIXED)
 HALF = FIXED // 2
 LOW = _U32((1 << HALF) - 1)
@@ -81,6 +81,17 @@ def binade_of(y, lowest, highest):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def binade_of_quotient(w, scale_bits, lowest, highest):  # type: ignore[no-untyped-def]
+    """Float32 bits of the binade that (w / scale)'s spacing belongs to, without a division."""
+    magnitude = _U32(_bits(w) & _ABSOLUTE)
+    difference = minus(magnitude, minus(scale_bits, _ONE))
+    is_small = (difference >= _NEGATIVE) | (magnitude < _NORMAL)
+    difference = minimum(_U32(0) if is_small else difference, _EXPONENT)
+    exponent = _U32(difference & _EXPONENT)
+    return minimum(lowest if exponent < lowest else exponent, highest)
+
+
+@inlined
 def code_on_grid(y, c, offset, max_index):  # type: ignore[no-untyped-def]
     """`index_of` for values on the grid, in half the operations."""
     shift, min_normal, magic = c[0], c[4], c[5]
@@ -115,7 +126,7 @@ def clipped(rungs, clip):  # type: ignore[no-untyped-def]
 def drawn(rungs, counter, key, second_key):  # type: ignore[no-untyped-def]
     """floor(rungs + u), float32."""
     draw = _F32(_F32(_I32(_right(_hash(counter, key, second_key), _U32(8)))) * _F32(2.0**-24))
-    whole = _F32(math.floor(rungs))
+    whole = _F32(np.floor(rungs))
     return whole + (_F32(1) if draw < _F32(rungs - whole) else _F32(0))
 
 

@@ -40,6 +40,7 @@ from altgrad.training.kernels import (
     OVERFLOW_SHARE,
     OVERFLOW_STEPS,
     Count,
+    Counting,
     Geometry,
     Moments,
     Placement,
@@ -49,6 +50,7 @@ from altgrad.training.kernels.elements import (
     LOW,
     absolute,
     binade_of,
+    binade_of_quotient,
     clipped,
     code_on_grid,
     drawn,
@@ -80,7 +82,7 @@ PIECE = 1 << 14
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
 _ABSOLUTE, _INFINITY = _U32(0x7FFFFFFF), _U32(0x7F800000)
-_GIVEN, _ADAM = int(Moments.GIVEN), int(Moments.ADAM)
+_GIVEN, _ADAM, _ALL = int(Moments.GIVEN), int(Moments.ADAM), int(Counting.ALL)
 _RELATIVE, _ULP, _BY_GRADIENT = int(Geometry.RELATIVE), int(Geometry.ULP), int(Geometry.GRADIENT)
 _MASTER, _NEAREST, _RUNGS = int(Placement.MASTER), int(Placement.NEAREST), int(Placement.RUNGS)
 _FLIPS, _APPLIED, _GRADIENT, _EXPECTED = int(Count.FLIPS), int(Count.APPLIED), int(Count.GRADIENT), int(Count.EXPECTED)
@@ -96,6 +98,18 @@ def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
+
+
+@intrinsic
+def _wide_vectors(typingctx):  # type: ignore[no-untyped-def]
+    """Lets the function that calls this use 512-bit vectors, where LLVM would keep to 256 on some processors."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        for attribute in ('"prefer-vector-width"="512"', '"min-legal-vector-width"="512"'):
+            set.add(builder.function.attributes, attribute)
+        return context.get_dummy_value()
+
+    return types.none(), generate
 
 
 @inlined
@@ -199,7 +213,7 @@ def _rescale_on_overflow(weight, carry, scale, streak, seed, is_nearest, grid_wo
 
 @cache
 def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_scale: bool, needs_mean: bool,
-            own_unit: bool, feedback: bool, with_carry: bool, decays: bool, counts: bool, rescales: bool,
+            own_unit: bool, feedback: bool, with_carry: bool, decays: bool, counting: int, rescales: bool,
             divides: bool) -> Callable[..., Any]:  # fmt: skip
     """The compiled step of one combination of a plan's choices."""
     in_rungs = has_grid and placement == _RUNGS
@@ -207,11 +221,13 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
     is_nearest, by_gradient = placement == _NEAREST, has_grid and geometry == _BY_GRADIENT
     by_spacing = has_grid and geometry in (_RELATIVE, _ULP)
     is_ulp, is_given, is_adam = geometry == _ULP, moments == _GIVEN, moments == _ADAM
-    counts_codes = counts and has_grid
+    counts_all, counts_moves = counting == _ALL, counting > 0 and has_grid
+    counts_shares = counts_all and has_grid
     # An inexact quotient may fall below the grid point that it stands for.
     on_grid = not (is_master or divides)
 
     def run(word, table, chosen, numbers, grid_words, call, rows):  # type: ignore[no-untyped-def]
+        _wide_vectors()
         c = _constants(grid_words)
         offset, lowest, highest = grid_words[OFFSET], grid_words[LOWEST], grid_words[HIGHEST]
         max_index, first_normal = grid_words[MAX_INDEX], grid_words[FIRST_NORMAL]
@@ -251,7 +267,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                     if measures:
                         mean_cell[0] = _mean_of(weight, scale, largest, in_rungs, grid_words) * _F64(scale)
                     mean = mean_cell[0]
-            inverse = _F32(1) / scale
+            inverse, scale_bits = _F32(1) / scale, _bits(scale)
             end_value = _F32(numbers[MAX_VALUE] * _F64(scale))
             seed = mixed(line[SEED], call)
             keys = splitmix64(seed)
@@ -272,7 +288,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                 for i in range(weights.size):
                     w, g = _load(weights[i]), _load(grads[i])
                     counter = _plus(_U32(begin), _U32(i))
-                    if counts:
+                    if counts_all:
                         present = _plus(present, _U32(absolute(g) > floor))
                     if by_gradient:
                         g = _F32(g * stiffness(w, has_exponent, mantissa_step, least, max_stiffness))
@@ -318,7 +334,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                         share, did = _F32(absolute(rungs) * full), rungs != _F32(0)
                     else:
                         if by_spacing:
-                            spacing = _F32(_float(binade_of(y, lowest, highest)) * mantissa_step)
+                            spacing = _F32(_float(binade_of_quotient(w, scale_bits, lowest, highest)) * mantissa_step)
                             change = _F32(d * minimum(_F32(spacing * length), bound))
                         else:
                             change = _F32(d * step_length)
@@ -345,21 +361,22 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                                 ended = minimum(target, end_value)
                                 error = _F32((ended if ended > -end_value else -end_value) - new)
                                 firsts[i] = _F32(m - _F32(_F32(error * denominator) * repaid))
-                        if counts_codes:
+                        if counts_moves:
                             if on_grid:
                                 before = code_on_grid(y, c, offset, max_index)
                                 after = code_on_grid(y_new, c, offset, max_index)
                             else:
                                 before = index_of(y, c, offset, max_index)
                                 after = index_of(y_new, c, offset, max_index)
-                            moved = minus(_U32(after), _U32(before))
+                            moved, did = minus(_U32(after), _U32(before)), target != w
+                        if counts_shares:
                             way = minimum(binade_of(y, lowest, highest), binade_of(y_target, lowest, highest))
                             short = _float(minus(_U32(0x7F000000), way))
                             share = _F32(_F32(absolute(_F32(y_target - y)) * short) * to_fixed)
-                            did = target != w
-                    if counts_codes:
+                    if counts_moves:
                         flips = _plus(flips, _U32(moved != _U32(0)))
                         applied = _plus(applied, _U32(did))
+                    if counts_shares:
                         travel, moves = _plus(travel, size_of(_I32(moved))), _plus(moves, moved)
                         part = share_word(share)
                         high, low = _plus(high, _right(part, _U32(HALF))), _plus(low, _U32(part & LOW))

@@ -23,6 +23,7 @@ from altgrad.training.kernels import (
     MAX_RUNGS,
     OVERFLOW_SHARE,
     OVERFLOW_STEPS,
+    Counting,
     Geometry,
     Job,
     Moments,
@@ -49,6 +50,7 @@ from altgrad.training.kernels.gpu_parts import (
     TRAVEL,
     _begin,
     _binade,
+    _binade_of_quotient,
     _clipped,
     _code,
     _double,
@@ -65,7 +67,7 @@ _FLOOR, _FULL = tl.constexpr(GRADIENT_FLOOR), tl.constexpr(2.0**FIXED)
 _SHARE, _STREAK = tl.constexpr(OVERFLOW_SHARE), tl.constexpr(OVERFLOW_STEPS)
 _ADAM, _GIVEN = tl.constexpr(int(Moments.ADAM)), tl.constexpr(int(Moments.GIVEN))
 _MASTER, _NEAREST = tl.constexpr(int(Placement.MASTER)), tl.constexpr(int(Placement.NEAREST))
-_RUNGS = tl.constexpr(int(Placement.RUNGS))
+_RUNGS, _ALL = tl.constexpr(int(Placement.RUNGS)), tl.constexpr(int(Counting.ALL))
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _step(  # type: ignore[no-untyped-def]
         w, g = _load(weight, index, mask, IS_BFLOAT16), _load(grad, index, mask, IS_BFLOAT16)
         hashed = _hash(index.to(tl.uint32), first_key.to(tl.uint32), second_key.to(tl.uint32))
         scale = tl.load(numbers + SCALE)
-        if COUNTS:
+        if COUNTS == _ALL:
             _add(row, GRADIENT, mask & (tl.abs(g) > _FLOOR))
         if HAS_GRID and BY_GRADIENT:
             binade = (w.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -142,7 +144,7 @@ def _step(  # type: ignore[no-untyped-def]
             applied, share = rungs != 0, tl.abs(rungs) * _FULL
         else:
             if HAS_GRID and BY_SPACING:
-                length = _binade(y, LOWEST, HIGHEST).to(tl.float32, bitcast=True) * mantissa_step
+                length = _binade_of_quotient(w, scale, LOWEST, HIGHEST).to(tl.float32, bitcast=True) * mantissa_step
                 length = length * tl.load(numbers + LENGTH)
                 change = d * tl.where(length < limit, length, limit)
             else:
@@ -178,6 +180,7 @@ def _step(  # type: ignore[no-untyped-def]
             moved = tl.where(mask, moved, 0)
             _add(row, FLIPS, moved != 0)
             _add(row, APPLIED, mask & applied)
+        if COUNTS == _ALL:
             _add(row, TRAVEL, tl.abs(moved))
             _add(row, POSITION, moved)
             _add(row, EXPECTED, tl.where(mask, tl.where(share < _FULL, share, _FULL).to(tl.int32), 0))
@@ -278,7 +281,7 @@ def _step_one(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
         grid.max_value, to_fixed, grid.mantissa_step, MOMENTS=int(plan.moments), BY_SPACING=by_spacing,
         BY_GRADIENT=plan.geometry == Geometry.GRADIENT,
         PLACEMENT=int(plan.placement), HAS_GRID=plan.fmt is not None, HAS_EXPONENT=fmt.exponent_bits > 0,
-        FEEDBACK=feedback, CARRY=plan.carry, DECAYS=plan.weight_decay > 0, COUNTS=plan.telemetry, **shape, **ends,
+        FEEDBACK=feedback, CARRY=plan.carry, DECAYS=plan.weight_decay > 0, COUNTS=int(plan.counting), **shape, **ends,
         **block,
     )  # fmt: skip
     if plan.rescales:

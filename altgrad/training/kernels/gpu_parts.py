@@ -77,6 +77,15 @@ def _binade(y, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
+def _binade_of_quotient(w, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    magnitude = (w.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    difference = magnitude - (scale.to(tl.uint32, bitcast=True).to(tl.int64) - 0x3F800000)
+    difference = tl.where(magnitude < 0x00800000, 0, difference)
+    exponent = (tl.minimum(tl.maximum(difference, 0), 0x7F800000) & 0x7F800000).to(tl.int32)
+    return tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST)
+
+
+@triton.jit
 def _survey(weight, grad, integers, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements

@@ -17,6 +17,7 @@ from altgrad.training.kernels import (
     OVERFLOW_SHARE,
     OVERFLOW_STEPS,
     Count,
+    Counting,
     Geometry,
     Job,
     Moments,
@@ -26,7 +27,7 @@ from altgrad.training.kernels import (
     measures_mean,
 )  # fmt: skip
 
-_EXPONENT = 0x7F800000
+_EXPONENT, _ONE, _NORMAL = 0x7F800000, 0x3F800000, 0x00800000
 
 
 def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None:
@@ -50,7 +51,7 @@ def _step(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
             job.mean.fill_(_mean(weight / scale, plan) * float(scale))
         mean = float(job.mean)
     direction = _direction(job, plan, weight, grad)
-    if plan.telemetry:
+    if plan.counting == Counting.ALL:
         row[Count.GRADIENT] += (grad.abs() > GRADIENT_FLOOR).sum()
     if plan.placement == Placement.RUNGS and plan.fmt is not None:
         assert scale is not None
@@ -92,6 +93,20 @@ def _mean(y: Tensor, plan: Plan) -> float:
 def exponent_bits(y: Tensor, grid: Grid) -> Tensor:
     """The float32 bits of the binade that y's spacing belongs to, int32; NaN counts as the top one."""
     return (y.view(torch.int32) & _EXPONENT).clamp(grid.min_exponent_bits, grid.max_exponent_bits)
+
+
+def quotient_bits(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """`exponent_bits(weight / scale)` without the division, which would be the longest part of a step.
+
+    The difference of the bits borrows from the exponent where the weight's mantissa is the smaller one, as the quotient
+    does; and a quotient below a power of two never rounds up to it, for both have 24 bits. Weights below 2^-126, whose
+    mantissas start with zeros, pass for zero.
+    """
+    magnitude = (weight.view(torch.int32) & 0x7FFFFFFF).to(torch.int64)
+    difference = magnitude - (scale.view(torch.int32).to(torch.int64) - _ONE)
+    difference = torch.where(magnitude < _NORMAL, 0, difference)
+    bits = (difference.clamp(0, _EXPONENT) & _EXPONENT).to(torch.int32)
+    return bits.clamp(grid.min_exponent_bits, grid.max_exponent_bits)
 
 
 def gap(index: Tensor, grid: Grid) -> Tensor:
@@ -152,7 +167,7 @@ def _move(
         change = direction * plan.lr
     else:
         assert scale is not None
-        spacing = exponent_bits(weight / scale, grid).view(torch.float32) * grid.mantissa_step
+        spacing = quotient_bits(weight, scale, grid).view(torch.float32) * grid.mantissa_step
         if plan.geometry == Geometry.ULP:
             change = direction * (spacing * (plan.lr * float(scale)))
         else:
@@ -161,12 +176,12 @@ def _move(
     target = weight - (change + weight * (plan.lr * plan.weight_decay))
     if plan.placement == Placement.MASTER or grid is None:
         job.weight.copy_(target)
-        if plan.telemetry and grid is not None:
+        if plan.counting and grid is not None:
             assert scale is not None
             new = job.weight.float()
             y, y_new = weight / scale, new / scale
             moved = reference.code_index(y_new, 1.0, grid) - reference.code_index(y, 1.0, grid)
-            _add_counts(row, moved, new != weight, _share(y, y_new, grid))
+            _add_counts(row, plan, moved, new != weight, _share(y, y_new, grid))
         return
     assert scale is not None
     rounding: Rounding = "nearest" if plan.placement == Placement.NEAREST else "stochastic"
@@ -176,10 +191,10 @@ def _move(
     row[Count.OVERFLOW] += ((target / scale).abs() > grid.max_value).sum()
     if plan.feedback and plan.lr > 0:
         _feed_back(job, plan, target, new, scale, grid)
-    if plan.telemetry:
+    if plan.counting:
         y = weight / scale
         moved = reference.code_index(codes, 1.0, grid) - reference.code_index(y, 1.0, grid)
-        _add_counts(row, moved, target != weight, _share(y, target / scale, grid))
+        _add_counts(row, plan, moved, target != weight, _share(y, target / scale, grid))
 
 
 def feedback_factor(plan: Plan, by_mean: float) -> float:
@@ -209,9 +224,11 @@ def _share(y_old: Tensor, y_target: Tensor, grid: Grid) -> Tensor:
     return (y_target - y_old).abs() * inverse * (2.0**FIXED / grid.mantissa_step)
 
 
-def _add_counts(row: Tensor, moved: Tensor, applied: Tensor, share: Tensor) -> None:
+def _add_counts(row: Tensor, plan: Plan, moved: Tensor, applied: Tensor, share: Tensor) -> None:
     row[Count.FLIPS] += (moved != 0).sum()
     row[Count.APPLIED] += applied.sum()
+    if plan.counting != Counting.ALL:
+        return
     row[Count.EXPECTED] += torch.where(share < 2.0**FIXED, share, 2.0**FIXED).to(torch.int64).sum()
     row[Count.TRAVEL] += moved.abs().sum()
     row[Count.POSITION] += moved.sum()
@@ -246,8 +263,8 @@ def _move_by_rungs(
     # A NaN has no code; it must stay visible to the guards.
     job.weight.copy_(torch.where(weight.isnan(), weight, value))
     row[Count.OVERFLOW] += (wanted != inside).sum()
-    if plan.telemetry:
-        _add_counts(row, inside - index, rungs != 0, rungs.abs() * 2.0**FIXED)
+    if plan.counting:
+        _add_counts(row, plan, inside - index, rungs != 0, rungs.abs() * 2.0**FIXED)
 
 
 def split_rungs(rungs: Tensor, seed: int) -> Tensor:
