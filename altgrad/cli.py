@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from altgrad.commands import machine, sweeps
+from altgrad.commands import machine, specs, sweeps
 from altgrad.commands.flags import add_sweep_flags
 from altgrad.sweep.folder import FolderError
 from altgrad.sweep.resolve import SpecError
@@ -101,6 +101,10 @@ def _parser() -> Parser:
     why = command("why", sweeps.why, "why trials stopped")
     why.add_argument("out", type=Path, help="the sweep's folder")
     why.add_argument("trial", nargs="?", help="a trial's id, or how it begins")
+    best = command("best", specs.show_best, "the configuration that a sweep found best, by its mean over seeds")
+    best.add_argument("out", type=Path, help="the sweep's folder")
+    best.add_argument("--export", type=Path, metavar="FILE", help="write it as a sweep of one, YAML or JSON")
+    command("schema", specs.schema, "the JSON schema of a sweep's YAML or JSON file")
     command("formats", machine.formats, "the formats and their numbers")
     matrix = command("test-matrix", machine.test_matrix, "write TEST_MATRIX.md from the registries")
     matrix.add_argument("--check", action="store_true", help="write nothing; exit 1 where the file differs")

@@ -31,7 +31,8 @@ from typing import Any
 
 import pandas as pd
 
-from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked
+from altgrad.quantization import NUMERICS_VERSION
+from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked, is_current
 from altgrad.training.config import TrainConfig
 from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
@@ -42,7 +43,7 @@ FINISHED, FAILED, UNRESOLVED = "finished", "failed", "unresolved"
 FINAL_SIGNALS = ("flip_yield", "stall_ratio", "stable_rank", *CLASSIFICATION_SIGNALS)
 RESULT_COLUMNS = ("trial_id", "task", "format", "optimizer", "policy", "lr", "rung_clip", "seed", "outcome",
                   "signal", "layer", "step", "value", "limit", "message", "train_loss", "val_loss",
-                  "bits_per_byte", "seconds", *FINAL_SIGNALS)
+                  "bits_per_byte", "seconds", *FINAL_SIGNALS, "numerics")
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Records:
     (trial_id, step, signals), up to the steps asked of each trial. `first_loss` is the training loss of the
     first row, nats.
 
-    `outside` counts the folder's trials of other sweeps, which `trials` and `rows` leave out.
+    `outside` counts the folder's trials of other sweeps, which `trials` and `rows` leave out, `outdated` those among
+    them that an older version of the numerics computed.
     """
 
     trials: pd.DataFrame
     rows: pd.DataFrame
     outside: int = 0
+    outdated: int = 0
 
 
 def load(out_dir: Path) -> Records:
@@ -88,7 +91,28 @@ def load(out_dir: Path) -> Records:
 def of_sweep(records: Records, trial_ids: Sequence[str]) -> Records:
     """The records of the trials named, in that order, with a count of the others."""
     by_id = records.trials.set_index("trial_id", drop=False)
-    return _kept(records, by_id.loc[[name for name in trial_ids if name in by_id.index]])
+    return kept(records, by_id.loc[[name for name in trial_ids if name in by_id.index]])
+
+
+def by_setting(records: Records) -> dict[str, Records]:
+    """The records of each setting, in their order, under what tells it from the others ('' for a single one)."""
+    trials = records.trials
+    values = {setting: _flat(json.loads(setting)) for setting in dict.fromkeys(trials["setting"])}
+    names = dict.fromkeys(name for value in values.values() for name in value)
+    varied = [name for name in names if len({value.get(name) for value in values.values()}) > 1]
+    found = {}
+    for setting, value in values.items():
+        label = ", ".join(f"{name}={value[name]}" for name in varied if name in value)
+        found[label] = kept(records, trials[trials["setting"] == setting])
+    return found
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names and texts."""
+    found: dict[str, str] = {}
+    for name, item in value.items():
+        found |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": str(item)}
+    return found
 
 
 def newest_setting(records: Records) -> Records:
@@ -97,13 +121,26 @@ def newest_setting(records: Records) -> Records:
     if trials.empty or trials["setting"].nunique() == 1:
         return records
     newest = trials.sort_values("created", kind="stable")["setting"].iloc[-1]
-    return _kept(records, trials[trials["setting"] == newest])
+    return kept(records, trials[trials["setting"] == newest])
 
 
-def _kept(records: Records, trials: pd.DataFrame) -> Records:
-    rows = records.rows[records.rows["trial_id"].isin(set(trials["trial_id"]))].reset_index(drop=True)
-    outside = records.outside + len(records.trials) - len(trials)
-    return Records(trials.reset_index(drop=True), rows, outside)
+def kept(records: Records, trials: pd.DataFrame) -> Records:
+    """The records of these of its trials, with a count of the others."""
+    names = set(trials["trial_id"])
+    rows = records.rows[records.rows["trial_id"].isin(names)].reset_index(drop=True)
+    dropped = records.trials[~records.trials["trial_id"].isin(names)]
+    outdated = int((dropped["numerics"] != NUMERICS_VERSION).sum()) if len(dropped) else 0
+    return Records(trials.reset_index(drop=True), rows, records.outside + len(dropped), records.outdated + outdated)
+
+
+def mutations(out_dir: Path, trial_ids: Sequence[str]) -> list[tuple[str, int, str, float, float, str]]:
+    """(trial, step, field, before, after, source) of what members of populations took over, by step."""
+    with closing(sqlite3.connect(f"{(out_dir / 'ledger.sqlite').resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'mutations'").fetchone():
+            return []  # a ledger of an earlier version
+        found = connection.execute(
+            "SELECT trial_id, step, field, before, after, source FROM mutations ORDER BY step, rowid").fetchall()
+    return [row for row in found if row[0] in set(trial_ids)]
 
 
 def unevaluated(trials: pd.DataFrame) -> int:
@@ -135,6 +172,7 @@ def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None,
     at_step = None if row is None else {name: from_plain(row[name]) for name in row.keys()}  # noqa: SIM118
     outcome = as_asked(None if ending is None else _outcome(ending), config, at_step)
     known = {} if outcome is None else outcome.to_dict()
+    numerics = _numerics(entry)
     return {
         "trial_id": entry["trial_id"], "task": config.task, "format": config.format, "optimizer": config.arm,
         "policy": config.policy, "lr": config.optimizer.lr,
@@ -146,7 +184,8 @@ def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None,
         "val_loss": _number(known.get("val_loss")), "bits_per_byte": _number(known.get("bits_per_byte")),
         "seconds": _number(known.get("seconds")), "state": _state(outcome),
         "options": config.optimizer.model_dump_json(), "geometry": config.use_manifold_aware,
-        "setting": _setting(config, entry["data_sha256"]), "steps": config.steps, "created": entry["created"],
+        "setting": _setting(config, entry["data_sha256"], numerics), "steps": config.steps, "created": entry["created"],
+        "numerics": numerics,
     }
 
 
@@ -167,8 +206,17 @@ def _state(outcome: Outcome | None) -> str:
     return FINISHED if math.isfinite(outcome.val_loss) else FAILED
 
 
-def _setting(config: TrainConfig, data_sha256: str) -> str:
-    identity = config.identity(data_sha256) | {"steps": config.steps}
+def _numerics(entry: sqlite3.Row) -> int:
+    """The version that computed the trial; 0 for an older one that was not recorded."""
+    recorded = entry["numerics"] if "numerics" in entry.keys() else None  # noqa: SIM118
+    if recorded is not None:
+        return int(recorded)
+    is_ours = is_current(entry["trial_id"], entry["config"], entry["data_sha256"], None)
+    return NUMERICS_VERSION if is_ours else 0
+
+
+def _setting(config: TrainConfig, data_sha256: str, numerics: int) -> str:
+    identity = config.identity(data_sha256) | {"steps": config.steps, "numerics": numerics}
     varied = ("format", "policy", "optimizer", "seed")
     return json.dumps({key: value for key, value in identity.items() if key not in varied}, sort_keys=True)
 

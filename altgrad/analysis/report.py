@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +35,9 @@ from altgrad.analysis.finding import Finding, find
 from altgrad.analysis.load import (
     UNRESOLVED,
     Records,
+    by_setting,
     load,
+    mutations,
     newest_setting,
     of_sweep,
     results_table,
@@ -41,8 +45,20 @@ from altgrad.analysis.load import (
 )
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
 from altgrad.analysis.stats import p_floor
-from altgrad.analysis.tables import DASH, cells_table, choices_table, geometry_table, stops_table
+from altgrad.analysis.tables import (
+    DASH,
+    cells_table,
+    choices_table,
+    geometry_table,
+    mutations_table,
+    stops_table,
+)
+from altgrad.quantization import NUMERICS_VERSION
+from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
+
+MOST_SETTINGS = 8
+"""A search over settings may have as many as samples; beyond these they stand in results.csv only."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +81,9 @@ def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Findi
     """Writes report/ into the sweep's folder and returns its finding.
 
     It is of the trials named, else of those under `trials` in sweep.json, else (a folder that does not say) of
-    all in the ledger that share the newest setting. FileNotFoundError where the folder has no ledger;
-    ValueError where the ledger holds none of the trials.
+    all in the ledger that share the newest setting. Where a sweep has several settings, trials compare within one
+    only: the report is of the first, and those of the others stand under report/settings/. FileNotFoundError where
+    the folder has no ledger; ValueError where the ledger holds none of the trials.
     """
     out_dir = Path(out_dir)
     recorded = load(out_dir)
@@ -77,17 +94,53 @@ def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Findi
     if selected.trials.empty:
         lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
         raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
-    records = newest_setting(selected)
+    settings = {"": newest_setting(selected)} if asked is None else by_setting(selected)
+    folder = out_dir / "report"
+    shutil.rmtree(folder / "settings", ignore_errors=True)
+    labels = list(settings)[:MOST_SETTINGS]
+    folders = {label: folder / "settings" / str(place) if place else folder for place, label in enumerate(labels)}
+    exchanged = mutations(out_dir, list(selected.trials["trial_id"]))
+    findings = []
+    for label in labels:
+        others = {name: path / "report.html" for name, path in folders.items() if name != label}
+        shown = Shown(_sweep_name(manifest, out_dir), manifest, label, others, len(settings) - len(labels), exchanged)
+        records = settings[label]
+        if asked is not None:
+            elsewhere = len(selected.trials) - len(records.trials)
+            records = replace(records, outside=records.outside - elsewhere)
+        findings.append(_write(folders[label], records, shown))
+    results_table(recorded.trials).to_csv(folder / "results.csv", index=False)
+    return findings[0]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a report says of its sweep: `label` tells this setting from the `others`, whose reports stand elsewhere."""
+
+    name: str
+    manifest: Mapping[str, Any] | None
+    label: str
+    others: Mapping[str, Path]
+    unreported: int
+    """settings beyond MOST_SETTINGS"""
+    mutations: list[tuple[str, int, str, float, float, str]]
+
+
+def _write(folder: Path, records: Records, shown: Shown) -> Finding:
+    """Writes the report of one setting."""
     measured = judged(records.trials)
     study = build_study(measured)
     is_pruned = records.trials["outcome"] == OutcomeKind.PRUNED
     results = int(((records.trials["state"] != UNRESOLVED) | is_pruned).sum())
-    folder = out_dir / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     finding = find(study, results, len(records.trials), unevaluated(records.trials))
     finding = replace(finding, path=folder / "report.html")
-    results_table(recorded.trials).to_csv(folder / "results.csv", index=False)
-    context = _context(_sweep_name(manifest, out_dir), manifest, records, study, finding)
+    context = _context(shown.name, shown.manifest, records, study, finding)
+    context |= {"setting": shown.label, "unreported": shown.unreported}
+    context["others"] = [(label, os.path.relpath(path, folder)) for label, path in shown.others.items()]
+    ours = set(records.trials["trial_id"])
+    exchanged = [item for item in shown.mutations if item[0] in ours]
+    context["mutations"] = mutations_table(exchanged) if exchanged else None
     context["learning_rates"] = choices_table(measured, study) if any(c.choices > 1 for c in study.cells) else None
     context |= {"scores": scores_table(records.trials, study),
                 "geometry_scores": geometry_scores_table(records.trials, study)}
@@ -115,7 +168,7 @@ def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, st
     seeds = max((cell.n for cell in study.cells), default=0)
     return {
         "name": name, "finding": finding, "margin": f"{MARGIN:.0%}",
-        "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats", "outside": _outside_text(records.outside),
+        "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats", "outside": _outside_text(records),
         "cells": cells_table(study), "geometry": geometry_table(study), "stops": stops_table(trials),
         "counts": trials["outcome"].value_counts().to_dict(), "seeds": seeds,
         "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH, "alpha": ALPHA, "correction": study.correction,
@@ -125,12 +178,16 @@ def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, st
     }
 
 
-def _outside_text(count: int) -> str:
-    if not count:
-        return ""
-    who = "1 other trial of earlier sweeps in this folder is" if count == 1 else (
-        f"{count} other trials of earlier sweeps in this folder are")
-    return f"{who} left out; results.csv lists every trial."
+def _outside_text(records: Records) -> str:
+    count = records.outside
+    texts = [f"{outdated_text(records.outdated)}."] if records.outdated else []
+    if own := int((records.trials["numerics"] != NUMERICS_VERSION).sum()):
+        texts.append(f"{own} trials of this sweep were computed by an older numerics version than this installation's.")
+    if count:
+        who = "1 other trial of earlier sweeps in this folder is" if count == 1 else (
+            f"{count} other trials of earlier sweeps in this folder are")
+        texts.append(f"{who} left out; results.csv lists every trial.")
+    return " ".join(texts)
 
 
 def _sweep_name(manifest: Mapping[str, Any] | None, out_dir: Path) -> str:

@@ -79,6 +79,13 @@ def choices_table(trials: pd.DataFrame, study: Study) -> Table:
                  frozenset({3, 4, 5, 6}))
 
 
+def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) -> Table:
+    """What members of populations took over from others, by step."""
+    lines = [(name, str(step), field, number(before, "g"), number(after, "g"), source)
+             for name, step, field, before, after, source in found]  # fmt: skip
+    return Table(("trial", "step", "value", "before", "after", "weights of"), lines, frozenset({1, 3, 4}))
+
+
 def _measure(study: Study) -> str:
     return "loss, nats" if study.unit == UNITS["lm"] else "1 − F1 micro"
 

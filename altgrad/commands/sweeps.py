@@ -14,6 +14,7 @@ from typing import NoReturn
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.sweep import monitor
 from altgrad.sweep.folder import check_folder, check_ledger, is_disk_full
+from altgrad.sweep.ledger import outdated_text
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.resolve import SpecError
@@ -94,6 +95,8 @@ def _conclude(result: SweepResult) -> int:
     print(finding.certainty)
     endings = ", ".join(f"{count} {name}" for name, count in result.endings.most_common())
     print(f"{result.trials} trials: {endings}" + ("" if result.ran else "; nothing was left to run"))
+    if result.outdated:
+        print(outdated_text(result.outdated))
     print(f"report: {finding.path}")
     if result.broken is not None:
         print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
@@ -120,6 +123,8 @@ def plan(request: argparse.Namespace) -> int:
     if not options.fresh and check_ledger(options.out / "ledger.sqlite"):
         with monitor.open_ledger(options.out) as ledger:
             print(f"{options.out} lacks {len(ledger.remaining(trials))} of them")
+            if outdated := ledger.outdated():
+                print(f"{options.out}: {outdated_text(len(outdated))}")
     return 0
 
 
@@ -136,6 +141,8 @@ def why(request: argparse.Namespace) -> int:
         print_table([monitor.WHY_COLUMNS, *table])
     else:
         print("no trial was stopped")
+    for line in monitor.mutations(request.out, request.trial):
+        print(line)
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from altgrad.quantization import NUMERICS_VERSION
 from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardRule
@@ -29,11 +30,13 @@ ROW_SIGNALS = (*SIGNALS, "bits_per_byte", "lr", "tokens_per_s", "clipped_tensors
                *CLASSIFICATION_SIGNALS)
 OUTCOME_FIELDS = ("kind", "signal", "layer", "step", "value", "limit_", "first_seen", "message",
                   "train_loss", "val_loss", "bits_per_byte", "seconds", "formats")
+TRIAL_FIELDS = ("trial_id", "config", "task", "format", "arm", "policy", "lr", "rung_clip", "seed", "data_sha256",
+                "created", "numerics")
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS trials (
     trial_id TEXT PRIMARY KEY, config TEXT NOT NULL, task TEXT, format TEXT, arm TEXT, policy TEXT,
-    lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL);
+    lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL, numerics INTEGER);
 CREATE TABLE IF NOT EXISTS rows (
     trial_id TEXT NOT NULL, step INTEGER NOT NULL, {', '.join(f'{name} REAL' for name in ROW_SIGNALS)},
     layers TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
@@ -61,6 +64,7 @@ class Ledger:
         self._connection.executescript(SCHEMA)
         self._add_new_columns("rows", dict.fromkeys(ROW_SIGNALS, "REAL"))
         self._add_new_columns("outcomes", {"formats": "TEXT"})
+        self._add_new_columns("trials", {"numerics": "INTEGER"})
 
     def _add_new_columns(self, table: str, columns: Mapping[str, str]) -> None:
         """A ledger of an earlier version lacks what came later."""
@@ -86,12 +90,14 @@ class Ledger:
         """
         now = time.time()
         values = [(trial_id, config.model_dump_json(), config.task, config.format, config.arm, config.policy,
-                   config.optimizer.lr, getattr(config.optimizer, "rung_clip", None), config.seed, data_sha256, now)
+                   config.optimizer.lr, getattr(config.optimizer, "rung_clip", None), config.seed, data_sha256, now,
+                   NUMERICS_VERSION)
                   for trial_id, config in configs.items()]
         with self._connection:
             self._connection.execute("BEGIN")
-            self._connection.executemany("INSERT INTO trials VALUES (?,?,?,?,?,?,?,?,?,?,?) "
-                                         "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config", values)
+            self._connection.executemany(
+                f"INSERT INTO trials ({','.join(TRIAL_FIELDS)}) VALUES ({','.join('?' * len(TRIAL_FIELDS))}) "
+                "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config, numerics = excluded.numerics", values)
 
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Enters rows in one transaction; a step that is known is replaced."""
@@ -166,6 +172,20 @@ class Ledger:
             f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
         return {trial_id: dict(zip(names, values, strict=True)) for trial_id, *values in found}
 
+    def configs(self) -> dict[str, TrainConfig]:
+        """What every trial of the current numerics was asked to be, by id, oldest first."""
+        outdated = self.outdated()
+        found = self._connection.execute("SELECT trial_id, config FROM trials ORDER BY created, rowid")
+        return {trial_id: TrainConfig.model_validate_json(config) for trial_id, config in found
+                if trial_id not in outdated}
+
+    def outdated(self) -> dict[str, int | None]:
+        """Trials of other numerics than this version's, by id, with theirs; None where it was not recorded."""
+        found = self._connection.execute(
+            "SELECT trial_id, config, data_sha256, numerics FROM trials WHERE numerics IS NOT ?", (NUMERICS_VERSION,))
+        return {trial_id: numerics for trial_id, config, data_sha256, numerics in found
+                if not is_current(trial_id, config, data_sha256, numerics)}
+
     def signal(self, trial_id: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of one signal of a trial's rows, where it was measured."""
         if name not in ROW_SIGNALS:
@@ -183,6 +203,27 @@ class Ledger:
         outcomes = self.outcomes()
         return {trial_id: config for trial_id, config in configs.items()
                 if not is_settled(outcomes.get(trial_id), config)}
+
+
+def is_current(trial_id: str, config: str, data_sha256: str, numerics: int | None) -> bool:
+    """Whether a recorded trial was computed by this version's numerics.
+
+    A ledger from before the version was recorded still tells: the version is in the id, so the id comes out again.
+    """
+    if numerics is not None:
+        return numerics == NUMERICS_VERSION
+    try:
+        return TrainConfig.model_validate_json(config).trial_id(data_sha256) == trial_id
+    except ValueError:
+        return False
+
+
+def outdated_text(count: int) -> str:
+    """The line that says so, or nothing."""
+    if not count:
+        return ""
+    return f"{count} trial{'s' if count > 1 else ''} of an older numerics version {'are' if count > 1 else 'is'} " \
+           "in the ledger, not used"
 
 
 def is_settled(outcome: Outcome | None, config: TrainConfig) -> bool:

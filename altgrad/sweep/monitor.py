@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.sweep.folder import FolderError, check_ledger, has_driver
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.ledger import Ledger, outdated_text
 from altgrad.sweep.progress import ending_name
 from altgrad.sweep.resolve import SpecError
 from altgrad.sweep.spec import nearest
@@ -39,13 +39,18 @@ def open_ledger(out: Path) -> Ledger:
 def status(out: Path) -> tuple[str, list[tuple[str, str]]]:
     """One line on how far the sweep is, and how many trials are in which state."""
     with open_ledger(out) as ledger:
+        outdated = ledger.outdated()
         trials, outcomes, rows = ledger.trials(), ledger.outcomes(), ledger.row_counts()
+    for name in outdated:
+        for found in (trials, outcomes, rows):
+            found.pop(name, None)
     started = sum(1 for trial_id in trials if trial_id not in outcomes and trial_id in rows)
     counts = Counter(ending_name(outcome) for outcome in outcomes.values())
     counts.update({"started": started, "waiting": len(trials) - len(outcomes) - started})
     driver = "a driver is running" if has_driver(out) else "no driver is running"
     headline = (f"{out}: {len(outcomes)} of {len(trials)} trials ended, {sum(rows.values())} steps recorded; "
                 f"{driver}")
+    headline += f"; {outdated_text(len(outdated))}" if outdated else ""
     return headline, [(name, str(count)) for name, count in counts.items() if count]
 
 
@@ -60,6 +65,14 @@ def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
         wanted = {trial_id: found for trial_id, found in wanted.items()
                   if trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE}
     return [_line(trial_id, found, outcomes.get(trial_id)) for trial_id, found in wanted.items()]
+
+
+def mutations(out: Path, trial: str | None = None) -> list[str]:
+    """What members of populations took over, a line each: of all trials, or of those whose id begins with `trial`."""
+    with open_ledger(out) as ledger:
+        found, _ = ledger.mutations([name for name in ledger.trials() if name.startswith(trial or "")])
+    return [f"{name} at step {step}: {field} {before:g} -> {after:g}, weights of {source}"
+            for name, step, field, before, after, source in found]
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:

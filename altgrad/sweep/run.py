@@ -57,6 +57,8 @@ class SweepResult:
     endings: Counter[str]
     broken: str | None
     """the error that ended the sweep early, where one came back three times"""
+    outdated: int = 0
+    """trials of an older numerics version in the same ledger, which nothing here counts"""
 
 
 def preflight(spec: SweepSpec) -> Corpus | Documents:
@@ -119,6 +121,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
                 for trial_id in trials
             ),
             broken,
+            len(ledger.outdated()),
         )
 
 

@@ -1,0 +1,136 @@
+"""The one configuration that a sweep found best, and the sweep of one that trains it again.
+
+Best by validation score, averaged over seeds: the loss of language modelling, F1 micro of a classifier, both on
+validation documents, at the last step asked for. A configuration competes when all its seeds have run to their end;
+one with a seed that a guard stopped does not. The references (AdamW in BF16 and FP32) are what others are compared
+with and compete only where there is nothing else.
+
+The sweep of one spells every value out, so that it means the same whatever the defaults become. Its trials have the ids
+of the winner's, and its reference the winner's learning rate where both have the same unit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from altgrad.sweep.axes import arm_fields
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.objectives import OBJECTIVES, value_of
+from altgrad.sweep.resolve import SUFFIXES, SpecError
+from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.training.config import ARMS, TrainConfig, has_own_lr_unit
+from altgrad.training.outcome import OutcomeKind
+
+MEASURES = {"lm": "val_loss", "classify": "val_f1_micro"}
+COPIED = ("task", "steps", "model", "data", "schedule", "clip_grad_norm", "interventions", "observe", "guards",
+          "log_interval", "eval_interval", "checkpoint_interval")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A configuration (of its first seed), its score by seed, and among how many it is the best."""
+
+    config: TrainConfig
+    measure: str
+    scores: Mapping[int, float]
+    trial_ids: tuple[str, ...]
+    rivals: int
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.scores.values()) / len(self.scores)
+
+
+def find_best(ledger: Ledger, asked: list[str] | None = None) -> Winner:
+    """The best of the trials asked for, or of all in the ledger; SpecError where none has run to its end."""
+    known = ledger.configs()
+    trials = {name: known[name] for name in (known if asked is None else asked) if name in known}
+    groups: dict[str, dict[str, TrainConfig]] = {}
+    for trial_id, config in trials.items():
+        pooled = trial_id.partition("-")[0] if "-" in trial_id else ""
+        key = pooled + config.model_dump_json(exclude={"seed"})
+        groups.setdefault(key, {})[trial_id] = config
+    whole = [winner for group in groups.values() if (winner := _scored(ledger, group)) is not None]
+    competing = [winner for winner in whole if not is_reference(winner.config)] or whole
+    if not competing:
+        raise SpecError(f"{ledger.path.parent}: no configuration has run to its end with all its seeds yet")
+    sign = 1 if OBJECTIVES[competing[0].measure].direction == "minimize" else -1
+    best = min(competing, key=lambda winner: sign * winner.mean)
+    return Winner(best.config, best.measure, best.scores, best.trial_ids, len(competing))
+
+
+def _scored(ledger: Ledger, group: Mapping[str, TrainConfig]) -> Winner | None:
+    first = next(iter(group.values()))
+    measure = MEASURES[first.task]
+    outcomes = ledger.outcomes_of(list(group))
+    scores = {}
+    for trial_id, config in group.items():
+        value = value_of(ledger, trial_id, config, measure)
+        is_done = trial_id in outcomes and outcomes[trial_id].kind is OutcomeKind.DONE
+        if not is_done or value is None or value == OBJECTIVES[measure].worst:
+            return None
+        scores[config.seed] = value
+    return Winner(first, measure, scores, tuple(group), 1)
+
+
+def asked_in(out: Path) -> list[str] | None:
+    """The trials of the sweep that the folder ran last; None where it does not say."""
+    path = out / "sweep.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found.get("trials")
+
+
+def sweep_of_one(winner: Winner, name: str = "best") -> SweepSpec:
+    """A sweep that trains the winner's configuration, under all its seeds, and its reference."""
+    config = winner.config
+    arm = config.arm if config.arm in ARMS else _nearest_arm(config)
+    base, optimizer = ARMS[arm], config.optimizer
+    differing = {field: getattr(optimizer, field) for field in arm_fields(arm)
+                 if getattr(optimizer, field) != getattr(base, field)}  # fmt: skip
+    shared_lr = not has_own_lr_unit(base) and not has_own_lr_unit(optimizer)
+    if shared_lr:
+        differing.pop("lr", None)
+    return SweepSpec.model_validate({
+        "name": name, "formats": (config.format,), "optimizers": (arm,), "policies": (config.policy,),
+        "lrs": (optimizer.lr,) if shared_lr else (), "seeds": max(winner.scores) + 1,
+        "axes": {f"{arm}.{field}": [value] for field, value in differing.items()},
+        **{field: getattr(config, field) for field in COPIED},
+    })  # fmt: skip
+
+
+def _nearest_arm(config: TrainConfig) -> str:
+    """The arm from which the fewest fields differ, among those of the same kind."""
+    own = config.optimizer.model_dump()
+
+    def distance(name: str) -> int:
+        return sum(value != own[field] for field, value in ARMS[name].model_dump().items())
+
+    return min((name for name in ARMS if ARMS[name].kind == config.optimizer.kind), key=distance)
+
+
+def export(winner: Winner, ledger: Ledger, path: Path) -> None:
+    """Writes the sweep of one as YAML or JSON; SpecError where there is no such sweep, or the file exists."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise SpecError(f"--export: {path}: allowed are {', '.join(SUFFIXES)} files")
+    if path.exists():
+        raise SpecError(f"--export: {path} exists; a new file is expected")
+    exchanged, _ = ledger.mutations(winner.trial_ids)
+    if exchanged:
+        raise SpecError(f"--export: {exchanged[0][0]} took over weights and values from others (pbt) at step "
+                        f"{exchanged[0][1]}: no single configuration trains it again")  # fmt: skip
+    plain: dict[str, Any] = sweep_of_one(winner, path.stem).model_dump(mode="json")
+    for name in ("search", "num_samples", "objectives", "search_seed", "constraints", "scheduler", "race", "pbt"):
+        del plain[name]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(plain, indent=1) if path.suffix.lower() == ".json" else yaml.safe_dump(plain, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"--export: {path} can't be written: {error.strerror}") from None

@@ -1,0 +1,34 @@
+"""The JSON schema of a sweep, for editors and other programs: what YAML and JSON files may say.
+
+It is derived from `SweepSpec`, and widened by the short forms that the spec reads: lists as texts with commas, a model
+by name, guards as 'on' and 'off' or as rules in words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from altgrad.sweep.spec import SweepSpec
+from altgrad.training.config import MODELS
+
+_TEXT = {"type": "string"}
+_NUMBER = {"type": "number", "exclusiveMinimum": 0}
+SHORT_FORMS: dict[str, list[dict[str, Any]]] = {
+    "formats": [_TEXT], "optimizers": [_TEXT], "policies": [_TEXT], "objectives": [_TEXT],
+    "lrs": [_TEXT, _NUMBER], "rung_clip": [_TEXT, _NUMBER], "guards": [_TEXT, {"type": "boolean"}],
+    "model": [{"type": "string", "enum": list(MODELS)}],
+}  # fmt: skip
+
+
+def json_schema() -> dict[str, Any]:
+    """Draft 2020-12, as pydantic writes it."""
+    schema = SweepSpec.model_json_schema()
+    for name, forms in SHORT_FORMS.items():
+        long = schema["properties"][name]
+        about = {key: long.pop(key) for key in ("title", "description", "default") if key in long}
+        schema["properties"][name] = {"anyOf": [long, *forms], **about}
+    rule = schema["$defs"]["GuardRule"]
+    schema["$defs"]["GuardRule"] = {"anyOf": [rule, {"type": "string", "description": "a rule in words, or by name"}]}
+    when = schema["$defs"]["Constraint"]["properties"]["when"]["additionalProperties"]
+    when["anyOf"].append({"type": ["string", "number", "boolean", "null"]})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
