@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import cast, get_args
 
+from altgrad.sweep.budget import Budget, flag_of
 from altgrad.sweep.options import Executor, RunOptions
 from altgrad.sweep.resolve import SpecError, resolve
 from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
@@ -32,6 +33,12 @@ SPEC_FLAGS = {
     "scheduler": ("scheduler", "none; asha: races learning rates within a cell, in a search all samples; pbt: "
                                "populations over learning rates and rung clips"),
     "guards": ("guards", "on, off, or rules like 'flip_yield/min < 0.2 for 3 after 50; grad_norm is nonfinite'"),
+}
+BUDGET_FLAGS = {
+    "gpu_hours": ("H", "GPU-hours of all runs together, at which the sweep stops"),
+    "usd": ("D", "dollars of all runs together, by --usd-per-gpu-hour"),
+    "hours": ("H", "hours of wall time of all runs together"),
+    "usd_per_gpu_hour": ("D", "the price of a GPU"),
 }
 ADDRESS = re.compile(r"local|auto|(?!ray://)[\w.\-\[\]:]+:\d+")
 
@@ -59,6 +66,8 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head"
     )
+    for name, (metavar, help) in BUDGET_FLAGS.items():
+        parser.add_argument(f"--{flag_of(name)}", dest=f"budget:{name}", metavar=metavar, help=help)
     parser.add_argument("--fresh", action="store_true", help="move an old sweep in OUT aside and start again")
     parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
 
@@ -92,6 +101,8 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             workers_per_trial=_number_of("--workers-per-trial", request.workers_per_trial),
             gpus_per_trial=_amount_of("--gpus-per-trial", request.gpus_per_trial),
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
+            budget=Budget(**{name: _amount_of(f"--{flag_of(name)}", text) for name in BUDGET_FLAGS
+                             if (text := getattr(request, f"budget:{name}")) is not None}),
         )
         options.check(spec)
     except ValueError as error:

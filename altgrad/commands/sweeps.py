@@ -100,6 +100,9 @@ def _conclude(result: SweepResult) -> int:
     print(f"report: {finding.path}")
     if result.broken is not None:
         print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
+    if result.over_budget is not None:
+        print(f"altgrad: the budget is used up: {result.over_budget}; a higher cap goes on from the checkpoints",
+              file=sys.stderr)  # fmt: skip
     if result.left:
         print(
             f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "

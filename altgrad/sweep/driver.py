@@ -22,6 +22,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from altgrad.sweep.budget import Meter
 from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
 from altgrad.sweep.folder import cores
 from altgrad.sweep.growth import Growth
@@ -55,8 +56,9 @@ class Follower(tune.Callback):
         scheduler: HealthScheduler,
         breaker: Breaker,
         growth: Growth | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        self._growth = growth
+        self._growth, self._meter = growth, meter
         self._recorder = recorder
         self._progress = progress
         self._scheduler = scheduler
@@ -70,6 +72,10 @@ class Follower(tune.Callback):
                         **info: Any) -> None:
         self._recorder.follow(trial_id_of(trial))
         self._progress.reached(trial_id_of(trial), int(result["step"]))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._meter is not None:
+            self._meter.tick(sum(trial.status == "RUNNING" for trial in trials))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
@@ -104,10 +110,15 @@ class Follower(tune.Callback):
 
 
 class Breaker(tune.Stopper):
-    """Ends the sweep when the same error has come back often enough."""
+    """Ends the sweep when the same error has come back often enough, or the budget is used up."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Meter | None = None) -> None:
         self._seen: Counter[str] = Counter()
+        self._meter = meter
+
+    def __reduce__(self) -> tuple[type[Breaker], tuple[()]]:
+        """As for `Follower`: the meter's ledger can't go along."""
+        return Breaker, ()
 
     def count(self, message: str) -> None:
         self._seen[message] += 1
@@ -121,11 +132,12 @@ class Breaker(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self.reason is not None
+        return self.reason is not None or (self._meter is not None and self._meter.exceeded is not None)
 
 
 def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress, race: Pace | None, *,
-          against: dict[str, str], options: RunOptions, growth: Growth | None = None) -> str | None:
+          against: dict[str, str], options: RunOptions, growth: Growth | None = None,
+          meter: Meter | None = None) -> str | None:
     """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
 
     `against`: each trial's reference, which may be among the trials or have ended before. Both grow with what `growth`
@@ -133,8 +145,8 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     """
     scratch = recorder.folder.parent.absolute() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    scheduler, breaker = HealthScheduler(trials, race), Breaker()
-    follower = Follower(recorder, progress, scheduler, breaker, growth)
+    scheduler, breaker = HealthScheduler(trials, race), Breaker(meter)
+    follower = Follower(recorder, progress, scheduler, breaker, growth, meter)
     requests: dict[str, dict[str, str]] = {}
 
     def enter(new: Mapping[str, TrainConfig]) -> Iterable[str]:
@@ -186,6 +198,8 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
             ),
         ).fit()
     finally:
+        if meter is not None:
+            meter.save()
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
     return breaker.reason

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from altgrad.quantization import NUMERICS_VERSION
+from altgrad.sweep.budget import Spend
 from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import GuardRule
@@ -44,6 +45,7 @@ CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
     seconds REAL, formats TEXT, recorded REAL);
+CREATE TABLE IF NOT EXISTS spend (started REAL PRIMARY KEY, hours REAL, gpu_hours REAL, usd REAL);
 CREATE TABLE IF NOT EXISTS samples (
     search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
     PRIMARY KEY (search, number));
@@ -197,6 +199,16 @@ class Ledger:
     def row_counts(self) -> dict[str, int]:
         """How many steps of each trial are recorded."""
         return dict(self._connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))
+
+    def record_spend(self, started: float, spend: Spend) -> None:
+        """Enters what the run of a driver that started then (Unix time) has spent so far."""
+        self._connection.execute("INSERT OR REPLACE INTO spend VALUES (?,?,?,?)",
+                                 (started, spend.hours, spend.gpu_hours, spend.usd))  # fmt: skip
+
+    def spent(self) -> Spend:
+        """What all runs together have spent."""
+        found = self._connection.execute("SELECT TOTAL(hours), TOTAL(gpu_hours), TOTAL(usd) FROM spend").fetchone()
+        return Spend(*found)
 
     def remaining(self, configs: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
         """The trials that still have something to run, in the order given."""

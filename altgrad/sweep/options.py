@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from altgrad.sweep.budget import Budget
 from altgrad.sweep.folder import cores
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class RunOptions:
     """of each worker; a fraction lets several trials share a GPU"""
     interval_timeout: float = 900.0
     """seconds after which a log interval that has not ended counts as hung; 0 for never"""
+    budget: Budget = field(default_factory=Budget)
 
     def check(self, spec: SweepSpec) -> None:
         """ValueError, naming the flag, where the settings can't go together, with this sweep or on this machine."""
@@ -44,6 +46,7 @@ class RunOptions:
         if self.executor == "actor" and self.workers_per_trial > 1:
             raise ValueError(f"--executor: 'actor' is not allowed with --workers-per-trial {self.workers_per_trial}: "
                              "an actor is one worker; auto or train is expected")  # fmt: skip
+        self.budget.check(self.gpus_per_trial)
         if self.address == "local" and self.workers_per_trial > cores():
             raise ValueError(f"--workers-per-trial: {self.workers_per_trial} is not allowed: this machine has "
                              f"{cores()} cores, one per worker is expected")  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from altgrad.sweep.budget import Meter
 from altgrad.sweep.folder import check_folder, check_ledger, manifest, owned
 from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import Ledger
@@ -28,7 +29,7 @@ from altgrad.sweep.sampling import OptunaSearch
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
-from altgrad.training.outcome import RESULT_KINDS
+from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import write_json
 from altgrad.training.tasks import build_task
 
@@ -57,6 +58,8 @@ class SweepResult:
     endings: Counter[str]
     broken: str | None
     """the error that ended the sweep early, where one came back three times"""
+    over_budget: str | None = None
+    """the cap that was reached, in words"""
     outdated: int = 0
     """trials of an older numerics version in the same ledger, which nothing here counts"""
 
@@ -109,20 +112,35 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         if growth is not None and not left:
             left = growth.more()
         before = len(trials) - len(left)
-        broken = _drive(anchored, options, trials, left, recorder, growth) if left else None
+        meter = Meter(options.budget, ledger, options.gpus_per_trial * options.workers_per_trial)
+        broken = None
+        if left and not meter.exceeded:
+            broken = _drive(anchored, options, trials, left, recorder, growth, meter)
+        unfinished = ledger.remaining(trials)
+        over_budget = meter.exceeded if unfinished else None
+        if over_budget:
+            _end_by_budget(ledger, unfinished, over_budget)
         outcomes = ledger.outcomes()
         return SweepResult(
             out,
             len(trials),
             len(trials) - before,
-            len(ledger.remaining(trials)),
+            len(unfinished),
             Counter(
                 ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished"
                 for trial_id in trials
             ),
             broken,
+            over_budget,
             len(ledger.outdated()),
         )
+
+
+def _end_by_budget(ledger: Ledger, unfinished: Mapping[str, TrainConfig], reason: str) -> None:
+    known, counts = ledger.outcomes(), ledger.row_counts()
+    for trial_id in unfinished:
+        if trial_id not in known or known[trial_id].kind is not OutcomeKind.BUG:
+            ledger.record_outcome(trial_id, Outcome(OutcomeKind.BUDGET, counts.get(trial_id, 0), message=reason))
 
 
 def anchor(source: str) -> str:
@@ -147,7 +165,8 @@ def _set_ray_environment() -> None:
 
 
 def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfig],
-           left: dict[str, TrainConfig], recorder: Recorder, growth: Growth | None) -> str | None:
+           left: dict[str, TrainConfig], recorder: Recorder, growth: Growth | None,
+           meter: Meter) -> str | None:
     race: Race | PooledRace | Population | None = None
     if spec.scheduler == "asha":
         race = _race(spec, trials, recorder.ledger)
@@ -157,7 +176,8 @@ def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfi
     with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
         from altgrad.sweep.driver import drive
         try:
-            return drive(left, recorder, progress, race, against=references(trials), options=options, growth=growth)
+            return drive(left, recorder, progress, race, against=references(trials), options=options, growth=growth,
+                         meter=meter)
         finally:
             if growth is not None:
                 growth.close()
