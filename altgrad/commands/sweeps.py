@@ -13,13 +13,16 @@ from typing import NoReturn
 
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.sweep import monitor
-from altgrad.sweep.folder import check_folder, check_ledger, is_disk_full
+from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
 from altgrad.sweep.ledger import outdated_text
 from altgrad.sweep.monitor import print_table
-from altgrad.sweep.options import RunOptions
+from altgrad.sweep.options import GROWING, RunOptions
+from altgrad.sweep.plan import estimate, power_line
+from altgrad.sweep.progress import duration
 from altgrad.sweep.resolve import SpecError
 from altgrad.sweep.run import SweepResult, preflight, run_sweep
 from altgrad.sweep.spec import SweepSpec, nearest
+from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
 
 
@@ -123,12 +126,34 @@ def plan(request: argparse.Namespace) -> int:
     print_table([("format", "arm", "policy", "trials"), *rows])
     for exclusion in spec.exclusions():
         print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
+    left = trials
     if not options.fresh and check_ledger(options.out / "ledger.sqlite"):
         with monitor.open_ledger(options.out) as ledger:
-            print(f"{options.out} lacks {len(ledger.remaining(trials))} of them")
+            left = ledger.remaining(trials)
+            print(f"{options.out} lacks {len(left)} of them")
             if outdated := ledger.outdated():
                 print(f"{options.out}: {outdated_text(len(outdated))}")
+    _print_estimate(spec, options, left)
+    print(power_line(spec.seeds))
     return 0
+
+
+def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainConfig]) -> None:
+    concurrent = options.concurrent(cores(), 0.0) if options.address == "local" else options.max_concurrent or GROWING
+    try:
+        found = estimate(left, concurrent, min(concurrent, cores()), options)
+    except Exception as error:  # whatever a trial raises in its probe it would raise in the sweep
+        raise SpecError(f"a probe of the sweep's trials failed: {error}") from None
+    if not left:
+        print("nothing is left to run")
+        return
+    where = "" if options.address == "local" else "; by this machine's speed"
+    cost = f", {found.gpu_seconds / 3600:.2g} GPU-hours" if options.gpus_per_trial else ""
+    cost += "" if found.usd is None else f", {found.usd:.2f} dollars"
+    print(f"estimate: {duration(found.wall_seconds)} for {len(left)} trials, {concurrent} at a time{cost} "
+          f"({found.classes} cost classes, measured by 20 steps each; early stops not counted{where})")  # fmt: skip
+    if spec.search == "optuna":
+        print(f"optuna samples up to {(spec.num_samples or 0) * spec.seeds} trials on the way; they are not in the estimate")
 
 
 def status(request: argparse.Namespace) -> int:

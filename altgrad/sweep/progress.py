@@ -108,7 +108,7 @@ class Progress:
         """The state in one line."""
         left = self.seconds_left()
         endings = ", ".join(f"{count} {name}" for name, count in self._endings().most_common())
-        eta = "measuring" if left is None else f"about {_duration(left)} left"
+        eta = "measuring" if left is None else f"about {duration(left)} left"
         return (f"{self._before + len(self._ended)}/{self._before + self._planned} trials ended"
                 f"{f' ({endings})' if endings else ''}, {len(self._running)} running, "
                 f"{self._planned - len(self._ended) - len(self._running)} waiting; {eta}")
@@ -137,7 +137,7 @@ class Progress:
             table.add_row("running", f"{step}/{trial.steps}",
                           f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}")
         left = self.seconds_left()
-        table.add_row("left", "measuring" if left is None else _duration(left),
+        table.add_row("left", "measuring" if left is None else duration(left),
                       f"dashboard {self._dashboard}" if self._dashboard else "starting Ray")
         return table
 
@@ -149,7 +149,8 @@ def ending_name(outcome: Outcome) -> str:
     return f"{outcome.kind} by {outcome.signal}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as far as they matter."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
