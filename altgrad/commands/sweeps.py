@@ -21,6 +21,7 @@ from altgrad.sweep.plan import estimate, power_line
 from altgrad.sweep.progress import duration
 from altgrad.sweep.resolve import SpecError
 from altgrad.sweep.run import SweepResult, preflight, run_sweep
+from altgrad.sweep.sampling import sample_count
 from altgrad.sweep.spec import SweepSpec, nearest
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
@@ -123,7 +124,10 @@ def plan(request: argparse.Namespace) -> int:
     print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, "
           f"{spec.seeds} seeds")
     rows = [(*cell, str(count)) for cell, count in cells.items()]
-    print_table([("format", "arm", "policy", "trials"), *rows])
+    if rows:
+        print_table([("format", "arm", "policy", "trials"), *rows])
+    if spec.search == "optuna":
+        print(f"and {sample_count(spec)} samples of {spec.seeds} seeds each, which optuna chooses as it goes")
     for exclusion in spec.exclusions():
         print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
     left = trials

@@ -50,8 +50,7 @@ class Winner:
 
 def find_best(ledger: Ledger, asked: list[str] | None = None) -> Winner:
     """The best of the trials asked for, or of all in the ledger; SpecError where none has run to its end."""
-    known = ledger.configs()
-    trials = {name: known[name] for name in (known if asked is None else asked) if name in known}
+    trials = ledger.configs(None if asked is None else set(asked))
     groups: dict[str, dict[str, TrainConfig]] = {}
     for trial_id, config in trials.items():
         pooled = trial_id.partition("-")[0] if "-" in trial_id else ""

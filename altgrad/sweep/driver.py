@@ -43,7 +43,7 @@ REACH_SECONDS = 5
 RETRIES = 2
 EQUAL_BUGS = 3
 PAUSES = 32
-"""More times than a trial can pause: rungs lie a factor apart."""
+"""More times than a trial can pause in a race: rungs lie a factor apart."""
 
 
 class Follower(tune.Callback):
@@ -168,6 +168,7 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
 
     enter(trials)
     planned = len(trials) + (0 if growth is None else growth.planned)
+    pauses = max(PAUSES, race.most_pauses + 1) if isinstance(race, Population) else PAUSES
     progress.watch(_start(options.address))
     follower.settle()
     cpus, gpus = (ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU"))
@@ -181,7 +182,7 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
                 search_alg=TrialQueue(requests, against, race, more),
-                num_samples=PAUSES * planned,
+                num_samples=pauses * planned,
                 max_concurrent_trials=options.concurrent(cpus, gpus),
                 reuse_actors=executor == "actor",
                 trial_name_creator=trial_id_of,

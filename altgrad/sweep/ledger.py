@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -174,12 +174,12 @@ class Ledger:
             f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
         return {trial_id: dict(zip(names, values, strict=True)) for trial_id, *values in found}
 
-    def configs(self) -> dict[str, TrainConfig]:
-        """What every trial of the current numerics was asked to be, by id, oldest first."""
+    def configs(self, asked: Collection[str] | None = None) -> dict[str, TrainConfig]:
+        """What trials of the current numerics were asked to be, by id, oldest first: all, or those asked for."""
         outdated = self.outdated()
         found = self._connection.execute("SELECT trial_id, config FROM trials ORDER BY created, rowid")
         return {trial_id: TrainConfig.model_validate_json(config) for trial_id, config in found
-                if trial_id not in outdated}
+                if trial_id not in outdated and (asked is None or trial_id in asked)}
 
     def outdated(self) -> dict[str, int | None]:
         """Trials of other numerics than this version's, by id, with theirs; None where it was not recorded."""

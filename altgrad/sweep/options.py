@@ -51,6 +51,13 @@ class RunOptions:
             raise ValueError(f"--workers-per-trial: {self.workers_per_trial} is not allowed: this machine has "
                              f"{cores()} cores, one per worker is expected")  # fmt: skip
 
+        if self.address == "local" and (wanted := self.gpus_per_trial * self.workers_per_trial):
+            import torch
+
+            if wanted > (found := torch.cuda.device_count()):
+                raise ValueError(f"--gpus-per-trial: {self.gpus_per_trial:g} is not allowed: a trial would take "
+                                 f"{wanted:g} GPUs, this machine has {found}")  # fmt: skip
+
     def chosen_executor(self, gpus: float) -> Literal["actor", "train"]:
         """What `auto` stands for on a Ray with so many GPUs."""
         if self.executor != "auto":

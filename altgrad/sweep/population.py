@@ -106,6 +106,11 @@ class Population:
         for members in populations.values():
             self._restore(members)
 
+    @property
+    def most_pauses(self) -> int:
+        """How often a member waits at most."""
+        return self._steps // self._every
+
     def observe(self, trial_id: str, step: int, loss: float) -> None:
         """A validation loss of a member at a step, whose checkpoint is written."""
         if trial_id in self._place and step % self._every == 0:

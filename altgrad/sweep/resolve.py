@@ -38,11 +38,25 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
         raise SpecError(f"{path}: no such file{nearest(path.name, beside)}") from None
+    except yaml.MarkedYAMLError as error:
+        raise SpecError(f"{path}: {_place(error, text)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path}: not readable as {path.suffix[1:]}: {_one_line(error)}") from None
     if not isinstance(found, dict):
         raise SpecError(f"{path}: a mapping of keys is expected, found {type(found).__name__}")
     return {"name": _name_from(path.stem)} | found
+
+
+def _place(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Where a YAML file stops being one, and why."""
+    mark = error.problem_mark
+    if mark is None:
+        return f"not readable as yaml: {_one_line(error)}"
+    lines = [*text.splitlines(), ""]
+    line = lines[min(mark.line, len(lines) - 1)]
+    if "\t" in line[: mark.column + 1]:
+        return f"line {mark.line + 1}: a tab in {line!r}; YAML takes spaces"
+    return f"line {mark.line + 1}, column {mark.column + 1}: not readable as yaml: {error.problem}"
 
 
 def _name_from(stem: str) -> str:

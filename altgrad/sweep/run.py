@@ -25,7 +25,7 @@ from altgrad.sweep.progress import Progress, ending_name
 from altgrad.sweep.racing import Race
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
-from altgrad.sweep.sampling import OptunaSearch
+from altgrad.sweep.sampling import OptunaSearch, examples
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
@@ -66,7 +66,8 @@ class SweepResult:
 
 def preflight(spec: SweepSpec) -> Corpus | Documents:
     """The data, once they are known to serve the model. Raises ValueError."""
-    tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in spec.expand()}.values()]
+    trials = [*spec.expand(), *(examples(spec) if spec.search == "optuna" else ())]
+    tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()
     return tasks[0].data

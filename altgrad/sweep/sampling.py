@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLES = 20
 TRIES = 200
 """Draws for one new sample; a space in which none is found is taken for exhausted."""
+LED_TRIES = 20
+"""Draws left to Optuna before draws at random take their place."""
 
 Choose = Callable[[str, Sequence[Any] | Range], Any]
 """Picks a value of the axis of this name."""
@@ -116,6 +118,12 @@ def sampled(spec: SweepSpec) -> list[TrainConfig]:
     return expansion.trials_of(spec, [*expansion.references(spec, settings), *found])
 
 
+def examples(spec: SweepSpec) -> list[TrainConfig]:
+    """Trials as a search by Optuna may choose them, to be looked at beforehand."""
+    found = [point for _, point in zip(range(DEFAULT_SAMPLES), random_points(spec), strict=False)]
+    return expansion.trials_of(spec.model_copy(update={"seeds": 1}), found)
+
+
 def varies_setting(spec: SweepSpec) -> bool:
     """Whether samples have settings of their own that come again, so that each deserves a reference."""
     axes = [axis for path, axis in spec.axes.items() if not is_of_arm(path)]
@@ -161,20 +169,20 @@ class OptunaSearch:
         """The trials of a new sample, recorded; None where enough were sampled, or the space has no more."""
         if self._count >= sample_count(self._spec) or self._is_exhausted:
             return None
-        for attempt in range(2 * TRIES):
-            if attempt >= TRIES:
-                # What it learned keeps leading to what is left out or known: look elsewhere.
-                self.study.enqueue_trial(self._elsewhere(attempt))
+        for _ in range(LED_TRIES):
             trial, point = self._ask()
+            if self._is_new(point):
+                return self._chosen(trial, point)
             if refusal(self._spec, point) is not None:
                 self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            elif identity(self._spec, point) in self._seen:
-                self._tell_again(trial, self._seen[identity(self._spec, point)])
             else:
-                known = set(self.trials)
-                self._admit(trial, point)
-                self._ledger.add_sample(self._name, self._count - 1, dict(trial.params), self._own(point))
-                return {name: config for name, config in self.trials.items() if name not in known}
+                self._tell_again(trial, self._seen[identity(self._spec, point)])
+        # What it learned keeps leading to what is left out or known: look elsewhere.
+        for attempt in range(TRIES):
+            params, point = self._elsewhere(attempt)
+            if self._is_new(point):
+                self.study.enqueue_trial(params)
+                return self._chosen(*self._ask())
         self._is_exhausted = True
         return None
 
@@ -216,8 +224,18 @@ class OptunaSearch:
 
         return trial, draw(self._spec, choose)
 
-    def _elsewhere(self, attempt: int) -> dict[str, Any]:
-        """Parameters drawn at random, for the study to try."""
+    def _is_new(self, point: Point) -> bool:
+        return refusal(self._spec, point) is None and identity(self._spec, point) not in self._seen
+
+    def _chosen(self, trial: Any, point: Point) -> dict[str, TrainConfig]:
+        """Enters the sample; its trials, and those of a reference that nobody had needed before."""
+        known = set(self.trials)
+        self._admit(trial, point)
+        self._ledger.add_sample(self._name, self._count - 1, dict(trial.params), self._own(point))
+        return {name: config for name, config in self.trials.items() if name not in known}
+
+    def _elsewhere(self, attempt: int) -> tuple[dict[str, Any], Point]:
+        """A point drawn at random, with its parameters for the study."""
         chosen: dict[str, Any] = {}
         generator = random.Random(f"{self._spec.search_seed}:{self._count}:{attempt}")
 
@@ -228,8 +246,8 @@ class OptunaSearch:
             chosen[name] = generator.randrange(len(axis))
             return axis[chosen[name]]
 
-        draw(self._spec, choose)
-        return chosen
+        point = draw(self._spec, choose)
+        return chosen, point
 
     def _own(self, point: Point) -> list[str]:
         return [config.trial_id(self._sha256) for config in expansion.trials_of(self._spec, [point])]

@@ -59,6 +59,12 @@ BAD = [
     (["--formats", ""], ["--formats", "''", "FP32, E0M7"]),
     (["--lrs", ""], ["--lrs", "''", "numbers above 0"]),
     (["--scheduler", "asha", "--steps", "20"], ["scheduler='asha'", "steps=20", "first_rung"]),
+    (["--workers-per-trial", "512", "--config", "batch.json"], ["--workers-per-trial", "512", "this machine has"]),
+    (["--gpus-per-trial", "512"], ["--gpus-per-trial", "512 GPUs", "this machine has"]),
+    (["--search", "gird"], ["--search", "'gird'", "'grid', 'random' or 'optuna'", "nearest: grid"]),
+    (["--num-samples", "3"], ["num_samples=3", "random"]),
+    (["--search", "optuna", "--num-samples", "0"], ["--num-samples", "'0'", "greater than or equal to 1"]),
+    (["--scheduler", "hyperband"], ["--scheduler", "'hyperband' is not offered", "nearest: asha"]),
     (["--address", "127.0.0.1:9"], ["--address", "'127.0.0.1:9'", "no Ray cluster answers"]),
 ]
 
@@ -71,6 +77,7 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(
     (elsewhere / "missing.text").write_text("a text")
     (elsewhere / "bad.yaml").write_text("formts: [E5M2]")
     (elsewhere / "elsewhere.json").write_text('{"data": {"source": "mising.text"}}')
+    (elsewhere / "batch.json").write_text('{"data": {"batch": 512}}')
     (elsewhere / "taken").mkdir()
     (elsewhere / "taken" / "thesis.tex").write_text("precious")
     before = sorted(elsewhere.rglob("*"))
