@@ -44,6 +44,8 @@ MARGIN = 0.10
 ALPHA = 0.05
 UNITS = {"lm": "nats", "classify": "in 1 − F1 micro"}
 """What a cell's losses are in; of a classifier they are errors (see `scores`)."""
+MEASURES = {UNITS["lm"]: "loss", UNITS["classify"]: "error"}
+"""What a report calls them."""
 LEARNED_SHARE, LEARNED_NATS = 0.10, 0.5
 SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest",
                   "grid": "adamw_sr", "grid_literal": "adamw_sr"}
@@ -175,6 +177,10 @@ class Study:
     @property
     def unit(self) -> str:
         return self.cells[0].unit if self.cells else UNITS["lm"]
+
+    @property
+    def measure(self) -> str:
+        return MEASURES[self.unit]
 
     @property
     def is_sound(self) -> bool:

@@ -59,7 +59,7 @@ def drawn(path: Path, height: float) -> Iterator[Figure]:
 
 
 def heat_map(study: Study, policy: str, path: Path) -> bool:
-    """Validation loss minus BF16's by format and arm; False where there is no reference or no cell."""
+    """Loss, or a classifier's error, minus BF16's by format and arm; False where there is no reference or no cell."""
     cells = {(cell.format, cell.arm): cell for cell in study.cells if cell.policy == policy}
     if study.reference is None or not cells:
         return False

@@ -1,9 +1,9 @@
 """The finding: what the sweep says, in a sentence or two, and how sure that is.
 
 Three questions are answered in the order in which a reader asks them: which 8-bit formats train (within 10 %
-of BF16's loss, in their best arm), which fail and by which signal, and which format gains most from
-geometry-aware steps. The second line is the certainty. It separates what the seeds decide (gross failures, at
-2 seeds) from what they can't (close pairs: with n seeds an exact test cannot give a p below 2 / 2^n), and
+of BF16's loss, or a classifier's error, in their best arm), which fail and by which signal, and which format
+gains most from geometry-aware steps. The second line is the certainty. It separates what the seeds decide (gross
+failures, at 2 seeds) from what they can't (close pairs: with n seeds an exact test cannot give a p below 2 / 2^n), and
 says when trials are missing. Where BF16 itself was not run, or did not learn, there is no measure and the
 finding says only that.
 """
@@ -171,7 +171,7 @@ def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_Form
         return (f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
                 f"{study.unit}{''.join(others)}.")
     trains = [item for item in verdicts if item.verdict == "trains"]
-    within = f"within {MARGIN:.0%} of BF16's loss ({_reference_loss(study)} {study.unit})"
+    within = f"within {MARGIN:.0%} of BF16's {study.measure} ({_reference_loss(study)} {study.unit})"
     if not trains:
         return (f"None of the {_count(len(verdicts))} 8-bit formats trains {within}." if len(verdicts) > 1
                 else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}.")
@@ -281,7 +281,7 @@ def _gain_certainty(study: Study, gain: Comparison) -> str:
     names = _listed(twins(study, gain))
     if not gain.decided:
         reason = "" if gain.paired is None else f" (adjusted p {gain.p_adjusted:.2g})"
-        return f"Whether geometry changes the loss in {names} is not decided{reason}."
+        return f"Whether geometry changes the {study.measure} in {names} is not decided{reason}."
     largest = "" if is_largest_decided(study, gain) else "; that no other format gains as much is not"
     return f"The difference that geometry makes in {names} is decided{largest}."
 
@@ -311,7 +311,7 @@ def _without_reference(study: Study, cells: Sequence[Cell]) -> str:
     parts = ["No BF16 AdamW reference has finished, so no format can be said to train or to fail."]
     if finished:
         best = min(finished, key=lambda cell: cell.rank)
-        parts.append(f"The lowest 8-bit loss is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
+        parts.append(f"The lowest 8-bit {study.measure} is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
     if stopped:
         parts.append(f"Stopped in every seed: {_listed(f'{cell.format} {cell.arm}' for cell in stopped)}.")
     return " ".join(parts)

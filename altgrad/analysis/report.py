@@ -27,6 +27,7 @@ from altgrad.analysis.cells import (
     LEARNED_NATS,
     LEARNED_SHARE,
     MARGIN,
+    UNITS,
     Study,
     build_study,
     twin_control,
@@ -168,7 +169,7 @@ def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, st
     seeds = max((cell.n for cell in study.cells), default=0)
     return {
         "name": name, "finding": finding, "margin": f"{MARGIN:.0%}",
-        "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats", "outside": _outside_text(records),
+        **_words(study), "outside": _outside_text(records),
         "cells": cells_table(study), "geometry": geometry_table(study), "stops": stops_table(trials),
         "counts": trials["outcome"].value_counts().to_dict(), "seeds": seeds,
         "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH, "alpha": ALPHA, "correction": study.correction,
@@ -176,6 +177,19 @@ def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, st
         "hours": trials["seconds"].sum() / 3600,
         "provenance": None if manifest is None else _flat(manifest),
     }
+
+
+def _words(study: Study) -> dict[str, str]:
+    """What the prose calls the number that cells are judged by, and how a run has learned and a choice is made."""
+    found = {"measure": study.measure, "unit": study.unit}
+    if study.unit == UNITS["lm"]:
+        return found | {
+            "mean": "Mean validation loss", "choice": "least mean validation loss",
+            "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats below the training loss of its first step"}
+    return found | {
+        "mean": "Mean error on test documents, 1 − F1 micro,",
+        "choice": "greatest mean F1 micro on validation documents",
+        "learned": f"{LEARNED_SHARE:.0%} below the error of giving every document the commonest labels"}
 
 
 def _outside_text(records: Records) -> str:

@@ -138,7 +138,7 @@ def _reading(item: Comparison) -> str:
     elif item.paired is None:
         return "no result"
     else:
-        text = "gain" if item.paired.mean < 0 else "loss" if item.paired.mean > 0 else "no difference"
+        text = "gain" if item.paired.mean < 0 else "worse" if item.paired.mean > 0 else "no difference"
     return text if item.decided else f"{text}, not decided"
 
 

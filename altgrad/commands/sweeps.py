@@ -157,7 +157,8 @@ def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainC
     print(f"estimate: {duration(found.wall_seconds)} for {len(left)} trials, {concurrent} at a time{cost} "
           f"({found.classes} cost classes, measured by 20 steps each; early stops not counted{where})")  # fmt: skip
     if spec.search == "optuna":
-        print(f"optuna samples up to {(spec.num_samples or 0) * spec.seeds} trials on the way; they are not in the estimate")
+        more = (spec.num_samples or 0) * spec.seeds
+        print(f"optuna samples up to {more} trials on the way; they are not in the estimate")
 
 
 def status(request: argparse.Namespace) -> int:

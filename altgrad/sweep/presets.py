@@ -1,9 +1,10 @@
 """What a sweep's size means for each task.
 
 A preset or a sweep file is written for one task. Asked for the other, everything that belongs to the task (model,
-tokenizer, batch, steps and intervals) is that task's, in the same size; formats, arms and seeds stay. Classification
-starts from documents by the hundred, in which 20 epochs of a small encoder are a few hundred steps; the study's sizes
-are for the whole of EurLex, on a GPU.
+tokenizer, batch, steps, schedule and intervals) is that task's, in the same size; formats, arms and seeds stay.
+Classification starts from documents by the hundred, in which 20 epochs of a small encoder are a few hundred steps;
+its rate decays and its blocks' say is small because cross-validation over such documents wants both
+(docs/bench/classify.md). The study's sizes are for the whole of EurLex, on a GPU.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 from altgrad.sweep.spec import PRESETS, SweepSpec
-from altgrad.training.config import ModelConfig
+from altgrad.training.config import ModelConfig, ScheduleConfig
 
 CLASSIFY: dict[str, dict[str, Any]] = {
     "quick": {
-        "model": ModelConfig(layers=1, heads=2, width=64, block=256),
+        "model": ModelConfig(layers=1, heads=2, width=64, block=512, residual_scale=0.1),
         "data": {"batch": 8, "tokenizer": "words-8000"},
+        "schedule": ScheduleConfig(kind="cosine"),
         "steps": 280, "log_interval": 20, "eval_interval": 140, "checkpoint_interval": 140,
     },
     "standard": {
-        "model": ModelConfig(layers=1, heads=2, width=64, block=256),
+        "model": ModelConfig(layers=1, heads=2, width=64, block=512, residual_scale=0.1),
         "data": {"batch": 8, "tokenizer": "words-8000"},
+        "schedule": ScheduleConfig(kind="cosine"),
         "steps": 560, "log_interval": 20, "eval_interval": 140, "checkpoint_interval": 140,
     },
     "study": {
@@ -30,7 +33,7 @@ CLASSIFY: dict[str, dict[str, Any]] = {
         "steps": 6000, "log_interval": 50, "eval_interval": 500, "checkpoint_interval": 500,
     },
 }
-LM_FIELDS = ("model", "steps", "log_interval", "eval_interval", "checkpoint_interval")
+LM_FIELDS = ("model", "schedule", "steps", "log_interval", "eval_interval", "checkpoint_interval")
 
 
 def for_task(base: SweepSpec, task: str) -> SweepSpec:

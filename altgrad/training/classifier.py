@@ -2,7 +2,9 @@
 
 The encoder reads a document's first tokens in both directions and averages the residual stream over them. The norm
 comes behind the average, not before it: a token's weight in the average is then the model's to choose, which few
-labelled documents need more than depth. Every label has its own logit.
+labelled documents need more than depth. The norms inside the blocks take it away again there, and what the blocks
+add then drowns it: with documents by the hundred `residual_scale` wants to be small (docs/bench/classify.md has the
+figures). Every label has its own logit.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ class ModelConfig(Frozen):
     heads: int = Field(2, ge=1, description="attention heads; they divide the width")
     width: int = Field(64, ge=8, description="residual width, elements")
     block: int = Field(128, ge=8, description="context length, tokens")
+    residual_scale: float = Field(1.0, gt=0, le=1, description=(
+        "what attention and MLP add to the residual stream is multiplied by it; documents by the hundred want 0.1"))
     encoder: str | None = Field(None, min_length=1, description=(
         "classification: a Hugging Face encoder by name or folder, instead of one from scratch (extra: hf)"))
 
@@ -259,6 +261,8 @@ def has_own_lr_unit(optimizer: AnyOptimizerConfig) -> bool:
 CLASSIFY_ONLY = ("label_field", "label_names", "max_pos_weight")
 LM_ONLY = ("eval_batches",)
 """Fields of the data that the other task does not read."""
+MODEL_OPTIONS = {"encoder": None, "residual_scale": 1.0}
+"""Fields of the model that are part of a trial's identity only where they differ from this: then they do nothing."""
 
 
 def _check_task(task: str, model: ModelConfig, data: DataConfig) -> None:
@@ -330,7 +334,7 @@ class TrainConfig(Frozen):
         kept = self.model_dump(
             mode="json",
             exclude={
-                "model": {"encoder"} if self.model.encoder is None else set(),
+                "model": {name for name in MODEL_OPTIONS if getattr(self.model, name) == MODEL_OPTIONS[name]},
                 "data": {"source", "revision", "tokenizer", *of_task},
                 "guards": True,
                 "interventions": set() if self.interventions else True,

@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual."""
+    """Attention and MLP, each behind a norm and beside a residual, which they enter times `residual_scale`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,11 +62,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.width, bias=False)
         self.mlp = MLP(config)
+        self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
+        x = torch.add(x, self.attn(self.ln_1(x), mask), alpha=self.residual_scale)
+        return torch.add(x, self.mlp(self.ln_2(x)), alpha=self.residual_scale)
 
 
 class GPT(nn.Module):

@@ -36,9 +36,10 @@ def write(folder: Path, f1: dict[tuple[str, str], float], val_loss: float = 2.0)
 def test_a_risen_loss_does_not_hide_what_was_learned(tmp_path: Path):
     finding = write_report(write(tmp_path, {
         ("BF16", "adamw"): 0.7, ("E4M3", "adamw"): 0.695, ("E7M0", "adamw"): 0.55, ("E4M3", "manifold"): 0.705}))
-    assert "E4M3 trains within 10% of BF16's loss (0.290 in 1 − F1 micro)" in finding.headline
+    assert "E4M3 trains within 10% of BF16's error (0.290 in 1 − F1 micro)" in finding.headline
     assert "E7M0 fails" in finding.headline and "nats" not in finding.headline
     assert "E4M3 with manifold: −0.010 in 1 − F1 micro" in finding.headline
+    assert "loss" not in f"{finding}"
 
 
 def test_a_reference_no_better_than_the_commonest_labels_decides_nothing(tmp_path: Path):
@@ -52,6 +53,9 @@ def test_scores_stand_in_the_report_and_the_table_of_results(tmp_path: Path):
         text = (tmp_path / "report" / name).read_text()
         assert "Classification scores" in text and "+0.050 [+0.050, +0.050]" in text
         assert "0.710 ± 0.025" in text and "0.350" in text
+        guide = text.split("How to read this")[1]
+        assert "BF16 AdamW's error" in guide and "below the error of giving every document" in guide
+        assert "greatest mean F1 micro on validation documents" in guide and "loss" not in guide
     assert ",f1_micro,f1_macro," in (tmp_path / "report" / "results.csv").read_text().splitlines()[0]
 
 

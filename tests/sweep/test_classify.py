@@ -31,7 +31,7 @@ def test_every_size_has_a_shape_for_both_tasks(size: str):
     assert (found.formats, found.optimizers, found.seeds) == (
         PRESETS[size].formats, PRESETS[size].optimizers, PRESETS[size].seeds)
     back = for_task(found, "lm")
-    assert back.task == "lm" and back.data.tokenizer == "bytes"
+    assert back.task == "lm" and back.data.tokenizer == "bytes" and back.schedule == PRESETS[size].schedule
 
 
 def test_the_same_task_changes_nothing_and_what_is_said_wins(tmp_path: Path):

@@ -144,6 +144,22 @@ def test_critical_layers_are_named_by_role_and_exist():
     assert set(model.critical_layers()) <= set(quantized_parameters(model))
 
 
+def test_the_residual_scale_weighs_what_the_blocks_add_and_one_is_no_other_trial():
+    def logits(scale: float) -> torch.Tensor:
+        model = build_classifier(ModelConfig(**TINY["model"], residual_scale=scale), vocabulary=50, labels=5, seed=0)
+        tokens = torch.arange(20)[None]
+        return model(tokens, torch.tensor([20]))
+
+    # So small a share leaves the average of the embeddings.
+    bare = build_classifier(ModelConfig(**TINY["model"]), vocabulary=50, labels=5, seed=0)
+    bare.transformer["h"] = torch.nn.ModuleList()
+    expected = bare(torch.arange(20)[None], torch.tensor([20]))
+    assert torch.allclose(logits(1e-6), expected, atol=1e-4) and not torch.allclose(logits(1.0), expected, atol=1e-4)
+    whole, plain = (config(model=TINY["model"] | extra) for extra in ({"residual_scale": 1.0}, {}))
+    assert whole.trial_id("x") == plain.trial_id("x") and "residual_scale" not in plain.identity("x")["model"]
+    assert config(model=TINY["model"] | {"residual_scale": 0.1}).trial_id("x") != plain.trial_id("x")
+
+
 @pytest.mark.parametrize(("name", "millions"), [("gpt-10m", 10.6), ("gpt-50m", 49.2)])
 def test_the_larger_presets_are_as_large_as_they_say(name: str, millions: float):
     with torch.device("meta"):
