@@ -2,7 +2,8 @@
 
 The reference of a trial is the BF16 AdamW run of the same model, task, data and seed. Where an axis of learning rates
 gives several, it is the one whose learning rate is nearest (on a logarithmic scale, the lower of two): ranks and norms
-depend on it. A trial starts when its reference has ended, so that what it is held against is the same in every run
+depend on it. Of several with that rate (an axis of beta2, say) it is the one that shares most of the trial's values. A
+trial starts when its reference has ended, so that what it is held against is the same in every run
 of the sweep; a reference that did not reach its end is no measure, and the trial then runs without one.
 """
 
@@ -36,6 +37,8 @@ def _setting(config: TrainConfig) -> str:
     return config.model_dump_json(include=set(SHARED))
 
 
-def _distance(reference: TrainConfig, config: TrainConfig) -> tuple[float, float]:
+def _distance(reference: TrainConfig, config: TrainConfig) -> tuple[float, float, int]:
     lr = reference.optimizer.lr
-    return round(abs(math.log(lr / config.optimizer.lr)), 9), lr
+    theirs, own = reference.optimizer.model_dump(), config.optimizer.model_dump()
+    differing = sum(theirs[name] != own[name] for name in theirs.keys() & own.keys() - {"kind", "lr", "rounding"})
+    return round(abs(math.log(lr / config.optimizer.lr)), 9), lr, differing

@@ -60,3 +60,14 @@ def test_only_a_reference_that_ran_to_its_end_is_one(tmp_path: Path) -> None:
     assert curve is not None and (curve.loss(5), curve.loss(6)) == (2.0, None)
     numbers = curve.ranks(5, "a")
     assert numbers is not None and tuple(numbers) == (2.0, 1.0) and curve.ranks(5, "b") is None
+
+
+def test_of_several_at_one_rate_it_is_the_one_with_the_trials_own_values() -> None:
+    spec = SweepSpec.model_validate({"formats": "E5M2", "optimizers": "adamw,grid", "seeds": 1, "axes": {
+        "optimizer.beta2": [0.9, 0.99], "optimizer.weight_decay": [0.0, 0.1]}})
+    trials = spec.trials("a" * 64)
+    found = references(trials)
+    assert len(found) == 8
+    for trial, reference in found.items():
+        ours, theirs = trials[trial].optimizer, trials[reference].optimizer
+        assert (ours.beta2, ours.weight_decay) == (theirs.beta2, theirs.weight_decay)
