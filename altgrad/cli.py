@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
+from altgrad.cluster_commands import add_cluster_command
 from altgrad.sweep import monitor
 from altgrad.sweep.folder import (
     PACKAGES,
@@ -169,6 +170,7 @@ def _parser() -> Parser:
     matrix = command("test-matrix", _test_matrix, "write TEST_MATRIX.md from the registries")
     matrix.add_argument("--check", action="store_true", help="write nothing; exit 1 where the file differs")
     command("doctor", _doctor, "versions, kernels and cores of this machine")
+    add_cluster_command(command)
     return parser
 
 
@@ -293,11 +295,8 @@ def _conclude(result: SweepResult) -> int:
     if result.broken is not None:
         print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
     if result.left:
-        print(
-            f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
-            "command goes on",
-            file=sys.stderr,
-        )
+        print(f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
+              "command goes on", file=sys.stderr)
     return 1 if result.left else 0
 
 

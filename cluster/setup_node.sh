@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a fresh pod able to run Ray and AltGrad: setup_node.sh head|worker RAY_VERSION. Harmless to run again.
+# Makes a fresh pod able to run Ray and AltGrad: setup_node.sh head|worker|machine RAY_VERSION. Harmless to run again.
 # An image that has everything already is left as it is.
 set -euo pipefail
 kind=$1 ray_version=$2

@@ -7,13 +7,14 @@ secrets never. The head mounts the API key; its own copy of the file, from which
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from altgrad_cluster import keys
+from altgrad_cluster import checks, keys
 from altgrad_cluster.api import BASE, Api
-from altgrad_cluster.errors import ClusterError, nearest
-from altgrad_cluster.settings import NodeConfig, Settings, node_types
+from altgrad_cluster.errors import ClusterError
+from altgrad_cluster.settings import Settings
 
 API_BASE_VARIABLE = "RUNPOD_API_BASE"
 CODE = ("altgrad", "cluster", "sweeps", "pyproject.toml", "README.md", "LICENSE")
@@ -26,16 +27,17 @@ def complete(config: dict[str, Any], api: Api | None = None) -> dict[str, Any]:
     """The file with everything filled in. ClusterError, in one line, for what a person has to mend."""
     import ray
 
-    types = node_types(config)
+    _none(checks.file_problems(config))
     provider = config["provider"]
-    Settings.read(provider)
     cluster = config["cluster_name"]
     provider["api_base"] = api_base(provider)
     api = api or Api(keys.api_key, provider["api_base"])
     key_file = keys.api_key_file(cluster)
     api.pods()  # a key that RunPod refuses ends it here, before anything is made
-    _place_volume(provider, api)
-    _check_catalogue(types, Settings.read(provider), api)
+    _none(checks.account_problems(config, api))
+    volume, _ = checks.find_volume(Settings.read(provider).volume, api)
+    if volume is not None:
+        provider["network_volume"] = {"id": volume.id, "path": volume.path, "data_center": volume.data_center}
     private, public = keys.ssh_key(cluster)
     config["auth"] = {**config.get("auth", {}), "ssh_user": "root", "ssh_private_key": str(private)}
     provider |= {"public_key": public, "ray_version": ray.__version__}
@@ -59,13 +61,23 @@ def api_base(provider: dict[str, Any]) -> str:
     return os.environ.get(API_BASE_VARIABLE) or provider.get("api_base") or BASE
 
 
+def checkout() -> Path:
+    return Path(__file__).parents[2]
+
+
 def code() -> dict[str, str]:
     """This checkout's code, by its place on the nodes."""
-    root = Path(__file__).parents[2]
+    root = checkout()
     present = [name for name in CODE if (root / name).exists()]
     if "altgrad" not in present:
         raise ClusterError(f"{root}: holds no altgrad folder: install the project from a checkout (pip install -e .)")
     return {f"{REMOTE_CODE}/{name}": str(root / name) for name in present}
+
+
+def _none(problems: Iterable[str]) -> None:
+    """ClusterError with the first of them, where there is one."""
+    for problem in problems:
+        raise ClusterError(problem)
 
 
 def _fill_in(config: dict[str, Any], words: dict[str, str]) -> None:
@@ -76,41 +88,3 @@ def _fill_in(config: dict[str, Any], words: dict[str, str]) -> None:
         return command
     for field in COMMANDS:
         config[field] = [filled(command) for command in config.get(field, [])]
-
-
-def _place_volume(provider: dict[str, Any], api: Api) -> None:
-    """Finds the network volume's id and data centre by what the file says."""
-    volume = Settings.read(provider).volume
-    if volume is None:
-        return
-    volumes = api.volumes()
-    field, wanted = ("id", volume.id) if volume.id else ("name", volume.name)
-    found = [one for one in volumes if one[field] == wanted]
-    if len(found) != 1:
-        names = [str(one[field]) for one in volumes]
-        how = "several" if found else "none"
-        raise ClusterError(f"provider.network_volume.{field}: {wanted!r}: {how} in this account; there are "
-                           f"{', '.join(names) or 'no volumes'}{nearest(str(wanted), names)}")
-    provider["network_volume"] = {"id": found[0]["id"], "path": volume.path, "data_center": found[0]["dataCenter"]}
-
-
-def _check_catalogue(types: dict[str, NodeConfig], settings: Settings, api: Api) -> None:
-    """GPU ids, data centres and the volume's place against what RunPod has."""
-    gpus = {gpu["id"] for gpu in api.gpus()}
-    places = {place["id"]: place for place in api.data_centers()}
-    for name, config in types.items():
-        path = f"available_node_types.{name}.node_config"
-        for gpu in config.gpus:
-            if gpu not in gpus:
-                raise ClusterError(f"{path}.gpus: {gpu!r} is no GPU of RunPod{nearest(gpu, gpus)}")
-        for place in config.data_centers:
-            if place not in places:
-                raise ClusterError(f"{path}.data_centers: {place!r} is no data centre of RunPod{nearest(place, places)}")
-        try:
-            chosen = config.candidates(settings.volume)
-        except ClusterError as error:
-            raise ClusterError(f"available_node_types.{name}.{error}") from None
-        for candidate in chosen:
-            if candidate.data_center and not places[candidate.data_center]["globalNetwork"]:
-                raise ClusterError(f"{path}.data_centers: {candidate.data_center!r} is not allowed: pods can't reach each "
-                                   "other there (no global networking)")

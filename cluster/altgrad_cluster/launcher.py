@@ -36,16 +36,17 @@ class NoPod(ClusterError):
 class Launcher:
     """Creates pods for one cluster; safe to use from several threads.
 
-    `pods` lists the cluster's pods afresh and lets the purse observe them.
+    `doubts` and `refusals` keep what was never confirmed and why nothing starts, for other processes. `pods` lists the cluster's pods afresh and lets the purse observe them.
     """
 
-    def __init__(self, api: Api, settings: Settings, purse: Purse, doubts: LockedFile, *,
+    def __init__(self, api: Api, settings: Settings, purse: Purse, doubts: LockedFile, refusals: LockedFile, *,
                  pods: Callable[[], list[Pod]], availability: Availability | None = None,
                  clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep) -> None:
         self._api = api
         self._settings = settings
         self._purse = purse
         self._doubts = doubts
+        self._refusals = refusals
         self._pods = pods
         self._availability = availability or Availability(settings.cooldown_s)
         self._clock = clock
@@ -56,6 +57,16 @@ class Launcher:
 
     def launch(self, config: NodeConfig, name: PodName, tags: Mapping[str, str]) -> Pod:
         """The new pod, or one that an earlier, unconfirmed request made. NoPod where none could be had."""
+        try:
+            pod = self._launch(config, name, tags)
+        except ClusterError as error:
+            said = " ".join(str(error).split())
+            self._refusals.change(lambda content: content.update({name.node_type: {"at": self._clock(), "why": said}}))
+            raise
+        self._refusals.change(lambda content: content.pop(name.node_type, None))
+        return pod
+
+    def _launch(self, config: NodeConfig, name: PodName, tags: Mapping[str, str]) -> Pod:
         lost = self._found_again(name)
         if lost is not None:
             return lost

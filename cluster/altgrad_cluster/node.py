@@ -1,7 +1,8 @@
 """Who this node is: pod id, private address, the key that RunPod itself gives each pod for itself.
 
 RunPod puts these into the environment of the container's first process; a shell that came by SSH doesn't have it.
-`python -m altgrad_cluster.node ip` prints the address under which the other pods reach this one.
+`python -m altgrad_cluster.node ip` prints the address under which the other pods reach this one; `… route ADDRESS` does
+so for a machine of one's own, by the way its packets to that address would take.
 """
 
 from __future__ import annotations
@@ -45,14 +46,21 @@ def private_ip(patience: float = PATIENCE_S) -> str:
             time.sleep(1)
 
 
+def route_ip(towards: str = "192.0.2.1") -> str:
+    """This machine's address on the way to another; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((towards, 9))
+        return str(probe.getsockname()[0])
+
+
 def main(argv: list[str]) -> int:
-    known = {"ip": private_ip, "id": pod_id}
-    if len(argv) != 1 or argv[0] not in known:
-        print(f"usage: python -m altgrad_cluster.node {'|'.join(known)}", file=sys.stderr)
+    known = {"ip": private_ip, "id": pod_id, "route": route_ip}
+    if not argv or argv[0] not in known or len(argv) > (2 if argv[0] == "route" else 1):
+        print("usage: python -m altgrad_cluster.node ip | id | route [ADDRESS]", file=sys.stderr)
         return 2
     try:
-        print(known[argv[0]]())
-    except ClusterError as error:
+        print(known[argv[0]](*argv[1:]))
+    except (ClusterError, OSError) as error:
         print(f"altgrad: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,7 +1,8 @@
 """Run on each node before Ray starts there: does what Ray will need work?
 
 `ray up` itself looks healthy when the head can't import the provider; only nothing ever scales. So this fails first, in
-one line per trouble: `python -m altgrad_cluster.node_check head|worker RAY_VERSION`.
+one line per trouble: `python -m altgrad_cluster.node_check KIND RAY_VERSION`, KIND being head or worker on RunPod, machine
+for one of one's own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 from altgrad_cluster import keys
+
+KINDS = ("head", "worker", "machine")
 
 
 def troubles(kind: str, ray_version: str) -> Iterator[str]:
@@ -42,13 +45,13 @@ def _secrets(kind: str) -> Iterator[str]:
     for path, wanted in ((token, True), (key, kind == "head")):
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             yield f"{path}: others can read it; mode 0600 is expected"
-        if wanted != path.exists():
+        if wanted != path.exists() and not (kind == "machine" and path == key):
             yield f"{path}: {'missing' if wanted else 'not allowed on a worker'}"
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2 or argv[0] not in ("head", "worker"):
-        print("usage: python -m altgrad_cluster.node_check head|worker RAY_VERSION", file=sys.stderr)
+    if len(argv) != 2 or argv[0] not in KINDS:
+        print("usage: python -m altgrad_cluster.node_check head|worker|machine RAY_VERSION", file=sys.stderr)
         return 2
     found = list(troubles(*argv))
     for line in found:

@@ -45,13 +45,14 @@ class RunPodNodeProvider(NodeProvider):
         super().__init__(provider_config, cluster_name)
         reasons.show_in_status()
         with self._readable():
-            self._settings = Settings.read(provider_config)
+            self._settings = Settings.read(self._completed(provider_config, cluster_name))
             self._key = fingerprint(self._settings.public_key)
             folder = cluster_folder(cluster_name)
             self._tags = LockedFile(folder / "tags.json")
             self._api = api or Api(keys.api_key, self._settings.api_base)
             self._purse = Purse(spending_file(self._settings, cluster_name), self._settings.limits)
             self._launcher = Launcher(self._api, self._settings, self._purse, LockedFile(folder / "doubts.json"),
+                                      LockedFile(folder / "refusals.json"),
                                       pods=lambda: list(self._pods(fresh=True).values()))
         self._clock = clock
         self._lock = threading.Lock()
@@ -166,6 +167,13 @@ class RunPodNodeProvider(NodeProvider):
                       cluster_name=cluster_name, process_runner=process_runner, use_internal_ip=use_internal_ip)
 
     # How it knows
+
+    def _completed(self, provider_config: dict[str, Any], cluster: str) -> dict[str, Any]:
+        """`ray get-head-ip` and others come with the file as it is."""
+        if provider_config.get("on_head"):
+            return provider_config
+        public = provider_config.get("public_key") or keys.ssh_key(cluster)[1]
+        return {**provider_config, "public_key": public, "api_base": bootstrap.api_base(provider_config)}
 
     def _pods(self, fresh: bool = False) -> dict[str, Pod]:
         """Our pods by id, from a listing that is at most a moment old."""

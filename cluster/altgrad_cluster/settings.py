@@ -13,7 +13,6 @@ from typing import Any
 from altgrad_cluster.api import BASE
 from altgrad_cluster.candidates import COOLDOWN_S, Candidate, candidates
 from altgrad_cluster.errors import ClusterError, nearest
-from altgrad_cluster.naming import check_word
 from altgrad_cluster.spending import Limits
 
 RAYS_OWN = ("type", "module", "_config_cache_path", "use_internal_ips", "disable_launch_config_check",
@@ -104,16 +103,6 @@ class NodeConfig:
                     f"{volume.name or volume.id}, which lies in {volume.data_center}: a pod can mount it only there")
             places = (volume.data_center,)
         return candidates(self.gpus, places)
-
-
-def node_types(config: Mapping[str, Any]) -> dict[str, NodeConfig]:
-    """The node types of a cluster file, by name."""
-    check_word("cluster_name", config.get("cluster_name", ""))
-    found = {}
-    for name, node in (config.get("available_node_types") or {}).items():
-        check_word("available_node_types", name)
-        found[name] = NodeConfig.read(node.get("node_config") or {}, f"available_node_types.{name}.node_config")
-    return found
 
 
 def _volume(stated: Any) -> Volume | None:

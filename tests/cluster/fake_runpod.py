@@ -88,6 +88,11 @@ class Faults:
     price_factor: float = 1.0
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
 class FakeRunPod:
     """The account: its pods, volumes and key. Start it with `serving`."""
 
@@ -112,8 +117,7 @@ class FakeRunPod:
 
     @contextlib.contextmanager
     def serving(self, host: str = "127.0.0.1") -> Iterator[FakeRunPod]:
-        server = ThreadingHTTPServer((host, 0), _handler(self))
-        server.daemon_threads = True
+        server = Server((host, 0), _handler(self))
         self.url = f"http://{host}:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()

@@ -83,3 +83,16 @@ def _is_open(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def ledger(out: Path) -> dict[str, object]:
+    """What a finished sweep's ledger holds: endings, and the steps of each trial in files and rows."""
+    import json
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True)) as found:
+        endings = [kind for (kind,) in found.execute("SELECT kind FROM outcomes")]
+        rows = dict(found.execute("SELECT trial_id, count(*) FROM rows GROUP BY trial_id"))
+    steps = {path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+             for path in out.glob("trials/*/metrics.jsonl")}
+    return {"endings": endings, "rows": rows, "steps": steps}
