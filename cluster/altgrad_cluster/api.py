@@ -63,7 +63,8 @@ class Api:
     def pod(self, pod_id: str) -> Pod | None:
         """The pod, or None where there is none of that id."""
         try:
-            return self._repeat("GET", f"/v2/pods/{pod_id}")[0]
+            found: Pod = self._repeat("GET", f"/v2/pods/{pod_id}")[0]
+            return found
         except ApiError as error:
             if error.status == 404:
                 return None
@@ -72,7 +73,8 @@ class Api:
     def create_pod(self, body: dict[str, Any]) -> Pod:
         """Asks once. A transient ApiError leaves open whether there is a pod now."""
         self._wait_until_open()
-        return self._exchange("POST", "/v2/pods", body)[0]
+        made: Pod = self._exchange("POST", "/v2/pods", body)[0]
+        return made
 
     def delete_pod(self, pod_id: str) -> None:
         """Deletes the pod; one that is gone already is no error."""

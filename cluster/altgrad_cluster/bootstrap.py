@@ -1,7 +1,7 @@
 """What `ray up` adds to the YAML file: keys, code, the volume's place; and what the head's copy must not have.
 
 Ray keeps the completed file in the temp folder, readable by all, and ships it to the head: paths may stand in it,
-secrets never. The head mounts the API key; its own copy of the file, from which the workers are set up, doesn't know it.
+secrets never. The head mounts the API key; its own copy of the file, from which workers are set up, doesn't know it.
 """
 
 from __future__ import annotations

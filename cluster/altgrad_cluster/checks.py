@@ -41,11 +41,11 @@ def file_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _ray_problems(config)
     head = types.get(config.get("head_node_type")) or {}
     if any(amount for name, amount in (head.get("resources") or {"CPU": 1}).items()):
-        yield (f"available_node_types.{config.get('head_node_type')}.resources: {head.get('resources')} is not allowed: "
-               "trials on the head could read the API key; {CPU: 0, GPU: 0} is expected")
+        yield (f"available_node_types.{config.get('head_node_type')}.resources: {head.get('resources')} is not "
+               "allowed: trials on the head could read the API key; {CPU: 0, GPU: 0} is expected")
     for field in ("head_start_ray_commands", "worker_start_ray_commands"):
         if not any("node-ip-address" in command for command in config.get(field) or []):
-            yield f"{field}: `ray start` without --node-ip-address: pods find each other by their private addresses only"
+            yield f"{field}: `ray start` without --node-ip-address: pods reach each other by private addresses only"
 
 
 def account_problems(config: Mapping[str, Any], api: Api) -> Iterator[str]:
@@ -63,8 +63,9 @@ def account_problems(config: Mapping[str, Any], api: Api) -> Iterator[str]:
         for place in found.data_centers:
             if place not in places:
                 yield f"{path}.data_centers: {place!r} is no data centre of RunPod{nearest(place, places)}"
-        for place in {volume.data_center} if volume is not None else set(found.data_centers):
-            if places.get(place or "") is False:
+        chosen = {volume.data_center or ""} if volume is not None else set(found.data_centers)
+        for place in sorted(chosen):
+            if places.get(place) is False:
                 yield (f"{path}.data_centers: {place!r} is not allowed: pods can't reach each other there "
                        "(no global networking)")
         yield from (f"available_node_types.{name}.{line}" for line in _of(lambda found=found: found.candidates(volume)))
@@ -80,8 +81,8 @@ def find_volume(volume: Volume | None, api: Api) -> tuple[Volume | None, str | N
     if len(found) == 1:
         return Volume(volume.path, None, found[0]["id"], found[0]["dataCenter"]), None
     names = [str(one[field]) for one in volumes]
-    return None, (f"provider.network_volume.{field}: {wanted!r}: {'several' if found else 'none'} in this account; there are "
-                  f"{', '.join(names) or 'no volumes'}{nearest(str(wanted), names)}")
+    return None, (f"provider.network_volume.{field}: {wanted!r}: {'several' if found else 'none'} in this account; "
+                  f"there are {', '.join(names) or 'no volumes'}{nearest(str(wanted), names)}")
 
 
 def import_problems(module: str, code: Path) -> Iterator[str]:

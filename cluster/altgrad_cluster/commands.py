@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     request = parser.parse_args(argv)
     try:
         if request.command not in known:
-            raise ClusterError(f"{request.command!r} is not allowed: {', '.join(known)}{nearest(request.command, known)}")
+            raise ClusterError(f"{request.command!r} is not allowed: {', '.join(known)}"
+                               f"{nearest(request.command, known)}")
         config = read(request.file)
         api = Api(keys.api_key, api_base(config.get("provider") or {}))
         return known[request.command](config, api, request)
@@ -146,7 +147,7 @@ def _from_head(config: dict[str, Any], pods: list[Pod], file: str) -> dict[str, 
 def _age(pod: Pod) -> float:
     """Seconds since its creation."""
     created = datetime.datetime.fromisoformat(str(pod["createdAt"]).replace("Z", "+00:00"))
-    return max(0.0, (datetime.datetime.now(datetime.timezone.utc) - created).total_seconds())
+    return max(0.0, (datetime.datetime.now(datetime.UTC) - created).total_seconds())
 
 
 def _money(amount: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,14 +44,17 @@ def diagnose(config: dict[str, Any], api: Api, on_head: OnHead | None = None) ->
     ask = on_head or over_ssh(config["cluster_name"], head)
     code, said = ask(f"python3 -m altgrad_cluster.node_check head {ray.__version__}")
     lines = [line.removeprefix("altgrad: ") for line in said.splitlines() if line.startswith("altgrad: ")]
-    yield "the head: imports, Ray's version, secrets", lines or ([f"the check failed: {said.strip()[-300:]}"] if code else [])
+    if code and not lines:
+        lines = [f"the check failed: {said.strip()[-300:]}"]
+    yield "the head: imports, Ray's version, secrets", lines
 
 
 def find_head(cluster: str, pods: list[Pod]) -> Pod | None:
     """The running head of that cluster."""
     for pod in pods:
         name = PodName.parse(pod.get("name", ""))
-        if name is not None and name.cluster == cluster and fixed_tags(pod).get(KIND) == "head" and pod["status"] == "RUNNING":
+        is_head = name is not None and name.cluster == cluster and fixed_tags(pod).get(KIND) == "head"
+        if is_head and pod["status"] == "RUNNING":
             return pod
     return None
 
@@ -71,7 +75,6 @@ def over_ssh(cluster: str, pod: Pod) -> OnHead:
 
 
 def _token() -> list[str]:
-    import os
     if os.environ.get("RAY_AUTH_MODE") == "token":
         return []
-    return ["RAY_AUTH_MODE: is not 'token' in this shell: `ray job submit` and `ray status` would be refused; export it"]
+    return ["RAY_AUTH_MODE: is not 'token' in this shell: `ray job submit` would be refused; export it"]

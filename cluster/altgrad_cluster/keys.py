@@ -76,5 +76,6 @@ def _read_private(path: Path) -> str:
     if not text:
         raise ClusterError(f"{API_KEY_VARIABLE}: missing: export it, or put the key into {path} (mode 0600)")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ClusterError(f"{path}: mode {stat.S_IMODE(mode):04o} is not allowed: others can read it; chmod 600 {path}")
+        raise ClusterError(f"{path}: mode {stat.S_IMODE(mode):04o} is not allowed: others can read it; "
+                           f"chmod 600 {path}")
     return text

@@ -36,7 +36,8 @@ class NoPod(ClusterError):
 class Launcher:
     """Creates pods for one cluster; safe to use from several threads.
 
-    `doubts` and `refusals` keep what was never confirmed and why nothing starts, for other processes. `pods` lists the cluster's pods afresh and lets the purse observe them.
+    `doubts` and `refusals` keep, for other processes, what was never confirmed and why nothing starts. `pods` lists the
+    cluster's pods afresh and lets the purse observe them.
     """
 
     def __init__(self, api: Api, settings: Settings, purse: Purse, doubts: LockedFile, refusals: LockedFile, *,
@@ -152,7 +153,7 @@ class Launcher:
             if self._clock() - since < DOUBT_S:
                 raise NoPod(f"the answer to a creation was lost; waiting {DOUBT_S - (self._clock() - since):.0f} s for "
                             "the pod to show up before asking for another")
-            self._doubts.change(lambda doubts, doubt=doubt: doubts.pop(doubt, None))
+            self._forget(doubt)
         return None
 
     def _doubtful(self, name: PodName) -> Iterator[tuple[str, float]]:
@@ -160,6 +161,9 @@ class Launcher:
             other = PodName.parse(text)
             if other is not None and (other.kind, other.node_type) == (name.kind, name.node_type):
                 yield text, since
+
+    def _forget(self, doubt: str) -> None:
+        self._doubts.change(lambda doubts: doubts.pop(doubt, None))
 
     def _look_for(self, name: str, waits: tuple[float, ...]) -> Pod | None:
         """The pod of that name, taken by one caller only."""

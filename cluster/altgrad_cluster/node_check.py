@@ -1,8 +1,8 @@
 """Run on each node before Ray starts there: does what Ray will need work?
 
 `ray up` itself looks healthy when the head can't import the provider; only nothing ever scales. So this fails first, in
-one line per trouble: `python -m altgrad_cluster.node_check KIND RAY_VERSION`, KIND being head or worker on RunPod, machine
-for one of one's own.
+one line per trouble: `python -m altgrad_cluster.node_check KIND RAY_VERSION`, KIND being head or worker on RunPod,
+machine for one of one's own.
 """
 
 from __future__ import annotations

@@ -228,11 +228,13 @@ class RunPodNodeProvider(NodeProvider):
         """Before a new head: another one of that name under another key is someone else's; a stopped one is ours."""
         for pod in self._api.pods():
             name = PodName.parse(pod.get("name", ""))
-            if name is None or name.cluster != self.cluster_name or name.kind != "head" or pod["status"] == "TERMINATED":
+            if name is None or (name.cluster, name.kind) != (self.cluster_name, "head"):
+                continue
+            if pod["status"] == "TERMINATED":
                 continue
             if name.key != self._key:
-                raise ClusterError(f"cluster_name: {self.cluster_name!r} is in use in this account with another SSH key "
-                                   f"(pod {pod['id']}): take another name, or that cluster's key")
+                raise ClusterError(f"cluster_name: {self.cluster_name!r} is in use in this account with another SSH "
+                                   f"key (pod {pod['id']}): take another name, or that cluster's key")
             if pod["status"] in STOPPED:
                 self._delete(pod["id"])
 

@@ -1,7 +1,7 @@
 """What this machine knows of a cluster: tags that change, doubtful creations, spending. One locked file each.
 
 Every `ray` command is a new process, and the head has its own copy, so a file keeps what RunPod can't. A pod that runs
-and of which nothing is recorded counts as set up: that is how another machine, or a head that was restarted, can use it.
+and of which nothing is recorded counts as set up: so another machine, or a head that was restarted, can use it.
 """
 
 from __future__ import annotations

@@ -152,7 +152,8 @@ def watch_cluster_from_head() -> None:
     config = json.loads(BOOTSTRAP.expanduser().read_text())
     settings = Settings.read(config["provider"])
     api = Api(keys.api_key, settings.api_base)
-    watch = HeadWatch(config, api, Purse(spending_file(settings, config["cluster_name"]), settings.limits), busy=has_jobs)
+    purse = Purse(spending_file(settings, config["cluster_name"]), settings.limits)
+    watch = HeadWatch(config, api, purse, busy=has_jobs)
     is_needed = True
     while is_needed:
         time.sleep(INTERVAL_S)

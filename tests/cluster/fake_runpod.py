@@ -58,7 +58,8 @@ class NoBackend:
     def start(self, pod: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
             self._counter += 1
-            return {"host": "127.0.0.1", "port": 20000 + self._counter, "ip": f"10.0.{self._counter // 250}.{self._counter % 250 + 1}"}
+            high, low = divmod(self._counter, 250)
+            return {"host": "127.0.0.1", "port": 20000 + self._counter, "ip": f"10.0.{high}.{low + 1}"}
 
     def stop(self, pod_id: str) -> None:
         pass
@@ -235,8 +236,9 @@ class FakeRunPod:
                 return _problem(402, "Payment Required", "your balance is too low")
             if gpu in self.faults.forbidden:
                 return _problem(403, "Forbidden", f"no access to the pool of {gpu}")
-            if volume and (place := next(v["dataCenter"] for v in self.volumes if v["id"] == volume[0]["volumeId"])) not in places:
-                return _problem(400, "Bad Request", f"the volume lies in {place}")
+            homes = {one["id"]: one["dataCenter"] for one in self.volumes}
+            if volume and homes[volume[0]["volumeId"]] not in places:
+                return _problem(400, "Bad Request", f"the volume lies in {homes[volume[0]['volumeId']]}")
             free = [place for place in places if not {gpu, f"{gpu}@{place}"} & self.faults.no_capacity]
             if not free:
                 return _problem(400, "Bad Request", "There are no longer any instances available with the requested "
@@ -249,7 +251,7 @@ class FakeRunPod:
             return 201, self._shown(pod)
 
     def _add(self, body: dict[str, Any]) -> dict[str, Any]:
-        pod_id, now = secrets.token_hex(7), datetime.datetime.now(datetime.timezone.utc)
+        pod_id, now = secrets.token_hex(7), datetime.datetime.now(datetime.UTC)
         gpu = {"id": body["gpu"]["id"], "count": body["gpu"].get("count", 1)}
         key = f"podkey_{secrets.token_hex(12)}"
         pod = {
@@ -295,7 +297,7 @@ class FakeRunPod:
         if pod["status"] == "RUNNING" and not self.backend.is_alive(pod["id"]):
             pod["status"] = "EXITED"
         stopped = {"cost": 0.0, "runtime": None} if pod["status"] == "EXITED" else {}
-        env = {name: "" for name in pod["env"]} if self.faults.withholds_env else pod["env"]
+        env = dict.fromkeys(pod["env"], "") if self.faults.withholds_env else pod["env"]
         return json.loads(json.dumps(pod | stopped | {"env": env, "actions": STATUS_ACTIONS.get(pod["status"], [])}))
 
     def _remove(self, pod_id: str) -> None:

@@ -55,7 +55,8 @@ class Laptop:
                               env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.seconds[" ".join(map(str, words[:2]))] = time.monotonic() - started
-        assert not check or done.returncode == 0, f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout[-6000:]}"
+        said = f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout[-6000:]}"
+        assert not check or done.returncode == 0, said
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout)
 
     def on_head(self, file: Path, command: str, timeout: float = 120, check: bool = True) -> str:

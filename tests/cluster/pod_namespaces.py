@@ -10,6 +10,7 @@ is shared.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import shutil
@@ -26,6 +27,7 @@ from typing import Any
 OUTSIDE = "10.78.0.1"
 """This machine, as pods see it; the simulated API and the forwarded ports are there."""
 BRIDGE = "agpods0"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDED = ("ip", "iptables", "sshd", "rsync", "unshare", "ssh", "ssh-keygen")
 
 
@@ -34,7 +36,7 @@ def why_not() -> str | None:
     """What keeps this machine from having such pods, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ.get('PATH')}:/usr/sbin:/sbin") is None]
+    missing = [name for name in NEEDED if shutil.which(name, path=SYSTEM_PATH) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
     probe = "ip netns add agprobe && ip netns del agprobe && iptables -w -L -n >/dev/null && unshare -m -p -f true"
@@ -65,7 +67,15 @@ class Namespaces:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Namespaces]:
-        """The bridge, this machine's outside address and the volume's folder exist while it lasts."""
+        """The bridge, this machine's outside address and the volume's folder exist while it lasts.
+
+        There is one bridge and one such address: who comes second waits.
+        """
+        with Path("/run/altgrad-pods.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield from self._ready()
+
+    def _ready(self) -> Iterator[Namespaces]:
         (self.folder / "volume").mkdir(parents=True)
         self._hosts.write_text(Path("/etc/hosts").read_text())
         Path("/run/sshd").mkdir(exist_ok=True)
@@ -101,10 +111,9 @@ class Namespaces:
             self._wired.add(pod["id"])
         name, private = f"agp{number}", f"10.79.0.{number}"
         self._wire(name, number, private, [port.split("/")[0] for port in pod["ports"] if port.endswith("/tcp")])
-        with self._lock:
+        with self._lock, self._hosts.open("a") as hosts:
             # In place: the file is mounted in every pod.
-            with self._hosts.open("a") as hosts:
-                hosts.write(f"{private} {pod['id']}.runpod.internal {pod['id']}\n")
+            hosts.write(f"{private} {pod['id']}.runpod.internal {pod['id']}\n")
         home = self.root(pod["id"]) / "home"
         (home / ".ssh").mkdir(parents=True)
         (home / ".ssh").chmod(0o700)
@@ -112,11 +121,12 @@ class Namespaces:
         (home / ".bashrc").write_text(f'export PATH="{Path(sys.prefix) / "bin"}:$PATH"\n')
         script = self.root(pod["id"]) / "boot.sh"
         script.write_text(self._boot_script(pod))
-        environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **pod["env"]}
+        environment = {"PATH": SYSTEM_PATH, "HOME": "/root", **pod["env"]}
         with (self.root(pod["id"]) / "boot.log").open("w") as log:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", name, "unshare", "-m", "-p", "-f", "-u", "--mount-proc", "--kill-child", "bash",
-                 str(script)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                 str(script)],
+                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         forwarder = Forwarder((self._address(number), 22))
         with self._lock:
             self._processes[pod["id"]], self._forwarders[pod["id"]] = process, forwarder

@@ -61,7 +61,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_a_wrong_key_ends_ray_up_at_once_with_one_line(cluster: Cluster, capsys) -> None:
-    stranger, before = Laptop(cluster.folder / "stranger", cluster.account, key="rpa_wrong"), len(cluster.account.requests)
+    stranger = Laptop(cluster.folder / "stranger", cluster.account, key="rpa_wrong")
+    before = len(cluster.account.requests)
     said = stranger.run("ray", "up", "-y", stranger.file(), "--disable-usage-stats", check=False)
     assert said.splitlines()[-1] == ("altgrad: RUNPOD_API_KEY: RunPod refuses this key (401): a valid API key of the "
                                      "account is expected")
@@ -88,7 +89,7 @@ def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_kill
             return laptop.run("ray", "job", "status", "--address", dashboard, job)
 
         # The cap: nothing is asked for, the reason can be read, the sweep waits.
-        refused = until(lambda: "cost cap reached" in (text := cluster.status()) and text, 90, "the cap is in the status")
+        refused = until(lambda: "cost cap reached" in (said := cluster.status()) and said, 90, "the status says why")
         assert "$100.00/h now and" in refused and "would exceed max_cost_per_hour $15.00" in refused
         assert "cost cap reached" in laptop.on_head(cluster.file, "cat /tmp/ray/session_latest/logs/monitor.log")
         assert "cost cap reached" in laptop.run("altgrad", "cluster", "status", cluster.file)
@@ -105,10 +106,7 @@ def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_kill
         account.faults.rate_limited_until = time.monotonic() + 8
 
         # A worker is taken away while it trains.
-        half_way = until(lambda: [path for path in cluster.out.glob("trials/*/metrics.jsonl")
-                                  if (path.parent / "checkpoint").exists() and not (path.parent / "outcome.json").exists()
-                                  and path.read_text().count("\n") >= 30], 180, "a trial is half way")[0]
-        busy = _pod_that_trains(cluster, half_way.parent.name)
+        busy = _pod_that_trains(cluster, until(lambda: _half_way(cluster.out), 180, "a trial is half way"))
         account.interrupt(busy)
         until(lambda: busy not in account.pods, 60, "the interrupted worker is deleted")
         until(lambda: len(cluster.workers) == 2, 120, "it is replaced")
@@ -156,7 +154,8 @@ def test_what_the_head_lost_the_doctor_finds(cluster: Cluster) -> None:
 
 def test_a_restarted_head_adopts_its_workers(cluster: Cluster) -> None:
     _keep_two_workers_busy(cluster)
-    before, posts = set(until(lambda: len(cluster.workers) == 2 and cluster.workers, 120, "two workers")), cluster.account.count("POST")
+    before = set(until(lambda: len(cluster.workers) == 2 and cluster.workers, 120, "two workers"))
+    posts = cluster.account.count("POST")
     cluster.laptop.run("ray", "up", "-y", "--restart-only", cluster.file, "--disable-usage-stats", timeout=240)
     said = cluster.laptop.on_head(cluster.file, f'python3 -c "{ONE_GPU_EACH}"', timeout=240)
     assert str(sorted(_private(cluster, worker) for worker in before)) in said
@@ -181,6 +180,15 @@ def _keep_two_workers_busy(cluster: Cluster) -> None:
     keep = ("import ray, time; ray.init(); f = ray.remote(num_gpus=1)(lambda: time.sleep(45)); "
             "ray.get([f.remote() for _ in range(2)])")
     cluster.laptop.on_head(cluster.file, f"nohup python3 -c '{keep}' >/dev/null 2>&1 & sleep 1")
+
+
+def _half_way(out: Path) -> str | None:
+    """A trial that has a checkpoint and some steps, and has not ended."""
+    for rows in out.glob("trials/*/metrics.jsonl"):
+        is_open = (rows.parent / "checkpoint").exists() and not (rows.parent / "outcome.json").exists()
+        if is_open and rows.read_text().count("\n") >= 30:
+            return rows.parent.name
+    return None
 
 
 def _private(cluster: Cluster, pod_id: str) -> str:

@@ -67,7 +67,7 @@ def test_two_clusters_have_two_ssh_keys(own_home):
 
 def test_a_missing_key_is_one_line_with_what_to_do(config, monkeypatch, api):
     monkeypatch.delenv("RUNPOD_API_KEY")
-    with pytest.raises(ClusterError, match=r"^RUNPOD_API_KEY: missing: export it, or put the key into .*runpod_api_key"):
+    with pytest.raises(ClusterError, match=r"^RUNPOD_API_KEY: missing: export it, or put the key into .*runpod_api"):
         bootstrap.complete(copy.deepcopy(config))
     assert "missing" in complaints(config, api)["the API key"][0]
     with pytest.raises(SystemExit, match=r"^altgrad: RUNPOD_API_KEY: missing"):
@@ -122,8 +122,8 @@ WORKER = "available_node_types.worker.node_config"
     (lambda c: c["available_node_types"]["worker"]["node_config"].update(gpus=["NVIDIA H100 80GB HBM2"]),
      f"{WORKER}.gpus: 'NVIDIA H100 80GB HBM2' is no GPU of RunPod; nearest: NVIDIA H100 80GB HBM3"),
     (lambda c: c["available_node_types"]["worker"]["node_config"].update(data_centers=["US-KS-2"]),
-     "available_node_types.worker.node_config.data_centers: US-KS-2 is not allowed with the network volume vol0altgrad, "
-     "which lies in EU-RO-1: a pod can mount it only there"),
+     f"{WORKER}.data_centers: US-KS-2 is not allowed with the network volume vol0altgrad, which "
+     "lies in EU-RO-1: a pod can mount it only there"),
     (lambda c: c["available_node_types"]["worker"]["node_config"].update(data_centers=["EU-RO-1", "EU-RO-9"]),
      f"{WORKER}.data_centers: 'EU-RO-9' is no data centre of RunPod; nearest: EU-RO-1"),
     (lambda c: (c["provider"].pop("network_volume"),
@@ -141,17 +141,17 @@ def test_what_only_the_account_knows(config, api, account, change, line):
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    (lambda c: c["provider"].update(max_cost_per_houre=3), "provider.max_cost_per_houre: unknown; allowed: network_volume, "
-     "max_cost_per_hour, max_cost_total"),
+    (lambda c: c["provider"].update(max_cost_per_houre=3),
+     "provider.max_cost_per_houre: unknown; allowed: network_volume, max_cost_per_hour, max_cost_total"),
     (lambda c: c["provider"].update(max_cost_total="much"), "provider.max_cost_total: 'much' is not allowed: a number"),
-    (lambda c: c["provider"].update(network_volume="altgrad"), "provider.network_volume: 'altgrad' is not allowed: name"),
+    (lambda c: c["provider"].update(network_volume="altgrad"), "provider.network_volume: 'altgrad' is not allowed"),
     (lambda c: c.update(cluster_name="My Cluster"), "cluster_name: 'My Cluster' is not allowed: lower case"),
     (lambda c: c.update(cluster_name="a--b"), "cluster_name: 'a--b' is not allowed"),
     (lambda c: c.pop("rsync_filter"), "rsync_filter: missing; an external provider has no defaults"),
     (lambda c: c["available_node_types"]["head"].update(resources={"CPU": 4}), "available_node_types.head.resources: "
      "{'CPU': 4} is not allowed: trials on the head could read the API key"),
     (lambda c: c["available_node_types"]["worker"]["node_config"].update(gpus=[]), f"{WORKER}.gpus: [] is not allowed"),
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(disk="big"), f"{WORKER}.disk: 'big' is not all"),
+    (lambda c: c["available_node_types"]["worker"]["node_config"].update(disk="big"), f"{WORKER}.disk: 'big' is"),
     (lambda c: c["available_node_types"]["worker"]["node_config"].update(env={"WANDB_API_KEY": "x"}),
      f"{WORKER}.env.WANDB_API_KEY: not allowed"),
     (lambda c: c.update(head_start_ray_commands=["ray start --head"]), "head_start_ray_commands: `ray start` without"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -52,10 +53,9 @@ def test_fixed_tags_come_from_the_pod_and_changing_ones_from_this_machine(accoun
     (pod_id,) = first.create_node(POD, WORKER, 1)
     first.set_node_tags(pod_id, {"ray-node-status": "setting-up"})
     first.set_node_tags(pod_id, {"ray-runtime-config": "h1"})
-    code = ("import sys; from altgrad_cluster.provider import RunPodNodeProvider as P\n"
-            f"p = P({{'type': 'external', 'api_base': {account.url!r}, 'public_key': {PUBLIC_KEY!r}, 'on_head': True}}, 'one')\n"
+    config = {"type": "external", "api_base": account.url, "public_key": PUBLIC_KEY, "on_head": True}
+    code = (f"from altgrad_cluster.provider import RunPodNodeProvider\np = RunPodNodeProvider({config!r}, 'one')\n"
             f"print(sorted(p.node_tags({pod_id!r}).items()))")
-    import os
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "RUNPOD_API_KEY": account.key, "PYTHONPATH": ":".join(sys.path)})
     expected = {**WORKER, "ray-node-status": "setting-up", "ray-runtime-config": "h1"}
@@ -172,7 +172,7 @@ def test_a_listing_of_a_thousand_strangers_holds_our_one(account, provider):
 def test_on_the_laptop_a_wrong_key_ends_in_one_line(account):
     nodes = RunPodNodeProvider({"api_base": account.url, "public_key": PUBLIC_KEY}, "one",
                                api=Api(lambda: "wrong", account.url))
-    with pytest.raises(SystemExit, match="^altgrad: RUNPOD_API_KEY: RunPod refuses this key"):
+    with pytest.raises(SystemExit, match=r"^altgrad: RUNPOD_API_KEY: RunPod refuses this key"):
         nodes.non_terminated_nodes({})
 
 

@@ -86,4 +86,5 @@ def test_a_pod_that_may_not_delete_itself_says_so_and_tries_again(account, pods,
 def test_a_shell_that_is_no_pod_is_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "environ").write_bytes(b"HOME=/root\0")
     monkeypatch.setattr(node.environment, "__defaults__", (tmp_path / "environ",))
-    assert node.main(["ip"]) == 1 and capsys.readouterr().err == "altgrad: RUNPOD_POD_ID: missing: this is no pod of RunPod\n"
+    assert node.main(["ip"]) == 1
+    assert capsys.readouterr().err == "altgrad: RUNPOD_POD_ID: missing: this is no pod of RunPod\n"

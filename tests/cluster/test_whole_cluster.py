@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -61,5 +62,5 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
         assert not account.pods and not account.violations
     with capsys.disabled():
         print()
-        for (_, before), (what, after) in zip(marks, marks[1:], strict=False):
+        for (_, before), (what, after) in itertools.pairwise(marks):
             print(f"  {what}: {after - before:.0f} s")
