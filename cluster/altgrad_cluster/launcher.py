@@ -75,7 +75,7 @@ class Launcher:
         if paused is not None:
             raise NoPod(paused)
         self._pods()
-        reasons = []
+        reasons, dear = [], []
         for candidate in config.candidates(self._settings.volume):
             reason = self._availability.blocked(candidate)
             if reason is None:
@@ -83,7 +83,7 @@ class Launcher:
                     pod = self._create(config, name, tags, candidate)
                 except OverBudget as error:
                     # Another GPU may be cheap enough.
-                    reasons.append(f"{candidate}: {error}")
+                    dear.append((self._price(candidate.gpu), f"{candidate}: {error}"))
                     continue
                 except ApiError as error:
                     goes_on = self._availability.refused(candidate, error)
@@ -96,6 +96,9 @@ class Launcher:
                     logger.info("created pod %s (%s, $%s/h)", pod["id"], candidate, pod.get("cost"))
                     return pod
             reasons.append(reason)
+        if dear:
+            # What the cheapest would have cost says all about the others.
+            reasons.insert(0, min(dear)[1])
         text = _summary(reasons)
         logger.warning("no pod of type %s: %s", name.node_type, text)
         raise NoPod(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 from altgrad_cluster.errors import ApiError, ClusterError
 
@@ -53,13 +54,29 @@ def one_line(error: ClusterError) -> str:
 
 
 def show_in_status() -> None:
-    """Lets Ray's launch error name its cause; does nothing on a Ray that has no such error."""
+    """Lets Ray's launch error name its cause, and keeps what Ray 2.60 drops on the way to its status.
+
+    Does nothing on a Ray that has no such parts.
+    """
     try:
+        from ray.autoscaler.v2.instance_manager.instance_manager import InstanceManager
         from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
-    except ImportError:
+        update = InstanceManager._update_instance
+    except (ImportError, AttributeError):
         return
 
     def text(error: BaseException) -> str:
         said = " ".join(map(str, error.args))
         return f"{said}{error.__cause__}" if error.__cause__ is not None else said
     LaunchNodeError.__str__ = text
+
+    if getattr(update, "keeps_details", False):
+        return
+
+    def update_with_details(instance: Any, change: Any) -> Any:
+        changed = update(instance, change)
+        if changed.status_history and not changed.status_history[-1].details:
+            changed.status_history[-1].details = change.details
+        return changed
+    update_with_details.keeps_details = True  # type: ignore[attr-defined]
+    InstanceManager._update_instance = staticmethod(update_with_details)

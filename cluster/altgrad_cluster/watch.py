@@ -34,6 +34,8 @@ from altgrad_cluster.spending import Purse
 GCS_PORT = 6379
 JOBS = "http://127.0.0.1:8265/api/jobs/"
 INTERVAL_S = 5.0
+LOOK_S = 30.0
+"""Between two looks of the head at the account: each costs a request of a small quota."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 PID_FILE = Path("/tmp/altgrad-watch.pid")
 LOG_FILE = Path("/tmp/altgrad-watch.log")
@@ -156,7 +158,7 @@ def watch_cluster_from_head() -> None:
     watch = HeadWatch(config, api, purse, busy=has_jobs)
     is_needed = True
     while is_needed:
-        time.sleep(INTERVAL_S)
+        time.sleep(min(LOOK_S, settings.head_idle_s / 4))
         try:
             is_needed = watch.look()
         except ClusterError as error:

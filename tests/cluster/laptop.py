@@ -48,11 +48,12 @@ class Laptop:
         changed.write_text(yaml.safe_dump(config, sort_keys=False))
         return changed
 
-    def run(self, *words: str | Path, timeout: float = 180, check: bool = True, **environment: str) -> str:
-        """Output and errors together."""
+    def run(self, *words: str | Path, timeout: float = 180, check: bool = True, typed: str = "",
+            **environment: str) -> str:
+        """Output and errors together; `typed` is what is typed into it."""
         started = time.monotonic()
         done = subprocess.run(["timeout", "-k", "5", str(timeout), *map(str, words)], cwd=ROOT, text=True,
-                              env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
+                              env={**self.environment, **environment}, input=typed,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.seconds[" ".join(map(str, words[:2]))] = time.monotonic() - started
         said = f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout[-6000:]}"

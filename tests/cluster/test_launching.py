@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from altgrad_cluster import api, candidates, launcher
+from altgrad_cluster import api, candidates, launcher, reasons
 from altgrad_cluster.candidates import Availability, Candidate
 from altgrad_cluster.errors import ApiError
 from altgrad_cluster.spending import Limits, OverBudget, Purse
@@ -61,7 +61,8 @@ def test_without_any_room_the_reason_names_the_candidates(account, provider):
 
 @pytest.mark.parametrize(("status", "word"), [(401, "key refused"), (402, "balance"), (422, "422"), (409, "409"),
                                               (503, "503")])
-def test_what_no_other_candidate_would_cure_holds_everything_back(account, provider, status, word):
+def test_what_no_other_candidate_would_cure_holds_everything_back(account, provider, monkeypatch, status, word):
+    monkeypatch.setattr(launcher, "LOOKS", (0.1,))
     nodes = provider()
     nodes.non_terminated_nodes({})
     nodes._launcher._price(H100)
@@ -207,3 +208,20 @@ def test_pauses_grow_and_a_success_ends_them():
     found.succeeded(Candidate(H100, None))
     found.pause("broken")
     assert "next try in 10 s" in found.paused()
+
+
+def test_rays_status_says_why_a_launch_failed():
+    from ray.autoscaler.v2.instance_manager.common import InstanceUtil
+    from ray.autoscaler.v2.instance_manager.instance_manager import InstanceManager
+    from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+
+    for _ in range(2):
+        reasons.show_in_status()
+    error = LaunchNodeError("worker", 1, "r", 0)
+    error.__cause__ = ValueError("cost cap reached")
+    instance = Instance(instance_id="i", status=Instance.REQUESTED)
+    InstanceManager._update_instance(instance, InstanceUpdateEvent(
+        instance_id="i", new_instance_status=Instance.ALLOCATION_FAILED, details=str(error)))
+    said = InstanceUtil.get_last_status_transition(instance, Instance.ALLOCATION_FAILED).details
+    assert said.startswith("Failed to launch 1 nodes") and said.endswith("cost cap reached")
