@@ -9,6 +9,7 @@ from typing import Any
 
 from altgrad_cluster import bootstrap, checks, keys
 from altgrad_cluster.api import Api, Pod
+from altgrad_cluster.checks import import_problems
 from altgrad_cluster.errors import ClusterError
 from altgrad_cluster.naming import KIND, PodName, fixed_tags
 from altgrad_cluster.reasons import one_line
@@ -24,7 +25,7 @@ def diagnose(config: dict[str, Any], api: Api, on_head: OnHead | None = None) ->
     yield "the file", list(checks.file_problems(config))
     module = str((config.get("provider") or {}).get("module", ""))
     yield "the provider can be imported from what is shipped", list(
-        checks.import_problems(module, bootstrap.checkout() / "cluster"))
+        import_problems(module, bootstrap.checkout() / "cluster"))
     yield "Ray's token", _token()
     try:
         keys.api_key()

@@ -40,13 +40,17 @@ def test_all_that_is_asked_and_answered_is_as_documented(account, provider):
     assert client.pod(pod_id)["status"] == "EXITED"
     client.delete_pod(pod_id)
     client.delete_pod(pod_id)
-    assert set(account.endings()) >= {"POST 201", "POST 400", "POST 402", "POST 403", "POST 422", "POST 429", "POST 500",
-                                      "GET 200", "GET 401", "GET 404", "DELETE 204", "DELETE 404"}
+    assert set(account.endings()) >= {
+        "POST 201", "POST 400", "POST 402", "POST 403", "POST 422", "POST 429", "POST 500", "GET 200", "GET 401",
+        "GET 404", "DELETE 204", "DELETE 404"}
     assert not account.violations
 
 
+PROBLEM = {"title": "", "status": 400, "detail": ""}
+
+
 @pytest.mark.parametrize(("method", "path", "query", "body", "status", "answer"), [
-    ("POST", "/v2/pods", {}, {"name": "x", "image": "x", "gpuTypeIds": []}, 400, {"title": "", "status": 400, "detail": ""}),
+    ("POST", "/v2/pods", {}, {"name": "x", "image": "x", "gpuTypeIds": []}, 400, PROBLEM),
     ("POST", "/v2/pods", {}, {"name": "x", "image": "x"}, 201, {"id": "x"}),
     ("GET", "/v2/pods", {}, None, 200, {"pods": [{"id": "x"}]}),
     ("GET", "/v2/pods", {"limit": "5"}, None, 200, {"pods": []}),
@@ -62,6 +66,5 @@ def test_the_judge_finds_what_is_not_documented(method, path, query, body, statu
 def test_the_judge_is_content_with_what_is():
     judge = Contract(document())
     body = {"name": "x", "image": "x", "gpu": {"id": "NVIDIA L4"}}
-    problem = {"title": "", "status": 400, "detail": ""}
-    assert judge.violations("POST", "/v2/pods", {}, body, 400, problem) == []
+    assert judge.violations("POST", "/v2/pods", {}, body, 400, PROBLEM) == []
     assert judge.violations("GET", "/v2/pods", {}, None, 200, {"pods": []}) == []

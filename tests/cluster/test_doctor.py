@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import stat
 from pathlib import Path
@@ -20,11 +21,16 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster/runpod.yaml"
 
 
+ONCE = functools.cache(lambda module, code: list(checks.import_problems(module, code)))
+"""Importing Ray in a process of its own takes seconds, and gives the same each time."""
+
+
 @pytest.fixture
 def config(monkeypatch, account):
     monkeypatch.setenv("RUNPOD_API_KEY", account.key)
     monkeypatch.setenv("RUNPOD_API_BASE", account.url)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(doctor, "import_problems", ONCE)
     return prepare_config(yaml.safe_load(FILE.read_text()))
 
 
