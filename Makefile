@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: sweep test slow lint clean
+.PHONY: sweep test slow cluster lint clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python sweeps/format_ablation.py $(ARGS)
@@ -14,6 +14,9 @@ test: $(INSTALLED) lint
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

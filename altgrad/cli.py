@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from altgrad.commands import machine, specs, sweeps
+from altgrad.commands.cluster import add_cluster_command
 from altgrad.commands.flags import add_sweep_flags
 from altgrad.sweep.folder import FolderError
 from altgrad.sweep.resolve import SpecError
@@ -109,4 +110,5 @@ def _parser() -> Parser:
     matrix = command("test-matrix", machine.test_matrix, "write TEST_MATRIX.md from the registries")
     matrix.add_argument("--check", action="store_true", help="write nothing; exit 1 where the file differs")
     command("doctor", machine.doctor, "versions, kernels and cores of this machine")
+    add_cluster_command(command)
     return parser

@@ -1,0 +1,208 @@
+"""What ends a cluster that nobody needs: run beside Ray on every node.
+
+* On a worker, the dead man's switch: when the head has not answered for a while, nothing in Ray would ever stop this
+  pod, so it deletes itself, with the key that RunPod gives each pod for itself (else by `runpodctl`, which has it too).
+* On the head: when no worker is left and no job has run for a while, the head deletes itself. What matters lies on the
+  network volume. When `max_cost_total` is spent the workers are deleted, whatever they do; trials wait in the ledger.
+
+`python -m altgrad_cluster.watch worker HEAD_IP SECONDS API_BASE` and `… watch head`; each takes the place of an earlier
+one of its kind. They write to /tmp/altgrad-watch.log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from altgrad_cluster import keys, node
+from altgrad_cluster.api import Api, Pod
+from altgrad_cluster.errors import ApiError, ClusterError
+from altgrad_cluster.naming import KIND, PodName, fingerprint, fixed_tags
+from altgrad_cluster.settings import Settings
+from altgrad_cluster.spending import Purse
+
+GCS_PORT = 6379
+JOBS = "http://127.0.0.1:8265/api/jobs/"
+INTERVAL_S = 5.0
+LOOK_S = 30.0
+"""Between two looks of the head at the account: each costs a request of a small quota."""
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+PID_FILE = Path("/tmp/altgrad-watch.pid")
+LOG_FILE = Path("/tmp/altgrad-watch.log")
+
+
+class Deadline:
+    """Expires when nothing was seen alive for `patience` seconds."""
+
+    def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience = patience
+        self._clock = clock
+        self._last = clock()
+
+    def seen(self) -> None:
+        self._last = self._clock()
+
+    @property
+    def is_over(self) -> bool:
+        return self._clock() - self._last >= self._patience
+
+
+def answers(host: str, port: int = GCS_PORT, timeout: float = 3.0) -> bool:
+    """Whether something accepts connections there."""
+    try:
+        socket.create_connection((host, port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def watch_head_from_worker(head_ip: str, patience: float, base: str) -> None:
+    """Returns once this pod has asked for its own deletion."""
+    deadline = Deadline(patience)
+    while not deadline.is_over:
+        if answers(head_ip):
+            deadline.seen()
+        time.sleep(min(INTERVAL_S, patience / 4))
+    say(f"the head at {head_ip} has not answered for {patience:.0f} s: this pod deletes itself")
+    while not delete_this_pod(base):
+        time.sleep(INTERVAL_S)
+
+
+def delete_this_pod(base: str) -> bool:
+    """Whether RunPod took the request, by its API or by its command line tool."""
+    own, pod_id = node.environment().get("RUNPOD_API_KEY", ""), node.pod_id()
+    try:
+        Api(lambda: own, base).delete_pod(pod_id)
+        return True
+    except ApiError as error:
+        say(str(error))
+    try:
+        subprocess.run(["runpodctl", "remove", "pod", pod_id], check=True, capture_output=True, timeout=60)
+        return True
+    except (OSError, subprocess.SubprocessError) as error:
+        say(f"runpodctl: {error}")
+        return False
+
+
+class HeadWatch:
+    """One look at a time at the whole cluster, from its head."""
+
+    def __init__(self, config: dict[str, Any], api: Api, purse: Purse, *, busy: Callable[[], bool],
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._cluster = config["cluster_name"]
+        settings = Settings.read(config["provider"])
+        self._key = fingerprint(settings.public_key)
+        self._api = api
+        self._purse = purse
+        self._busy = busy
+        self._idle = Deadline(settings.head_idle_s, clock)
+
+    def look(self) -> bool:
+        """Whether the head is needed still. Deletes workers that there is no money for."""
+        pods = [pod for pod in self._api.pods() if self._is_ours(pod)]
+        self._purse.observe(pods)
+        workers = [pod for pod in pods if fixed_tags(pod).get(KIND) == "worker"]
+        is_broke = self._purse.is_exhausted
+        if is_broke:
+            for pod in workers:
+                say(f"max_cost_total is spent: pod {pod['id']} is deleted")
+                self._api.delete_pod(pod["id"])
+        elif workers or self._busy():
+            self._idle.seen()
+        return not self._idle.is_over
+
+    def delete_all(self) -> None:
+        """The workers, then the rest, the head last."""
+        pods = sorted((pod for pod in self._api.pods() if self._is_ours(pod)),
+                      key=lambda pod: fixed_tags(pod).get(KIND) == "head")
+        for pod in pods:
+            self._api.delete_pod(pod["id"])
+
+    def _is_ours(self, pod: Pod) -> bool:
+        name = PodName.parse(pod.get("name", ""))
+        return name is not None and (name.cluster, name.key) == (self._cluster, self._key)
+
+
+def has_jobs() -> bool:
+    """Whether a job or another driver is at work on this head's Ray; a Ray that doesn't answer has none."""
+    token = Path(keys.REMOTE_TOKEN).expanduser()
+    request = urllib.request.Request(JOBS)
+    if token.exists():
+        request.add_header("Authorization", f"Bearer {token.read_text().strip()}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            jobs = json.loads(answer.read())
+    except (OSError, ValueError) as error:
+        say(f"{JOBS}: {error}")
+        return False
+    return any(job.get("status") in ("PENDING", "RUNNING") for job in jobs)
+
+
+def watch_cluster_from_head() -> None:
+    """Returns once the head has asked for its own deletion."""
+    from altgrad_cluster.provider import spending_file
+    config = json.loads(BOOTSTRAP.expanduser().read_text())
+    settings = Settings.read(config["provider"])
+    api = Api(keys.api_key, settings.api_base)
+    purse = Purse(spending_file(settings, config["cluster_name"]), settings.limits)
+    watch = HeadWatch(config, api, purse, busy=has_jobs)
+    is_needed = True
+    while is_needed:
+        time.sleep(min(LOOK_S, settings.head_idle_s / 4))
+        try:
+            is_needed = watch.look()
+        except ClusterError as error:
+            say(str(error))
+    say(f"nothing has run for {settings.head_idle_s:.0f} s: this cluster deletes itself")
+    while True:
+        with contextlib.suppress(ClusterError):
+            watch.delete_all()
+            return
+        time.sleep(INTERVAL_S)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def become_daemon() -> None:
+    """Leaves the shell that started it, in the place of an earlier watch."""
+    with contextlib.suppress(OSError, ValueError):
+        earlier = int(PID_FILE.read_text())
+        if b"altgrad_cluster.watch" in Path(f"/proc/{earlier}/cmdline").read_bytes():
+            os.kill(earlier, signal.SIGTERM)
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    log = os.open(LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    PID_FILE.write_text(str(os.getpid()))
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["head"] and len(argv) == 1:
+        become_daemon()
+        watch_cluster_from_head()
+        return 0
+    if argv[:1] == ["worker"] and len(argv) == 4:
+        become_daemon()
+        watch_head_from_worker(argv[1], float(argv[2]), argv[3])
+        return 0
+    print("usage: python -m altgrad_cluster.watch head | worker HEAD_IP SECONDS API_BASE", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

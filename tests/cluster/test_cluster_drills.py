@@ -1,0 +1,330 @@
+"""What goes wrong in a cluster's life, one after another on one cluster, on a simulated RunPod.
+
+The tests of this file go on from each other: a cluster takes half a minute to start.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import re
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runpod import FakeRunPod, until
+from laptop import ROOT, Laptop, ledger
+from pod_namespaces import OUTSIDE, Namespaces, run, why_not
+
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
+STEPS = 600
+SWEEP = {"name": "drill", "formats": ["E5M2"], "optimizers": ["adamw"], "seeds": 1, "steps": STEPS, "guards": "off",
+         "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
+         "log_interval": 10, "eval_interval": 500, "checkpoint_interval": 10}
+ONE_GPU_EACH = ("import ray, time; ray.init(); f = ray.remote(num_gpus=1)(lambda: time.sleep(3) or "
+                "ray.util.get_node_ip_address()); print(sorted(set(ray.get([f.remote() for _ in range(2)]))))")
+
+
+class Cluster:
+    """The account, the laptop and the file of one cluster that is up."""
+
+    def __init__(self, folder: Path, pods: Namespaces, account: FakeRunPod) -> None:
+        self.pods, self.account, self.folder = pods, account, folder
+        self.laptop = Laptop(folder / "laptop", account)
+        self.file = self.laptop.file(cluster_name="drill", idle_timeout_minutes=0.7, orphan_minutes=0.6)
+        self.out = pods.folder / "volume" / "runs" / "drill"
+
+    @property
+    def workers(self) -> list[str]:
+        return self.account.of_kind("worker")
+
+    @property
+    def head(self) -> str:
+        (found,) = self.account.of_kind("head")
+        return found
+
+    def status(self) -> str:
+        return self.laptop.on_head(self.file, "ray status -v")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("drills")
+    pods = Namespaces(folder / "pods", ROOT)
+    with pods.ready(), FakeRunPod(pods, boot_s=1).serving(OUTSIDE) as account:
+        made = Cluster(folder, pods, account)
+        made.laptop.run("ray", "up", "-y", made.file, "--disable-usage-stats", timeout=240)
+        yield made
+
+
+def test_a_wrong_key_ends_ray_up_at_once_with_one_line(cluster: Cluster, capsys) -> None:
+    stranger = Laptop(cluster.folder / "stranger", cluster.account, key="rpa_wrong")
+    before = len(cluster.account.requests)
+    said = stranger.run("ray", "up", "-y", stranger.file(), "--disable-usage-stats", check=False)
+    assert said.splitlines()[-1] == ("altgrad: RUNPOD_API_KEY: RunPod refuses this key (401): a valid API key of the "
+                                     "account is expected")
+    assert "Traceback" not in said and cluster.account.count("POST") == 1
+    refused = [status for _, _, _, status in cluster.account.requests[before:] if status == 401]
+    assert len(refused) == 1
+    with capsys.disabled():
+        print(f"\n  a wrong key: {stranger.seconds['ray up']:.1f} s")
+
+
+def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_killed_worker(cluster: Cluster) -> None:
+    account, laptop = cluster.account, cluster.laptop
+    spec = cluster.pods.folder / "volume" / "drill.json"
+    spec.write_text(json.dumps(SWEEP))
+    account.pods[cluster.head]["cost"] = 100.0
+    account.faults.no_capacity = {"NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"}
+    with laptop.tunnel(cluster.file) as dashboard:
+        said = laptop.run("ray", "job", "submit", "--no-wait", "--address", dashboard, "--working-dir", ".", "--",
+                          "python3", "-m", "altgrad", "run", "/workspace/drill.json", "--address", "auto",
+                          "--gpus-per-trial", "1", "--max-concurrent", "1", "--out", "/workspace/runs/drill")
+        job = re.search(r"raysubmit_\w+", said)[0]
+
+        def job_status() -> str:
+            return laptop.run("ray", "job", "status", "--address", dashboard, job)
+
+        # The cap: nothing is asked for, the reason can be read, the sweep waits.
+        refused = until(lambda: "cost cap reached" in (said := cluster.status()) and said, 90, "the status says why")
+        assert "$100.00/h now and" in refused and "would exceed max_cost_per_hour $15.00" in refused
+        assert "cost cap reached" in laptop.on_head(cluster.file, "cat /tmp/ray/session_latest/logs/monitor.log")
+        assert "cost cap reached" in laptop.run("altgrad", "cluster", "status", cluster.file)
+        assert account.count("POST") == 1 and "running" in job_status().lower() and not cluster.workers
+
+        # The cap is lifted; the first candidates have no room, and an answer gets lost.
+        account.faults.lost_answers = 1
+        account.pods[cluster.head]["cost"] = 0.25
+        (first,) = until(lambda: cluster.workers, 120, "a worker")
+        assert account.pods[first]["gpu"]["id"] == "NVIDIA H200"
+        until(lambda: account.endings()["POST 500"] == 1, 10, "its answer is lost")
+
+        # The quota is spent for a while, in the middle of everything.
+        account.faults.rate_limited_until = time.monotonic() + 8
+
+        # A worker is taken away while it trains.
+        trial = until(lambda: _half_way(cluster.out), 180, "a trial is half way")
+        assert cluster.workers == [first]
+        account.interrupt(first)
+        until(lambda: first not in account.pods, 60, "the interrupted worker is deleted")
+        (second,) = until(lambda: cluster.workers, 120, "it is replaced")
+        until(lambda: _trains(cluster, second, trial), 180, "the trial goes on, on the new pod", step=0.05)
+        until(lambda: (cluster.out / "report/report.html").exists(), 400, "the sweep ends with its report")
+        until(lambda: "running" not in job_status().lower(), 60, "the job ends")
+        assert "succeeded" in job_status(), laptop.run("ray", "job", "logs", "--address", dashboard, job)[-4000:]
+    found = ledger(cluster.out)
+    assert found["endings"] == ["done"] * 2 and set(found["rows"].values()) == {STEPS}
+    assert all(steps == list(range(1, STEPS + 1)) for steps in found["steps"].values()), "the ledger is not whole"
+    made = account.endings()
+    assert made["POST 500"] == 1 and made["POST 201"] == 2, "the head, the first worker and its replacement"
+    assert made["GET 429"] > 0 and not account.violations
+
+
+def test_nothing_but_22_is_open_from_outside(cluster: Cluster) -> None:
+    for pod_id in (cluster.head, *_want_two_workers(cluster)):
+        assert _open_ports(cluster.pods.public_ip(pod_id)) == [22], pod_id
+
+
+def test_nothing_answers_without_the_token_from_inside(cluster: Cluster) -> None:
+    workers = sorted(_want_two_workers(cluster))
+    until(lambda: "2.0 GPU" in cluster.status(), 120, "Ray runs on both", step=2)
+    token, head_ip = (cluster.laptop.home / ".ray/auth_token").read_text(), _private(cluster, cluster.head)
+    tokens = {"none": "", "wrong": "0" * 64, "right": token}
+
+    # The head's control service, with Ray's own client, from another pod.
+    for name, given in tokens.items():
+        mode = "disabled" if name == "none" else "token"
+        said = _in_pod(cluster, workers[0], "env", f"RAY_AUTH_MODE={mode}", f"RAY_AUTH_TOKEN={given}", "python3", "-c",
+                       ASK_CONTROL, f"{head_ip}:6379")
+        expected, other = ("LET IN", "InvalidAuthToken") if name == "right" else ("InvalidAuthToken", "LET IN")
+        assert expected in said and other not in said, (name, said[-500:])
+
+    # The raylet of every node.
+    (cluster.pods.root(cluster.head) / "tmp/ask.py").write_text(ASK_RAYLETS)
+    codes = _json(_in_pod(cluster, cluster.head, "python3", "/tmp/ask.py", json.dumps(tokens)))
+    assert len(codes) == 3 and all(code == {"none": "UNAUTHENTICATED", "wrong": "UNAUTHENTICATED", "right": "OK"}
+                                   for code in codes.values()), codes
+
+    # The Jobs API: on the head's loopback only, and with the token only.
+    for name, status in (("none", "401"), ("wrong", "403"), ("right", "200")):
+        header = ("-H", f"Authorization: Bearer {tokens[name]}") if name != "none" else ()
+        assert _in_pod(cluster, cluster.head, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header,
+                       "http://127.0.0.1:8265/api/jobs/") == status, name
+    for worker in workers:
+        assert "onnect" in _in_pod(cluster, worker, "curl", "-sS", "-m", "5", f"http://{head_ip}:8265/api/jobs/")
+        answers = _answers_to_strangers(cluster, cluster.head, _private(cluster, worker))
+        assert all(answer.startswith("# HELP ") for answer in answers), "only Ray's metrics can be read without a token"
+
+
+def test_secrets_are_only_where_they_belong(cluster: Cluster) -> None:
+    """Key and token stand in their own files, of mode 0600, and in no other file, environment, command or request."""
+    laptop, pods, key = cluster.laptop, cluster.pods, cluster.account.key
+    nodes = [cluster.head, *_want_two_workers(cluster)]
+    homes, token = [pods.root(pod_id) / "home" for pod_id in nodes], (laptop.home / ".ray/auth_token").read_text()
+    until(lambda: all((home / ".ray/auth_token").exists() for home in homes), 60, "every node has the token")
+    keys = {laptop.home / ".altgrad/clusters/drill/runpod_api_key", homes[0] / ".altgrad/runpod_api_key"}
+    tokens = {laptop.home / ".ray/auth_token", *(home / ".ray/auth_token" for home in homes)}
+    gone = {pods.root(pod_id.name) for pod_id in pods.folder.iterdir() if pod_id.name not in nodes}
+    for secret, places in ((key, keys), (token, tokens)):
+        found = subprocess.run(["grep", "-rlaF", "--", secret, str(cluster.folder), str(ROOT / "cluster")],
+                               capture_output=True, text=True).stdout.splitlines()
+        here = {Path(path) for path in found}
+        assert {path for path in here if not any(path.is_relative_to(old) for old in gone)} == places
+        assert {path.name for path in here} <= {"runpod_api_key", "auth_token"}
+        assert all(place.stat().st_mode & 0o777 == 0o600 for place in places)
+    for pod_id in nodes:
+        for pid in run("ip", "netns", "pids", pods.namespace(pod_id)).split():
+            for file in ("environ", "cmdline"):
+                text = _read(Path(f"/proc/{pid}/{file}"))
+                assert key.encode() not in text and token.encode() not in text, (pod_id, text[:200])
+    said = json.dumps(cluster.account.bodies)
+    assert key not in said and token not in said
+
+
+def test_what_the_head_lost_the_doctor_finds(cluster: Cluster) -> None:
+    assert "trouble" not in cluster.laptop.run("altgrad", "cluster", "doctor", cluster.file)
+    provider = cluster.pods.root(cluster.head) / "home/altgrad/cluster/altgrad_cluster/provider.py"
+    provider.rename(provider.with_suffix(".away"))
+    said = cluster.laptop.run("altgrad", "cluster", "doctor", cluster.file, check=False)
+    provider.with_suffix(".away").rename(provider)
+    assert "altgrad_cluster.provider: can't be imported here" in said
+
+
+def test_a_restarted_head_adopts_its_workers(cluster: Cluster) -> None:
+    before = _want_two_workers(cluster)
+    posts = cluster.account.count("POST")
+    cluster.laptop.run("ray", "up", "-y", "--restart-only", cluster.file, "--disable-usage-stats", timeout=240)
+    said = cluster.laptop.on_head(cluster.file, f'python3 -c "{ONE_GPU_EACH}"', timeout=240)
+    assert str(sorted(_private(cluster, worker) for worker in before)) in said
+    assert set(cluster.workers) == before and cluster.account.count("POST") == posts
+
+
+def test_workers_delete_themselves_when_the_head_is_gone(cluster: Cluster, capsys) -> None:
+    _want_two_workers(cluster)
+    until(lambda: "2.0 GPU" in cluster.status(), 120, "Ray runs on both", step=3)
+    deletions, started = cluster.account.count("DELETE"), time.monotonic()
+    cluster.account.vanish(cluster.head)
+    until(lambda: cluster.account.count("DELETE") == deletions + 2, 150, "the workers delete themselves")
+    assert not cluster.account.pods
+    with capsys.disabled():
+        print(f"\n  orphans gone after {time.monotonic() - started:.0f} s, 36 s were set")
+    said = cluster.laptop.run("altgrad", "cluster", "gc", cluster.file)
+    assert "nothing is left over" in said and not cluster.account.violations
+
+
+def _want_two_workers(cluster: Cluster) -> set[str]:
+    """Two GPUs are asked for, until the head is told otherwise or restarted; the workers' ids."""
+    ask = ("import ray; from ray.autoscaler.sdk import request_resources as ask; ray.init(); "
+           "ask(bundles=[{'GPU': 1}, {'GPU': 1}])")
+    cluster.laptop.on_head(cluster.file, f'python3 -c "{ask}"')
+    until(lambda: len(cluster.workers) == 2, 120, "two workers")
+    return set(cluster.workers)
+
+
+def _half_way(out: Path) -> str | None:
+    """A trial that has a checkpoint and some steps, and has not ended."""
+    for rows in out.glob("trials/*/metrics.jsonl"):
+        is_open = (rows.parent / "checkpoint").exists() and not (rows.parent / "outcome.json").exists()
+        if is_open and rows.read_text().count("\n") >= 30:
+            return rows.parent.name
+    return None
+
+
+def _private(cluster: Cluster, pod_id: str) -> str:
+    return str(cluster.account.pods[pod_id]["globalNetworking"]["ip"])
+
+
+def _in_pod(cluster: Cluster, pod_id: str, *words: str) -> str:
+    """Output of a command in the pod, run by its own login."""
+    direct = cluster.account.pods[pod_id]["ssh"]["direct"]
+    key = cluster.laptop.home / ".altgrad/clusters/drill/id_ed25519"
+    done = subprocess.run(
+        ["ssh", "-i", str(key), "-p", str(direct["port"]), "-o", "StrictHostKeyChecking=no", "-o",
+         "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"root@{direct['host']}",
+         f". ~/.bashrc; {shlex.join(words)}"],
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return (done.stdout + done.stderr).strip()
+
+
+def _trains(cluster: Cluster, pod_id: str, trial: str) -> bool:
+    """Whether a process of the pod has a file of this trial's folder open."""
+    found = subprocess.run(["ip", "netns", "pids", cluster.pods.namespace(pod_id)], capture_output=True, text=True)
+    for pid in found.stdout.split():
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                if trial in str(link.readlink()):
+                    return True
+    return False
+
+
+ASK_CONTROL = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 5)
+print('LET IN')
+"""
+ASK_RAYLETS = """
+import json, sys, grpc, ray
+ray.init(log_to_driver=False)
+def code(node, token):
+    with grpc.insecure_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        call = channel.unary_unary('/ray.rpc.NodeManagerService/GetNodeStats')
+        try:
+            call(b'', metadata=[('authorization', f'Bearer {token}')] if token else [], timeout=10)
+        except grpc.RpcError as error:
+            return error.code().name
+    return 'OK'
+tokens = json.loads(sys.argv[1])
+print(json.dumps({node['NodeManagerAddress']: {name: code(node, token) for name, token in tokens.items()}
+                  for node in ray.nodes() if node['Alive']}))
+"""
+STRANGER = """
+import json, socket, sys, urllib.request
+address, found = sys.argv[1], []
+for port in range(1, 65536):
+    with socket.socket() as one:
+        one.settimeout(2)
+        if one.connect_ex((address, port)):
+            continue
+    try:
+        found.append(urllib.request.urlopen(f"http://{address}:{port}/api/jobs/", timeout=3).read(40).decode())
+    except Exception:
+        pass
+print(json.dumps(found))
+"""
+"""Asks every port for jobs, without a token, and keeps how the answers begin."""
+
+
+def _answers_to_strangers(cluster: Cluster, pod_id: str, address: str) -> list[str]:
+    """As seen from another pod of the account."""
+    (cluster.pods.root(pod_id) / "tmp/stranger.py").write_text(STRANGER)
+    return list(_json(_in_pod(cluster, pod_id, "python3", "/tmp/stranger.py", address)))
+
+
+def _open_ports(address: str) -> list[int]:
+    """Every TCP port of the address that accepts a connection from here."""
+    def accepts(port: int) -> bool:
+        with socket.socket() as one:
+            one.settimeout(5)
+            return one.connect_ex((address, port)) == 0
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        return [port for port, is_open in enumerate(pool.map(accepts, range(1, 65536)), 1) if is_open]
+
+
+def _json(said: str) -> Any:
+    """The one line of an output that is JSON."""
+    return json.loads(next(line for line in said.splitlines() if line[:1] in "{[" and line[-1:] in "}]"))
+
+
+def _read(path: Path) -> bytes:
+    """Nothing where the process has ended meanwhile."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,67 @@
+"""From nothing to a report and back to nothing, with the YAML file as it is, on a simulated RunPod."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_runpod import FakeRunPod, until
+from laptop import ROOT, Laptop, ledger
+from pod_namespaces import OUTSIDE, Namespaces, why_not
+
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
+SWEEP = ("python3", "sweeps/format_ablation.py", "--preset", "quick", "--workers-per-trial", "1",
+         "--gpus-per-trial", "1", "--max-concurrent", "2", "--address", "auto", "--out", "/workspace/runs/quick")
+
+
+def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pods, marks, most = Namespaces(tmp_path / "pods", ROOT), [("start", time.monotonic())], [0]
+
+    def mark(what: str) -> None:
+        marks.append((what, time.monotonic()))
+
+    with pods.ready(), FakeRunPod(pods, boot_s=3).serving(OUTSIDE) as account:
+        laptop = Laptop(tmp_path / "laptop", account)
+        file = laptop.file()
+        laptop.run("ray", "up", "-y", file, "--disable-usage-stats", timeout=240)
+        mark("ray up")
+        (head,) = account.of_kind("head")
+        assert not account.of_kind("worker")
+        assert laptop.run("ray", "get-head-ip", file).splitlines()[-1] == OUTSIDE
+        assert "1 head" in laptop.on_head(file, "ray status")
+        (tmp_path / "hello.py").write_text("import ray; ray.init(); print('nodes:', len(ray.nodes()))")
+        assert "nodes: 1" in laptop.run("ray", "submit", file, tmp_path / "hello.py")
+        laptop.run("ray", "rsync-up", file, tmp_path / "hello.py", "/tmp/hello-again.py")
+        assert (pods.root(head) / "tmp" / "hello-again.py").exists()
+        assert "attached: 42" in laptop.run("ray", "attach", file, typed="echo attached: $((6 * 7))\nexit\n")
+        mark("exec, submit, rsync-up, attach")
+        with laptop.tunnel(file) as dashboard:
+            done = threading.Event()
+
+            def count() -> None:
+                while not done.wait(0.5):
+                    most[0] = max(most[0], len(account.of_kind("worker")))
+
+            threading.Thread(target=count, daemon=True).start()
+            said = laptop.run("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *SWEEP,
+                              timeout=900)
+            done.set()
+        mark("the sweep, from 0 workers")
+        assert "succeeded" in said and "report: /workspace/runs/quick/report/report.html" in said
+        assert most[0] == 2 == account.count("POST") - 1
+        laptop.run("ray", "rsync-down", file, "/workspace/runs/quick/", f"{tmp_path}/fetched/")
+        assert "<html" in (tmp_path / "fetched/report/report.html").read_text()
+        found = ledger(tmp_path / "fetched")
+        assert len(found["endings"]) == 50 == len(found["rows"]) and not {"bug", "node_lost"} & set(found["endings"])
+        until(lambda: not account.of_kind("worker"), 240, "idle workers are deleted")
+        mark("workers idle and gone")
+        laptop.run("ray", "down", "-y", file)
+        mark("ray down")
+        assert not account.pods and not account.violations
+    with capsys.disabled():
+        print()
+        for (_, before), (what, after) in itertools.pairwise(marks):
+            print(f"  {what}: {after - before:.0f} s")
