@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from altgrad.commands import machine, mirror, specs, sweeps
+from altgrad.commands import machine, mirror, specs, submit, sweeps
 from altgrad.commands.flags import add_sweep_flags
 from altgrad.sweep.folder import FolderError
 from altgrad.sweep.resolve import SpecError
@@ -95,6 +95,10 @@ def _parser() -> Parser:
         added.add_argument("file", nargs="?", type=Path, help="a sweep as YAML or JSON")
         added.set_defaults(base=PRESETS["quick"])
         add_sweep_flags(added)
+    added = command("submit", submit.submit, "run a sweep as a job of the Ray cluster whose dashboard is at --address")
+    added.add_argument("file", nargs="?", type=Path, help="a sweep as YAML, JSON or Python")
+    add_sweep_flags(added)
+    added.set_defaults(base=PRESETS["quick"], address=submit.default_address())
     for name, handler, help in (("status", sweeps.status, "how far a sweep is"),
                                 ("report", sweeps.report, "write a sweep's report from its ledger")):
         command(name, handler, help).add_argument("out", type=Path, help="the sweep's folder")

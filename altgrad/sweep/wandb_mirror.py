@@ -9,8 +9,9 @@ A run has the trial's id, the sweep as its group, and `reference` or `trial` as 
 Offline, a trial that goes on in a later run of the sweep begins a run folder of its own with the same id; online it
 continues the run, and rows that are there already are not sent again.
 
-Measured on two busy cores: 0.17 CPU-s for a trial of the quick sweep (100 rows, ten of them with 450 signals), 1.5 CPU-s
-once for the import and W&B's process. W&B's list of installed packages alone would take 0.2 CPU-s more for every run.
+Measured on two busy cores: 0.17 CPU-s for a trial of the quick sweep (100 rows, ten of them with 450 signals),
+1.5 CPU-s once for the import and W&B's process. W&B's list of installed packages alone would take 0.2 CPU-s more for
+every run.
 """
 
 from __future__ import annotations
