@@ -10,6 +10,7 @@ A job whose driver was killed can count as succeeded. So the sweep's own ledger 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ ROOT = Path(altgrad.__file__).resolve().parents[1]
 EXCLUDED = ("/.venv/", "/runs/", "/build/", "/dist/", ".git/", "wandb/", "__pycache__/", "*.egg-info/", ".*_cache/",
             ".hypothesis/")
 POLL_SECONDS = 1.0
+START_SECONDS = 60.0
+"""for a cluster that has just come up: its dashboard answers before its jobs' agent does"""
 
 
 class Job:
@@ -31,12 +34,23 @@ class Job:
 
     def __init__(self, address: str, entrypoint: str) -> None:
         from ray.job_submission import JobSubmissionClient
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it tells every file that it leaves out
         try:
             self._client = JobSubmissionClient(address)
+            self.id = self._send(entrypoint)
         except RuntimeError as error:
             raise ConnectionError(str(error)) from None
-        self.id: str = self._client.submit_job(
-            entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT), "excludes": list(EXCLUDED)})
+
+    def _send(self, entrypoint: str) -> str:
+        environment = {"working_dir": str(ROOT), "excludes": list(EXCLUDED)}
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return str(self._client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
 
     def follow(self, show: Callable[[str], None]) -> int:
         """Shows the job's log until it ends; returns its exit code, 1 for a job that ended without one.

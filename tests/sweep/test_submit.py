@@ -1,4 +1,4 @@
-"""Sweeps as jobs of a Ray cluster: what is refused before anything is sent, and real jobs on a cluster of the test's."""
+"""Sweeps as jobs of a Ray cluster: what is refused before anything is sent, and real jobs on a cluster of its own."""
 
 import contextlib
 import json
