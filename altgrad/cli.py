@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from altgrad.commands import machine, specs, sweeps
+from altgrad.commands import machine, mirror, specs, submit, sweeps
 from altgrad.commands.cluster import add_cluster_command
 from altgrad.commands.flags import add_sweep_flags
 from altgrad.sweep.folder import FolderError
@@ -96,6 +96,10 @@ def _parser() -> Parser:
         added.add_argument("file", nargs="?", type=Path, help="a sweep as YAML or JSON")
         added.set_defaults(base=PRESETS["quick"])
         add_sweep_flags(added)
+    added = command("submit", submit.submit, "run a sweep as a job of the Ray cluster whose dashboard is at --address")
+    added.add_argument("file", nargs="?", type=Path, help="a sweep as YAML, JSON or Python")
+    add_sweep_flags(added)
+    added.set_defaults(base=PRESETS["quick"], address=submit.default_address())
     for name, handler, help in (("status", sweeps.status, "how far a sweep is"),
                                 ("report", sweeps.report, "write a sweep's report from its ledger")):
         command(name, handler, help).add_argument("out", type=Path, help="the sweep's folder")
@@ -105,6 +109,9 @@ def _parser() -> Parser:
     best = command("best", specs.show_best, "the configuration that a sweep found best, by its mean over seeds")
     best.add_argument("out", type=Path, help="the sweep's folder")
     best.add_argument("--export", type=Path, metavar="FILE", help="write it as a sweep of one, YAML or JSON")
+    sync = command("wandb-sync", mirror.wandb_sync, "make a sweep's W&B runs again from its trials' records")
+    sync.add_argument("out", type=Path, help="the sweep's folder")
+    sync.add_argument("--mode", dest="wandb", metavar="MODE", help="offline or online; default as for a sweep")
     command("schema", specs.schema, "the JSON schema of a sweep's YAML or JSON file")
     command("formats", machine.formats, "the formats and their numbers")
     matrix = command("test-matrix", machine.test_matrix, "write TEST_MATRIX.md from the registries")

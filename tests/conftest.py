@@ -1,15 +1,12 @@
-"""Tests tokenize into a cache of their own, which goes away with them."""
-
-import os
+"""Tests tokenize into a cache of their own, which goes away with them, and mirror nothing to W&B."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    before = os.environ.get("ALTGRAD_CACHE")
-    os.environ["ALTGRAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("ALTGRAD_CACHE")
-    if before is not None:
-        os.environ["ALTGRAD_CACHE"] = before
+def own_environment(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALTGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.delenv("WANDB_API_KEY", raising=False)
+        yield

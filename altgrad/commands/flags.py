@@ -11,6 +11,7 @@ from altgrad.sweep.budget import Budget, flag_of
 from altgrad.sweep.options import Executor, RunOptions
 from altgrad.sweep.resolve import SpecError, resolve
 from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
+from altgrad.sweep.wandb_mirror import mode_of
 from altgrad.training.config import MODELS
 from altgrad.training.data import NAMED
 
@@ -66,6 +67,8 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head"
     )
+    parser.add_argument("--wandb", metavar="MODE", help="off, offline or online: mirror trials to W&B; default "
+                        "WANDB_MODE, else online where WANDB_API_KEY is set, else offline")
     for name, (metavar, help) in BUDGET_FLAGS.items():
         parser.add_argument(f"--{flag_of(name)}", dest=f"budget:{name}", metavar=metavar, help=help)
     parser.add_argument("--fresh", action="store_true", help="move an old sweep in OUT aside and start again")
@@ -101,13 +104,14 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             workers_per_trial=_number_of("--workers-per-trial", request.workers_per_trial),
             gpus_per_trial=_amount_of("--gpus-per-trial", request.gpus_per_trial),
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
+            wandb=mode_of(request.wandb),
             budget=Budget(**{name: _amount_of(f"--{flag_of(name)}", text) for name in BUDGET_FLAGS
                              if (text := getattr(request, f"budget:{name}")) is not None}),
         )
         options.check(spec)
     except ValueError as error:
         text = str(error)
-        raise SpecError(text if text.startswith("--") else f"--executor: {text}") from None
+        raise SpecError(text if text.startswith(("--", "WANDB_")) else f"--executor: {text}") from None
     return options
 
 

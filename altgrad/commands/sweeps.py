@@ -54,8 +54,17 @@ def _terminable() -> Iterator[None]:
 
 def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:
     """The corpus, its notes printed; SpecError or FolderError, before a word is said, where a run can't be."""
+    corpus = checked_data(spec, request)
+    check_folder(options.out, fresh=options.fresh)
+    for note in corpus.notes:
+        print(f"data: {note}")
+    return corpus
+
+
+def checked_data(spec: SweepSpec, request: argparse.Namespace) -> Corpus | Documents:
+    """The corpus; SpecError where there is none, or none for this model."""
     try:
-        corpus = preflight(spec)
+        return preflight(spec)
     except ValueError as error:
         path = Path(spec.data.source)
         is_missing = spec.data.source not in NAMED and not path.exists() and path.parent.is_dir()
@@ -63,10 +72,6 @@ def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Name
         file = request.file or request.config
         where = "--" if getattr(request, "spec:data.source") is not None or file is None else f"{file}: "
         raise SpecError(f"{where}{error}{close}") from None
-    check_folder(options.out, fresh=options.fresh)
-    for note in corpus.notes:
-        print(f"data: {note}")
-    return corpus
 
 
 def run(request: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
 from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
 from altgrad.sweep.train_executor import DRIVER_CPUS, WorkerGroup, group_trainable
+from altgrad.sweep.wandb_mirror import Mirror
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
@@ -57,8 +58,9 @@ class Follower(tune.Callback):
         breaker: Breaker,
         growth: Growth | None = None,
         meter: Meter | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
-        self._growth, self._meter = growth, meter
+        self._growth, self._meter, self._mirror = growth, meter, mirror
         self._recorder = recorder
         self._progress = progress
         self._scheduler = scheduler
@@ -72,6 +74,8 @@ class Follower(tune.Callback):
                         **info: Any) -> None:
         self._recorder.follow(trial_id_of(trial))
         self._progress.reached(trial_id_of(trial), int(result["step"]))
+        if self._mirror is not None:
+            self._mirror.follow(trial_id_of(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._meter is not None:
@@ -105,6 +109,8 @@ class Follower(tune.Callback):
 
     def _ended(self, trial_id: str, outcome: Outcome | None) -> None:
         self._progress.ended(trial_id, outcome)
+        if self._mirror is not None:
+            self._mirror.end(trial_id, outcome)
         if self._growth is not None and outcome is not None:
             self._growth.ended(trial_id)
 
@@ -146,7 +152,8 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     scratch = recorder.folder.parent.absolute() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     scheduler, breaker = HealthScheduler(trials, race), Breaker(meter)
-    follower = Follower(recorder, progress, scheduler, breaker, growth, meter)
+    mirror = None if options.wandb == "off" else Mirror(recorder.folder.parent, options.wandb, progress.note)
+    follower = Follower(recorder, progress, scheduler, breaker, growth, meter, mirror)
     requests: dict[str, dict[str, str]] = {}
 
     def enter(new: Mapping[str, TrainConfig]) -> Iterable[str]:
@@ -203,6 +210,8 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
             meter.save()
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+        if mirror is not None:
+            mirror.close()
     return breaker.reason
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from altgrad.sweep.budget import Budget
 from altgrad.sweep.folder import cores
+from altgrad.sweep.wandb_mirror import Mode
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
@@ -32,6 +33,7 @@ class RunOptions:
     interval_timeout: float = 900.0
     """seconds after which a log interval that has not ended counts as hung; 0 for never"""
     budget: Budget = field(default_factory=Budget)
+    wandb: Mode = "off"
 
     def check(self, spec: SweepSpec) -> None:
         """ValueError, naming the flag, where the settings can't go together, with this sweep or on this machine."""

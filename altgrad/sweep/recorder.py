@@ -1,10 +1,8 @@
 """From the workers' files to the ledger. Only the driver does this, so SQLite has one writer.
 
 A worker appends to `metrics.jsonl` and renames `outcome.json` into place; the recorder follows each file from
-where it last read. A worker that resumes replaces `metrics.jsonl` by a shorter one (the steps behind its
-checkpoint will be trained again), so a new inode, or a file shorter than what was read, means reading from
-its start. Rows are keyed by (trial, step), and training is deterministic: reading a step twice changes
-nothing.
+where it last read, or from its start once a worker that resumes has replaced it. Rows are keyed by (trial,
+step), and training is deterministic: reading a step twice changes nothing.
 
 `ingest` does the same for everything that an earlier driver left behind when it was killed before recording
 it.
@@ -19,7 +17,7 @@ from typing import Any
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.outcome import Outcome
-from altgrad.training.record import from_plain, read_rows, to_plain, write_json
+from altgrad.training.record import RowReader, from_plain, to_plain, write_json
 
 
 class Recorder:
@@ -28,22 +26,13 @@ class Recorder:
     def __init__(self, ledger: Ledger, folder: Path) -> None:
         self.ledger = ledger
         self.folder = folder
-        self._read: dict[str, tuple[int, int]] = {}
-        """trial -> (inode, offset) up to which its metrics are in the ledger"""
+        self._readers: dict[str, RowReader] = {}
 
     def follow(self, trial_id: str) -> None:
         """Records the rows that have been written since the last call."""
-        path = self.folder / trial_id / "metrics.jsonl"
-        if not path.exists():
-            return
-        status = path.stat()
-        inode, offset = self._read.get(trial_id, (status.st_ino, 0))
-        if inode != status.st_ino or status.st_size < offset:
-            offset = 0
-        rows, offset = read_rows(path, offset)
-        if rows:
+        reader = self._readers.setdefault(trial_id, RowReader(self.folder / trial_id / "metrics.jsonl"))
+        if rows := reader.new():
             self.ledger.record_rows(trial_id, rows)
-        self._read[trial_id] = (status.st_ino, offset)
 
     def finish(self, trial_id: str, stopped: Outcome | None = None) -> Outcome | None:
         """Records the last rows and the ending: the worker's own, else `stopped`, the driver's reason."""

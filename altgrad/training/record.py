@@ -70,6 +70,28 @@ def read_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     return [from_plain(json.loads(line)) for line in complete.splitlines()], offset + len(complete)
 
 
+class RowReader:
+    """Reads a growing `metrics.jsonl`, from where it last read; from its start once the file has been replaced.
+
+    A worker that resumes replaces the file by a shorter one: the steps behind its checkpoint will be trained again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The rows since the last call; none where there is no file yet."""
+        if not self._path.exists():
+            return []
+        status = self._path.stat()
+        if status.st_ino != self._inode or status.st_size < self._offset:
+            self._offset = 0
+        rows, self._offset = read_rows(self._path, self._offset)
+        self._inode = status.st_ino
+        return rows
+
+
 class TrialFolder:
     """Exclusive ownership of one trial's folder; a context manager that holds its lock."""
 
