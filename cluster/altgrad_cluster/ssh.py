@@ -60,7 +60,8 @@ class PodSSH(SSHCommandRunner):
         done = subprocess.run(
             ["ssh", "-o", "BatchMode=yes", "-o", "ControlMaster=no", "-o", "ControlPath=none",
              *self.ssh_options.to_ssh_options_list(timeout=10), f"{self.ssh_user}@{self.ssh_ip}", "true"],
-            capture_output=True, text=True, check=False)
+            # What is typed is for the command that follows.
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             self._is_welcome = True
         elif "Permission denied" in done.stderr:

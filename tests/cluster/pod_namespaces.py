@@ -27,6 +27,10 @@ from typing import Any
 OUTSIDE = "10.78.0.1"
 """This machine, as pods see it; the simulated API and the forwarded ports are there."""
 BRIDGE = "agpods0"
+TMP = Path("/tmp")
+SYSTEM = ("usr", "var", "opt", "etc", "srv")
+OWN = {Path("/root"): "home", TMP: "tmp"}
+"""Folders that each pod has for itself, by their names here; where the checkout lies is hidden as well."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDED = ("ip", "iptables", "sshd", "rsync", "unshare", "ssh", "ssh-keygen")
 
@@ -55,8 +59,9 @@ class Namespaces:
 
     def __init__(self, folder: Path, checkout: Path) -> None:
         self.folder = folder
-        self._hidden = sorted({Path("/root"),
-                               Path("/", *checkout.resolve().parts[1:2])})
+        top = Path("/", *checkout.resolve().parts[1:2])
+        # A folder of the system is needed by the pods as well.
+        self._hidden = sorted({*OWN, checkout.resolve() if top.name in SYSTEM else top})
         self._hosts = folder / "hosts"
         self._numbers: dict[str, int] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -186,13 +191,13 @@ class Namespaces:
     def _boot_script(self, pod: dict[str, Any]) -> str:
         """What the container's first process does: its own view of the disk, then sshd."""
         root = self.root(pod["id"])
+        own = {hidden: root / OWN.get(hidden, f"hidden{hidden}") for hidden in self._hidden}
         lines = ["set -e", "mount --make-rprivate /", f"hostname {pod['id']}"]
         image = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
-        for hidden in self._hidden:
-            own = root / "home" if hidden == Path("/root") else root / "hidden" / hidden.name
-            lines.append(f"mkdir -p {own}")
+        for hidden, stead in own.items():
+            lines.append(f"mkdir -p {stead}")
             for part in sorted(path for path in image if path.is_relative_to(hidden)):
-                place = own / part.relative_to(hidden)
+                place = stead / part.relative_to(hidden)
                 lines += [f"mkdir -p {place}", f"mount --bind {part} {place}", f"mount -o remount,bind,ro {place}"]
         for mount in pod["mounts"].get("network", []):
             place = Path(mount["path"])
@@ -201,13 +206,12 @@ class Namespaces:
                     place.mkdir()
                     self._made.append(place)
             lines.append(f"mount --bind {self.folder / 'volume'} {place}")
-        for hidden in self._hidden:
-            own = root / "home" if hidden == Path("/root") else root / "hidden" / hidden.name
-            lines.append(f"mount --rbind {own} {hidden}")
+        # /tmp last: what is mounted from may lie there.
+        lines += [f"mount --rbind {stead} {hidden}" for hidden, stead in own.items() if hidden != TMP]
         lines += [
             f"mount --bind {self._hosts} /etc/hosts", "mount -t tmpfs -o size=2g tmpfs /dev/shm",
-            f"exec 3<{root / 'tmp'}", "mount -t tmpfs tmpfs /run", "mkdir -p /run/sshd",
-            f"mount --bind {root / 'tmp'} /tmp", "chmod 1777 /tmp",
+            "mount -t tmpfs tmpfs /run", "mkdir -p /run/sshd",
+            f"mount --rbind {own[TMP]} /tmp", "chmod 1777 /tmp",
             "umask 077", 'printf "%s\\n" "$PUBLIC_KEY" > /root/.ssh/authorized_keys',
             "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/host_key",
             # As a child: sshd writes its title over the environment, which is read from the first process.

@@ -114,6 +114,7 @@ def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_kill
         account.interrupt(first)
         until(lambda: first not in account.pods, 60, "the interrupted worker is deleted")
         (second,) = until(lambda: cluster.workers, 120, "it is replaced")
+        until(lambda: account.pods[second]["status"] == "RUNNING", 60, "the new pod runs")
         until(lambda: _trains(cluster, second, trial), 180, "the trial goes on, on the new pod", step=0.05)
         until(lambda: (cluster.out / "report/report.html").exists(), 400, "the sweep ends with its report")
         until(lambda: "running" not in job_status().lower(), 60, "the job ends")

@@ -36,7 +36,8 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
         assert "nodes: 1" in laptop.run("ray", "submit", file, tmp_path / "hello.py")
         laptop.run("ray", "rsync-up", file, tmp_path / "hello.py", "/tmp/hello-again.py")
         assert (pods.root(head) / "tmp" / "hello-again.py").exists()
-        assert "attached: 42" in laptop.run("ray", "attach", file, typed="echo attached: $((6 * 7))\nexit\n")
+        assert "attached: 42" in laptop.run("ray", "attach", file, timeout=60,
+                                            typed="echo attached: $((6 * 7))\nexit\n")
         mark("exec, submit, rsync-up, attach")
         with laptop.tunnel(file) as dashboard:
             done = threading.Event()
