@@ -64,8 +64,9 @@ def check_product(product: str) -> Product:
 
 def matmul_transposed(a: Operand, b: Operand, product: Product = "auto") -> Tensor:
     """a [M, K] · b [N, K]ᵀ, float32 [M, N]. ValueError where 'native' is asked for and the pair has no unit."""
-    if torch.is_autocast_enabled(a.values.device.type):
-        with torch.autocast(a.values.device.type, enabled=False):
+    device = a.values.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
             return matmul_transposed(a, b, product)
     kind = native_kind(a.fmt, b.fmt) if a.is_per_tensor and b.is_per_tensor else None
     if product == "emulated" or (product == "auto" and not _is_worth_it(kind, a.values, b.values)):

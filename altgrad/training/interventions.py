@@ -94,7 +94,8 @@ class Interventions:
     def before_step(self, parameters: Mapping[str, Tensor], formats: Mapping[str, str]) -> Tensor:
         """Clips `.grad` in place where declared; [clipped tensors, smallest factor], for `describe_clip`, or [0]."""
         if self._clipper is None:
-            return torch.zeros(0, dtype=torch.float64)
+            device = next(iter(parameters.values())).device
+            return torch.zeros(0, dtype=torch.float64, device=device)
         report = self._clipper.clip(parameters, formats)
         return torch.stack([report.clipped.double(), report.smallest.double()])
 

@@ -231,7 +231,8 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             scale = torch.tensor(1.0, device=parameter.device)
         else:
             scale = compute_scale(weight, fmt, power_of_two=True, headroom=HEADROOM)
-        self._check_holds(parameter, fmt, float(scale))
+        if parameter.dtype != torch.float32:
+            self._check_holds(parameter, fmt, float(scale))
         grid.scale = scale.clone()
         self._snap(parameter, group)
 
@@ -362,7 +363,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _spacing(parameter: Tensor, format: str) -> Tensor:
         fmt, scale = get_format(format), weight_grid(parameter).scale
         if scale is None:
-            scale = torch.ones(()) if fmt.total_bits > 8 else compute_scale(parameter, fmt)
+            scale = torch.ones((), device=parameter.device) if fmt.total_bits > 8 else compute_scale(parameter, fmt)
         return ulp(parameter.float(), fmt, scale).double().mean()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

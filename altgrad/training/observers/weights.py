@@ -27,7 +27,7 @@ def grid_scale(parameter: Tensor, fmt: FloatFormat) -> Tensor:
     own = weight_grid(parameter).scale
     if own is not None:
         return own
-    return torch.ones(()) if fmt.total_bits > 8 else compute_scale(parameter.detach(), fmt)
+    return torch.ones((), device=parameter.device) if fmt.total_bits > 8 else compute_scale(parameter.detach(), fmt)
 
 
 class RankObserver(Observer):
