@@ -165,6 +165,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._versions: dict[Tensor, int] = {}
+        self._largest: dict[Tensor, tuple[tuple[int, int], Tensor]] = {}
         check_arguments(defaults)
         super().__init__(params, {"calls": 0} | defaults)
 
@@ -172,7 +173,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         """After copying, unpickling and loading: torch keeps groups and state only."""
         super().__setstate__(state)
         for name, value in (("telemetry", True), ("count_every", COUNT_EVERY), ("counted", []), ("_whole", []),
-                            ("_versions", {})):
+                            ("_versions", {}), ("_largest", {})):
             self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -288,6 +289,10 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             if job.weight.data_ptr() != parameter.data_ptr():
                 parameter.copy_(job.weight)
             self._versions[parameter] = parameter._version
+            if job.largest is None:
+                self._largest.pop(parameter, None)
+            else:
+                self._largest[parameter] = _state_of(parameter), job.largest
         self.counted.append((tuple(parameter for parameter, _ in members), rows))
 
     def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
@@ -314,6 +319,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         )
         if plan.fmt is not None and plan.placement != Placement.MASTER:
             job.scale, job.streak = self._grid_scale(parameter, state), state.get("overflow_streak")
+        if plan.follows_amax:
+            written, job.largest = self._largest.get(parameter, (None, None))
+            job.knows_largest = written == _state_of(parameter)
+            if job.largest is None or job.largest.device != parameter.device:
+                job.largest = torch.zeros((), dtype=torch.int32, device=parameter.device)
         return plan, job
 
     def _state(self, parameter: Tensor, plan: Plan) -> dict[str, Any]:
@@ -378,6 +388,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 self.state[parameter][name] = value
                 if name == "grid_scale":
                     weight_grid(parameter).scale = value
+
+
+def _state_of(parameter: Tensor) -> tuple[int, int]:
+    """Changes where others than the kernels have written or moved a parameter."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _zeros(parameter: Tensor) -> Tensor:

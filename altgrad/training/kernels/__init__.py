@@ -138,6 +138,13 @@ class Plan:
         )
 
     @property
+    def follows_amax(self) -> bool:
+        """Whether the scale is that of a master's current amax: 8-bit formats and below without a fixed one."""
+        if self.fmt is None or self.placement != Placement.MASTER:
+            return False
+        return self.needs_scale and self.master_scale is None and self.fmt.total_bits <= 8
+
+    @property
     def rescales(self) -> bool:
         """Whether sustained overflow doubles the scale: that of 8-bit formats and below; wider ones have scale 1."""
         return self.fmt is not None and self.placement != Placement.MASTER and self.fmt.total_bits <= 8
@@ -150,6 +157,9 @@ class Job:
     `first` and `second` are the moments (float32, of the weight's shape), None where the plan has none; `direction`
     replaces them. `step`, `scale`, `streak` and `mean` are 0-d: float32, float32, int64 and float64. `seed`: of this
     tensor's draws before the number of the call is mixed in. Weights with a `scale` lie on the grid.
+
+    `largest`, 0-d int32, is given where the plan follows the amax: it takes the bits of the largest new magnitude, which
+    spares the next step a look at all weights if it says so by `knows_largest`.
     """
 
     weight: Tensor
@@ -163,6 +173,8 @@ class Job:
     scale: Tensor | None = None
     streak: Tensor | None = None
     mean: Tensor | None = None
+    largest: Tensor | None = None
+    knows_largest: bool = False
 
 
 def measures_mean(step: int) -> bool:

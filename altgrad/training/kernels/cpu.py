@@ -65,9 +65,9 @@ def _divides(job: Job, plan: Plan) -> bool:
 
 def _row(job: Job) -> tuple[int, ...]:
     tensors = (job.weight, job.grad, job.first, job.second, job.direction, job.carry, job.step, job.scale, job.streak,
-               job.mean)  # fmt: skip
+               job.mean, job.largest)  # fmt: skip
     seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
-    return (*(0 if t is None else t.data_ptr() for t in tensors), job.weight.numel(), seed)
+    return (*(0 if t is None else t.data_ptr() for t in tensors), job.weight.numel(), seed, job.knows_largest)
 
 
 def _shares(chosen: list[int], jobs: list[Job]) -> list[NDArray[np.int64]]:

@@ -68,8 +68,8 @@ from altgrad.training.kernels.elements import (
     whole_sum,
 )  # fmt: skip
 
-WEIGHT, GRAD, FIRST, SECOND, DIRECTION, CARRY, STEP, SCALE, STREAK, MEAN, ELEMENTS, SEED = range(12)
-"""Columns of the table: addresses, the number of elements and the seed of the draws."""
+WEIGHT, GRAD, FIRST, SECOND, DIRECTION, CARRY, STEP, SCALE, STREAK, MEAN, LARGEST, ELEMENTS, SEED, KNOWN = range(14)
+"""Columns of the table: addresses, the number of elements, the seed of the draws, whether the largest is known."""
 
 LR, BETA1, BETA2, EPS, DECAY, MAX_STIFFNESS, RUNG_CLIP, MASTER_SCALE, PER_MAX, MAX_VALUE, MIN_SPACING, \
     HAS_EXPONENT, IS_WIDE = range(13)  # fmt: skip
@@ -251,6 +251,9 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
             carry = carray(_pointer(line[CARRY]), elements if with_carry else 0, np.float32)
             step, streak = carray(_pointer(line[STEP]), 1, np.float32), carray(_pointer(line[STREAK]), 1, np.int64)
             scale_cell = carray(_pointer(line[SCALE]), 1 if line[SCALE] else 0, np.float32)
+            largest_cell = carray(_pointer(line[LARGEST]), 1 if line[LARGEST] else 0, np.uint32)
+            if largest_cell.size and not line[KNOWN]:
+                largest_cell[0] = largest_bits(weight)
             if largest_bits(grad) >= _INFINITY:
                 row[_SKIPPED] += 1
                 continue
@@ -260,7 +263,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                 largest, ordinal = _U32(0), _I64(step[0])
                 measures = needs_mean and (ordinal <= MEAN_EVERY or ordinal % MEAN_EVERY == 0)
                 if measures or not (scale_cell.size or numbers[MASTER_SCALE] > 0 or numbers[IS_WIDE]):
-                    largest = largest_bits(weight)
+                    largest = largest_cell[0] if largest_cell.size else largest_bits(weight)
                 scale = _scale_of(numbers, largest, scale_cell)
                 if needs_mean and elements:
                     mean_cell = carray(_pointer(line[MEAN]), 1, np.float64)
@@ -278,6 +281,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
             length = _F32(lr * _F64(scale)) if is_ulp else _F32(lr * _F64(scale) / mean)
             bound = _F32(math.inf) if is_ulp else limit
             per_rung = _F32(lr) if own_unit else _F32(lr / mean)
+            peak = _U32(0)
             for begin in range(0, elements, PIECE):
                 flips, applied, travel, moves = _U32(0), _U32(0), _U32(0), _U32(0)
                 present, over, high, low = _U32(0), _U32(0), _U32(0), _U32(0)
@@ -343,6 +347,9 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                             kept = _store(target, weights[i])
                             weights[i] = kept
                             target = _load(kept)
+                            if needs_scale:
+                                magnitude = _U32(_bits(target) & _ABSOLUTE)
+                                peak = magnitude if magnitude > peak else peak
                             y_target = _scaled(target, scale, inverse, divides)
                             y_new = y_target
                         else:
@@ -387,6 +394,8 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                 row[_TRAVEL] += travel
                 row[_POSITION] += _I64(_I32(moves))
                 row[_EXPECTED] += whole_sum(high, low)
+            if largest_cell.size:
+                largest_cell[0] = peak
             if rescales:
                 _rescale_on_overflow(weight, carry, scale_cell, streak, seed, is_nearest, grid_words, row)
 

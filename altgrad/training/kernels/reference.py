@@ -40,6 +40,8 @@ def _step(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
     weight, grad = job.weight.float().clone(), job.grad.float()
     if not bool(torch.isfinite(grad).all()):
         row[Count.SKIPPED] += 1
+        if job.largest is not None:
+            job.largest.copy_(_largest_bits(job.weight))
         return
     job.step += 1
     scale = _scale(job, plan, weight) if plan.needs_scale else None
@@ -60,6 +62,10 @@ def _step(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
         _move(job, plan, weight, direction, scale, mean, seed, row)
     if plan.rescales:
         _rescale_on_overflow(job, plan, seed, row)
+
+
+def _largest_bits(weight: Tensor) -> Tensor:
+    return (weight.float().view(torch.int32) & 0x7FFFFFFF).max() if weight.numel() else weight.new_zeros(())
 
 
 def _scale(job: Job, plan: Plan, weight: Tensor) -> Tensor:
@@ -176,6 +182,8 @@ def _move(
     target = weight - (change + weight * (plan.lr * plan.weight_decay))
     if plan.placement == Placement.MASTER or grid is None:
         job.weight.copy_(target)
+        if job.largest is not None:
+            job.largest.copy_(_largest_bits(job.weight))
         if plan.counting and grid is not None:
             assert scale is not None
             new = job.weight.float()
