@@ -158,8 +158,8 @@ class Job:
     replaces them. `step`, `scale`, `streak` and `mean` are 0-d: float32, float32, int64 and float64. `seed`: of this
     tensor's draws before the number of the call is mixed in. Weights with a `scale` lie on the grid.
 
-    `largest`, 0-d int32, is given where the plan follows the amax: it takes the bits of the largest new magnitude, which
-    spares the next step a look at all weights if it says so by `knows_largest`.
+    `largest`, 0-d int32, is given where the plan follows the amax: it takes the bits of the largest new magnitude,
+    which spares the next step a look at all weights if it says so by `knows_largest`.
     """
 
     weight: Tensor

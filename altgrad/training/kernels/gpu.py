@@ -1,22 +1,23 @@
 """The step as Triton kernels, equal to `reference` bit for bit; nothing here waits for the device.
 
-Per tensor: a survey, the numbers that follow from it, one loop that steps and counts, and two small kernels that double
-a crowded scale. Each ends at once where the gradient was not finite. Fused multiply-add is off, as it would round
-otherwise. Tested under Triton's interpreter; its speed on a GPU has not been measured.
+All tensors of a group are stepped by the same few launches: a survey, the numbers that follow from it, one loop that
+steps and counts, and two small kernels that double a crowded scale. Each ends at once where a gradient was not finite.
+Fused multiply-add is off, as it would round otherwise.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from altgrad.quantization import get_format, mix_seed
-from altgrad.quantization.kernels import grid_of, hash_keys
-from altgrad.quantization.kernels.gpu import BLOCK, _hash, _load, _plain, _store
+from altgrad.quantization import get_format
+from altgrad.quantization.kernels import grid_of
+from altgrad.quantization.kernels.gpu import _hash, _load, _store
 from altgrad.training.kernels import (
     FIXED,
     GRADIENT_FLOOR,
@@ -34,12 +35,20 @@ from altgrad.training.kernels.gpu_parts import (
     APPLIED,
     BY_MEAN,
     BY_ROOT,
+    COUNTS,
+    DIRECTION,
+    ELEMENTS,
     END,
     EXPECTED,
+    FIRST,
     FLIPS,
+    GRAD,
     GRADIENT,
+    INTEGERS,
     IS_FINITE,
+    LARGEST,
     LENGTH,
+    NUMBERS,
     OVERFLOW,
     PER_RUNG,
     POSITION,
@@ -47,7 +56,14 @@ from altgrad.training.kernels.gpu_parts import (
     RESCALED,
     RESCALES,
     SCALE,
+    SCALE_CELL,
+    SECOND,
+    SEED,
+    STREAK,
     TRAVEL,
+    WEIGHT,
+    WIDTH,
+    _address,
     _begin,
     _binade,
     _binade_of_quotient,
@@ -56,46 +72,58 @@ from altgrad.training.kernels.gpu_parts import (
     _double,
     _drawn,
     _gap,
+    _keys,
+    _mixed,
+    _place,
     _prepare,
     _rounded,
     _sum_of_spacings,
     _survey,
     _value,
 )  # fmt: skip
+from altgrad.training.kernels.gpu_parts import CARRY as OWED
 
 _FLOOR, _FULL = tl.constexpr(GRADIENT_FLOOR), tl.constexpr(2.0**FIXED)
 _SHARE, _STREAK = tl.constexpr(OVERFLOW_SHARE), tl.constexpr(OVERFLOW_STEPS)
 _ADAM, _GIVEN = tl.constexpr(int(Moments.ADAM)), tl.constexpr(int(Moments.GIVEN))
 _MASTER, _NEAREST = tl.constexpr(int(Placement.MASTER)), tl.constexpr(int(Placement.NEAREST))
+BLOCK, WARPS = 2048, 8
+_WORDS = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 _RUNGS, _ALL = tl.constexpr(int(Placement.RUNGS)), tl.constexpr(int(Counting.ALL))
 
 
 @triton.jit
-def _add(row, column, values):  # type: ignore[no-untyped-def]
-    tl.atomic_add(row + column, tl.sum(values.to(tl.int64), axis=0))
+def _add(row, COLUMN: tl.constexpr, values):  # type: ignore[no-untyped-def]
+    """Adds a block's sum to a count; int32 holds it, but for shares of one."""
+    tl.atomic_add(row + COLUMN, tl.sum(values.to(tl.int32), axis=0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=[
-    "lr", "shrink", "beta1", "rest1", "beta2", "rest2", "eps", "limit", "max_stiffness", "least", "clip", "whole_clip",
-    "rung_decay", "first_key", "second_key",
+    "call", "lr", "shrink", "beta1", "rest1", "beta2", "rest2", "eps", "limit", "max_stiffness", "least", "clip",
+    "whole_clip", "rung_decay",
 ])  # fmt: skip
 def _step(  # type: ignore[no-untyped-def]
-    weight, grad, first, second, direction, carry, integers, numbers, row, elements, lr, shrink, beta1, rest1, beta2,
-    rest2, eps, limit, max_stiffness, least, clip, whole_clip, rung_decay, first_key, second_key, min_normal, spacing,
-    unscale, unscale_rest, max_value, to_fixed, mantissa_step,
+    table, owner, integers, numbers, rows, call, lr, shrink, beta1, rest1, beta2, rest2, eps, limit, max_stiffness,
+    least, clip, whole_clip, rung_decay, min_normal, spacing, unscale, unscale_rest, max_value, to_fixed,
+    mantissa_step, WORD: tl.constexpr, FOLLOWS: tl.constexpr,
     MOMENTS: tl.constexpr, BY_SPACING: tl.constexpr, BY_GRADIENT: tl.constexpr, PLACEMENT: tl.constexpr,
-    HAS_GRID: tl.constexpr,
-    HAS_EXPONENT: tl.constexpr, FEEDBACK: tl.constexpr, CARRY: tl.constexpr, DECAYS: tl.constexpr,
-    COUNTS: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_GRID: tl.constexpr, HAS_EXPONENT: tl.constexpr, FEEDBACK: tl.constexpr, CARRY: tl.constexpr,
+    DECAYS: tl.constexpr, COUNTING: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
+    LOWEST: tl.constexpr, HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    job = tl.load(owner + tl.program_id(0)).to(tl.int64)
+    line, row = table + job * WIDTH, rows + job * COUNTS
+    integers, numbers = integers + job * INTEGERS, numbers + job * NUMBERS
     if tl.load(integers + IS_FINITE) != 0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = index < elements
-        w, g = _load(weight, index, mask, IS_BFLOAT16), _load(grad, index, mask, IS_BFLOAT16)
-        hashed = _hash(index.to(tl.uint32), first_key.to(tl.uint32), second_key.to(tl.uint32))
+        index, mask = _place(line, BLOCK, ALIGNED)
+        weight, first = _address(line, WEIGHT, WORD, ALIGNED), _address(line, FIRST, tl.float32, ALIGNED)
+        w = _load(weight, index, mask, IS_BFLOAT16)
+        g = _load(_address(line, GRAD, WORD, ALIGNED), index, mask, IS_BFLOAT16)
+        first_key, second_key = _keys(_mixed(tl.load(line + SEED), call))
+        hashed = _hash(index.to(tl.uint32), first_key, second_key)
         scale = tl.load(numbers + SCALE)
-        if COUNTS == _ALL:
+        if COUNTING == _ALL:
             _add(row, GRADIENT, mask & (tl.abs(g) > _FLOOR))
         if HAS_GRID and BY_GRADIENT:
             binade = (w.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -105,9 +133,10 @@ def _step(  # type: ignore[no-untyped-def]
         m = g
         denominator = g
         if MOMENTS == _GIVEN:
-            d = tl.load(direction + index, mask=mask, other=0.0)
+            d = tl.load(_address(line, DIRECTION, tl.float32, ALIGNED) + index, mask=mask, other=0.0)
         elif MOMENTS == _ADAM:
             m = tl.load(first + index, mask=mask, other=0.0) * beta1 + g * rest1
+            second = _address(line, SECOND, tl.float32, ALIGNED)
             v = tl.load(second + index, mask=mask, other=0.0) * beta2 + (g * g) * rest2
             tl.store(second + index, v, mask=mask)
             denominator = tl.sqrt_rn(v) * tl.load(numbers + BY_ROOT) + eps
@@ -123,6 +152,7 @@ def _step(  # type: ignore[no-untyped-def]
                 rungs += tl.div_rn(y * rung_decay, _gap(tl.abs(code), spacing, SHIFT, OFFSET, MAX_INDEX))
             rungs = _clipped(rungs, clip)
             if CARRY:
+                carry = _address(line, OWED, tl.float32, ALIGNED)
                 owed = tl.load(carry + index, mask=mask, other=0.0)
                 place = owed - rungs
                 steps = tl.where(rungs != 0, -_clipped(_drawn(place, hashed), whole_clip), 0.0)
@@ -154,6 +184,10 @@ def _step(  # type: ignore[no-untyped-def]
             if PLACEMENT == _MASTER or not HAS_GRID:
                 _store(weight, index, target, mask, IS_BFLOAT16)
                 target = _kept(target, weight, IS_BFLOAT16)
+                if FOLLOWS:
+                    magnitude = (target.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32)
+                    peak = tl.max(tl.where(mask, magnitude, 0), axis=0)
+                    tl.atomic_max(_address(line, LARGEST, tl.int32), peak)
                 y_target = tl.div_rn(target, scale)
                 y_new = y_target
             else:
@@ -169,21 +203,22 @@ def _step(  # type: ignore[no-untyped-def]
                     error = tl.where(ended > -end, ended, -end) - new
                     m = m - (error * denominator) * tl.load(numbers + REPAID)
             applied = target != w
-            if COUNTS:
+            if COUNTING:
                 before = _code(y, min_normal, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX)
                 moved = _code(y_new, min_normal, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX) - before
                 way = tl.minimum(_binade(y, LOWEST, HIGHEST), _binade(y_target, LOWEST, HIGHEST))
                 share = tl.abs(y_target - y) * (0x7F000000 - way).to(tl.float32, bitcast=True) * to_fixed
         if MOMENTS != _GIVEN:
             tl.store(first + index, m, mask=mask)
-        if COUNTS:
+        if COUNTING:
             moved = tl.where(mask, moved, 0)
             _add(row, FLIPS, moved != 0)
             _add(row, APPLIED, mask & applied)
-        if COUNTS == _ALL:
+        if COUNTING == _ALL:
             _add(row, TRAVEL, tl.abs(moved))
             _add(row, POSITION, moved)
-            _add(row, EXPECTED, tl.where(mask, tl.where(share < _FULL, share, _FULL).to(tl.int32), 0))
+            expected = tl.where(mask, tl.where(share < _FULL, share, _FULL).to(tl.int64), 0)
+            tl.atomic_add(row + EXPECTED, tl.sum(expected, axis=0))
 
 
 @triton.jit
@@ -198,9 +233,12 @@ def _kept(value, pointer, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit(do_not_specialize=["share_bits"])
-def _watch(integers, streak, scale_cell, row, elements, share_bits):  # type: ignore[no-untyped-def]
+def _watch(table, integers, rows, share_bits):  # type: ignore[no-untyped-def]
     """Doubles the scale after sustained overflow, and says so to `_requantize`."""
-    crowded = tl.load(row + OVERFLOW).to(tl.float64) > _double(share_bits) * elements.to(tl.float64)
+    job = tl.program_id(0).to(tl.int64)
+    line, integers, row = table + job * WIDTH, integers + job * INTEGERS, rows + job * COUNTS
+    streak, scale_cell = _address(line, STREAK, tl.int64), _address(line, SCALE_CELL, tl.float32)
+    crowded = tl.load(row + OVERFLOW).to(tl.float64) > _double(share_bits) * tl.load(line + ELEMENTS).to(tl.float64)
     is_finite = tl.load(integers + IS_FINITE) != 0
     old = tl.load(streak)
     count = tl.where(crowded, old + 1, old * 0)
@@ -212,91 +250,118 @@ def _watch(integers, streak, scale_cell, row, elements, share_bits):  # type: ig
     tl.store(integers + RESCALES, doubles.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["first_key", "second_key"])
+@triton.jit(do_not_specialize=["call"])
 def _requantize(  # type: ignore[no-untyped-def]
-    weight, carry, integers, scale_cell, elements, first_key, second_key, min_normal, spacing, unscale, unscale_rest,
-    max_value, IS_NEAREST: tl.constexpr, CARRY: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
-    MAX_INDEX: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
+    table, owner, integers, call, min_normal, spacing, unscale, unscale_rest, max_value, WORD: tl.constexpr,
+    IS_NEAREST: tl.constexpr, CARRY: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(integers + RESCALES) != 0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = index < elements
-        scale = tl.load(scale_cell)
-        hashed = _hash(index.to(tl.uint32), first_key.to(tl.uint32), second_key.to(tl.uint32))
+    job = tl.load(owner + tl.program_id(0)).to(tl.int64)
+    line = table + job * WIDTH
+    if tl.load(integers + job * INTEGERS + RESCALES) != 0:
+        index, mask = _place(line, BLOCK, ALIGNED)
+        weight, scale = _address(line, WEIGHT, WORD, ALIGNED), tl.load(_address(line, SCALE_CELL, tl.float32))
+        first_key, second_key = _keys(_mixed(_mixed(tl.load(line + SEED), call), tl.full((), 1, tl.uint64)))
+        hashed = _hash(index.to(tl.uint32), first_key, second_key)
         y = tl.div_rn(_load(weight, index, mask, IS_BFLOAT16), scale)
         y = _rounded(y, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT, OFFSET, MAX_INDEX,
                      IS_NEAREST)  # fmt: skip
         _store(weight, index, y * scale, mask, IS_BFLOAT16)
         if CARRY:
+            carry = _address(line, OWED, tl.float32, ALIGNED)
             tl.store(carry + index, tl.load(carry + index, mask=mask, other=0.0) * 0.5, mask=mask)
 
 
 def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None:
-    """One step of every job; `counts` is int64 [jobs, len(Count)] and is added to."""
-    for job, row in zip(jobs, counts, strict=True):
-        _step_one(job, plan, mix_seed(job.seed, call), row)
-
-
-def _step_one(job: Job, plan: Plan, seed: int, row: Tensor) -> None:
+    """One step of every job, all of one dtype; `counts` is int64 [jobs, len(Count)] and is added to."""
     fmt = plan.fmt or get_format("E4M3")
-    grid, weight = grid_of(fmt), _plain(job.weight)
-    elements, is_bfloat16 = job.weight.numel(), job.weight.dtype == torch.bfloat16
-    programs = (max(1, triton.cdiv(elements, BLOCK)),)
-    integers = torch.zeros(6, dtype=torch.int64, device=weight.device)
-    numbers = torch.zeros(7, device=weight.device)
+    grid, device, dtype = grid_of(fmt), jobs[0].weight.device, jobs[0].weight.dtype
+    table, owner, is_aligned = _table(jobs, device)
+    blocks, tensors = (len(owner),), (len(jobs),)
+    integers = torch.zeros(len(jobs), INTEGERS.value, dtype=torch.int64, device=device)
+    numbers = torch.empty(len(jobs), NUMBERS.value, device=device)
     shape = {"SHIFT": grid.shift, "OFFSET": grid.offset, "MAX_INDEX": grid.max_index}
     ends = {"LOWEST": grid.min_exponent_bits, "HIGHEST": grid.max_exponent_bits}
-    block = {"IS_BFLOAT16": is_bfloat16, "BLOCK": BLOCK, "enable_fp_fusion": False}
+    block = {"WORD": _WORDS[dtype], "IS_BFLOAT16": dtype == torch.bfloat16, "ALIGNED": is_aligned, "BLOCK": BLOCK,
+             "enable_fp_fusion": False, "num_warps": WARPS}  # fmt: skip
     units = (grid.min_normal, grid.spacing, grid.unscale, grid.unscale_rest)
-    to_fixed, none = 2.0**FIXED / grid.mantissa_step, numbers
+    to_fixed = 2.0**FIXED / grid.mantissa_step
     in_rungs = plan.placement == Placement.RUNGS and plan.fmt is not None
-    is_nearest = plan.placement == Placement.NEAREST
-    feedback = plan.feedback and plan.lr > 0
+    feedback, follows = plan.feedback and plan.lr > 0, jobs[0].largest is not None
 
-    _survey[programs](weight, _plain(job.grad), integers, elements, **block)
-    _begin[(1,)](
-        integers, numbers, job.step, _or(job.scale, none), row, 1.0 / fmt.max, plan.master_scale or 1.0,
-        HAS_CELL=job.scale is not None, IS_FIXED=plan.master_scale is not None,
-        IS_WIDE=fmt.total_bits > 8 or not plan.needs_scale, enable_fp_fusion=False, **ends,
+    _survey[blocks](table, owner, integers, NEEDS_MEAN=plan.needs_mean, FOLLOWS=follows, **block)
+    _begin[tensors](
+        table, integers, numbers, counts, 1.0 / fmt.max, plan.master_scale or 1.0, HAS_CELL=jobs[0].scale is not None,
+        FOLLOWS=follows, IS_FIXED=plan.master_scale is not None, enable_fp_fusion=False, num_warps=1, **ends,
     )  # fmt: skip
-    needs_mean = plan.needs_mean and elements > 0
-    if needs_mean:
-        _sum_of_spacings[programs](
-            weight, integers, numbers, elements, *units, to_fixed, IN_GAPS=in_rungs, **shape, **ends, **block
+    if plan.needs_mean:
+        _sum_of_spacings[blocks](
+            table, owner, integers, numbers, *units, to_fixed, IN_GAPS=in_rungs, **shape, **ends, **block
         )
-    _prepare[(1,)](
-        integers, numbers, job.step, _or(job.mean, none), elements, _bits(plan.lr), _bits(plan.beta1),
-        _bits(plan.beta2), _bits(fmt.max), _bits(grid.mantissa_step), NEEDS_MEAN=needs_mean,
-        IS_ULP=plan.geometry == Geometry.ULP, OWN_UNIT=plan.own_unit, FEEDBACK=feedback, enable_fp_fusion=False,
+    _prepare[tensors](
+        table, integers, numbers, _bits(plan.lr), _bits(plan.beta1), _bits(plan.beta2), _bits(fmt.max),
+        _bits(grid.mantissa_step), NEEDS_MEAN=plan.needs_mean, IS_ULP=plan.geometry == Geometry.ULP,
+        OWN_UNIT=plan.own_unit, FEEDBACK=feedback, enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip
     is_relative = plan.geometry == Geometry.RELATIVE
-    by_spacing = is_relative or plan.geometry == Geometry.ULP
     clip = min(plan.rung_clip, MAX_RUNGS)
-    _step[programs](
-        weight, _plain(job.grad), _or(job.first, none), _or(job.second, none), _or(job.direction, none),
-        _or(job.carry, none), integers, numbers, row, elements, plan.lr, plan.lr * plan.weight_decay, plan.beta1,
+    _step[blocks](
+        table, owner, integers, numbers, counts, call, plan.lr, plan.lr * plan.weight_decay, plan.beta1,
         1 - plan.beta1, plan.beta2, 1 - plan.beta2, plan.eps,
         plan.lr * plan.max_stiffness if is_relative else float("inf"), plan.max_stiffness, grid.spacing, clip,
-        float(int(clip)), plan.weight_decay * (1.0 if plan.own_unit else plan.lr), *hash_keys(seed), *units,
-        grid.max_value, to_fixed, grid.mantissa_step, MOMENTS=int(plan.moments), BY_SPACING=by_spacing,
-        BY_GRADIENT=plan.geometry == Geometry.GRADIENT,
+        float(int(clip)), plan.weight_decay * (1.0 if plan.own_unit else plan.lr), *units, grid.max_value, to_fixed,
+        grid.mantissa_step, FOLLOWS=follows, MOMENTS=int(plan.moments),
+        BY_SPACING=is_relative or plan.geometry == Geometry.ULP, BY_GRADIENT=plan.geometry == Geometry.GRADIENT,
         PLACEMENT=int(plan.placement), HAS_GRID=plan.fmt is not None, HAS_EXPONENT=fmt.exponent_bits > 0,
-        FEEDBACK=feedback, CARRY=plan.carry, DECAYS=plan.weight_decay > 0, COUNTS=int(plan.counting), **shape, **ends,
-        **block,
+        FEEDBACK=feedback, CARRY=plan.carry, DECAYS=plan.weight_decay > 0, COUNTING=int(plan.counting), **shape,
+        **ends, **block,
     )  # fmt: skip
     if plan.rescales:
-        assert job.scale is not None and job.streak is not None
-        _watch[(1,)](integers, job.streak, job.scale, row, elements, _bits(OVERFLOW_SHARE))
-        _requantize[programs](
-            weight, _or(job.carry, none), integers, job.scale, elements, *hash_keys(mix_seed(seed, 1)), *units,
-            grid.max_value, IS_NEAREST=is_nearest, CARRY=plan.carry, **shape, **block,
+        _watch[tensors](table, integers, counts, _bits(OVERFLOW_SHARE), num_warps=1)
+        _requantize[blocks](
+            table, owner, integers, call, *units, grid.max_value, IS_NEAREST=plan.placement == Placement.NEAREST,
+            CARRY=plan.carry, **shape, **block,
         )  # fmt: skip
 
 
-def _or(given: Tensor | None, otherwise: Tensor) -> Tensor:
-    return otherwise if given is None else given
+KEPT_TABLES = 8
+_kept_tables: dict[Any, tuple[Tensor, Tensor, bool]] = {}
+
+
+def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """The jobs' table, the job of every block, and whether all tensors allow reads of 16 bytes.
+
+    Kept by its contents, for from step to step the addresses are mostly the same.
+    """
+    lines, begin = [], 0
+    for job in jobs:
+        line = _line(job, begin)
+        begin += triton.cdiv(job.weight.numel(), BLOCK)
+        lines.append(line)
+    key = (tuple(lines), device)
+    if key not in _kept_tables:
+        while len(_kept_tables) >= KEPT_TABLES:
+            _kept_tables.pop(next(iter(_kept_tables)))
+        blocks = [triton.cdiv(job.weight.numel(), BLOCK) for job in jobs]
+        owner = torch.repeat_interleave(torch.arange(len(jobs), dtype=torch.int32), torch.tensor(blocks))
+        is_aligned = all(line[place] % 16 == 0 for line in lines for place in (*range(6), ELEMENTS.value))
+        _kept_tables[key] = (_sent(torch.tensor(lines), device), _sent(owner, device), is_aligned)
+    return _kept_tables[key]
+
+
+def _line(job: Job, begin: int) -> tuple[int, ...]:
+    tensors = (job.weight, job.grad, job.first, job.second, job.direction, job.carry, job.step, job.scale, job.streak,
+               job.mean, job.largest)  # fmt: skip
+    seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
+    addresses = (0 if t is None else t.data_ptr() for t in tensors)
+    return *addresses, job.weight.numel(), seed, int(job.knows_largest), begin
 
 
 def _bits(number: float) -> int:
     """The bits of a float64 as a signed integer."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -1,9 +1,10 @@
-"""The parts of the Triton step around its main loop: the survey of a tensor and the numbers that follow from it.
+"""The parts of the Triton step around its main loop: where a program finds its tensor, the survey, the numbers.
 
-What the host would have to ask for stays on the device: the survey (is the gradient finite, the largest weight, the
-mean spacing) is turned into the step's numbers by kernels of one program. Float64 arguments come as their bits, for
-Triton passes floats as float32; division and square root are the correctly rounded ones. Sums are integers, so the
-order in which programs add them does not matter.
+The tensors of a group are one table, a row of addresses each, and are cut into blocks of equal length; a block's
+program reads its row. What the host would have to ask for stays on the device: the survey (is the gradient finite, the
+largest weight, the mean spacing) is turned into the step's numbers by kernels of one program a tensor. Float64
+arguments come as their bits, for Triton passes floats as float32; division and square root are the correctly rounded
+ones. Sums are integers, so the order in which programs add them does not matter.
 """
 
 from __future__ import annotations
@@ -16,15 +17,72 @@ from altgrad.quantization.kernels.gpu import _load, _magnitude_code
 from altgrad.quantization.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from altgrad.training.kernels import FIXED, MEAN_EVERY
 
+COLUMNS = ("weight", "grad", "first", "second", "direction", "carry", "step", "scale", "streak", "mean", "largest",
+           "elements", "seed", "known", "begin")  # fmt: skip
+"""Of the table, int64: addresses, and the tensor's length, seed, whether its largest weight is known, first block."""
+
+(WEIGHT, GRAD, FIRST, SECOND, DIRECTION, CARRY, STEP, SCALE_CELL, STREAK, MEAN, LARGEST, ELEMENTS, SEED, KNOWN,
+ BEGIN) = (tl.constexpr(i) for i in range(len(COLUMNS)))  # fmt: skip
+WIDTH = tl.constexpr(len(COLUMNS))
 GRAD_BITS, WEIGHT_BITS, TOTAL, IS_FINITE, RESCALES, TOP = (tl.constexpr(i) for i in range(6))
 SCALE, BY_MEAN, BY_ROOT, REPAID, LENGTH, PER_RUNG, END = (tl.constexpr(i) for i in range(7))
 FLIPS, APPLIED, GRADIENT, EXPECTED, OVERFLOW, RESCALED, SKIPPED, TRAVEL, POSITION = (
     tl.constexpr(i) for i in range(9)
 )
+INTEGERS, NUMBERS, COUNTS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(9)
+"""Columns of what the step keeps of each tensor while it runs, and of its counts."""
+
 _ONE_BITS, _ONE_SHARE = tl.constexpr((127 + FIXED) << 23), tl.constexpr(2.0**-FIXED)
 _EVERY = tl.constexpr(MEAN_EVERY)
 _LEAST, _MOST = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 _NEAREST_U = tl.constexpr(NEAREST_U)
+
+
+@triton.jit
+def _address(line, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):  # type: ignore
+    """The pointer in a column of a tensor's row; aligned ones are read 16 bytes at a time."""
+    pointer = tl.load(line + COLUMN).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _place(line, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The elements of this program's block, and which of them exist."""
+    elements = tl.load(line + ELEMENTS)
+    if ALIGNED:
+        elements = tl.multiple_of(elements, 16)
+    index = (tl.program_id(0) - tl.load(line + BEGIN)) * BLOCK + tl.arange(0, BLOCK)
+    return index, index < elements
+
+
+@triton.jit
+def _splitmix(state):  # type: ignore[no-untyped-def]
+    state = state + 0x9E3779B97F4A7C15
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+    return state ^ (state >> 31)
+
+
+@triton.jit
+def _mixed(seed, number):  # type: ignore[no-untyped-def]
+    """`mix_seed(seed, number)`, uint64."""
+    state = _splitmix(_splitmix(seed.to(tl.uint64)) ^ 0x9E3779B97F4A7C15)
+    return _splitmix(state ^ _splitmix(number.to(tl.uint64)))
+
+
+@triton.jit
+def _keys(seed):  # type: ignore[no-untyped-def]
+    """`hash_keys(seed)`."""
+    keys = _splitmix(seed)
+    return (keys & 0xFFFFFFFF).to(tl.uint32), (keys >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _measures(count):  # type: ignore[no-untyped-def]
+    """Whether this step of a tensor measures its mean spacing."""
+    return (count <= _EVERY) | (count % _EVERY == 0)
 
 
 @triton.jit
@@ -86,73 +144,98 @@ def _binade_of_quotient(w, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr): 
 
 
 @triton.jit
-def _survey(weight, grad, integers, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < elements
-    w = _load(weight, index, mask, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-    g = _load(grad, index, mask, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(integers + GRAD_BITS, tl.max(g.to(tl.int64), axis=0))
-    tl.atomic_max(integers + WEIGHT_BITS, tl.max(w.to(tl.int64), axis=0))
+def _survey(table, owner, integers, WORD: tl.constexpr, NEEDS_MEAN: tl.constexpr, FOLLOWS: tl.constexpr,  # type: ignore
+            IS_BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The largest gradient, and the largest weight where it is asked for and not known."""
+    job = tl.load(owner + tl.program_id(0)).to(tl.int64)
+    line, own = table + job * WIDTH, integers + job * INTEGERS
+    index, mask = _place(line, BLOCK, ALIGNED)
+    g = _load(_address(line, GRAD, WORD, ALIGNED), index, mask, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(own + GRAD_BITS, tl.max(g.to(tl.int32), axis=0).to(tl.int64))
+    if FOLLOWS or NEEDS_MEAN:
+        asks = tl.load(line + KNOWN) == 0
+        if not FOLLOWS:
+            asks = asks & _measures(tl.load(_address(line, STEP, tl.float32)).to(tl.int32) + 1)
+        if asks:
+            w = _load(_address(line, WEIGHT, WORD, ALIGNED), index, mask, IS_BFLOAT16)
+            w = w.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+            tl.atomic_max(own + WEIGHT_BITS, tl.max(w.to(tl.int32), axis=0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["per_max", "master_scale"])
-def _begin(integers, numbers, step, scale_cell, row, per_max, master_scale, HAS_CELL: tl.constexpr,  # type: ignore
-           IS_FIXED: tl.constexpr, IS_WIDE: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # fmt: skip
+def _begin(table, integers, numbers, rows, per_max, master_scale, HAS_CELL: tl.constexpr,  # type: ignore
+           FOLLOWS: tl.constexpr, IS_FIXED: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # fmt: skip
     """Counts the step, and finds the scale the codes are counted under and the binade of the largest weight."""
+    job = tl.program_id(0).to(tl.int64)
+    line, row = table + job * WIDTH, rows + job * COUNTS
+    integers, numbers = integers + job * INTEGERS, numbers + job * NUMBERS
     is_finite = (tl.load(integers + GRAD_BITS) < 0x7F800000).to(tl.int64)
     tl.store(integers + IS_FINITE, is_finite)
+    step = _address(line, STEP, tl.float32)
     tl.store(step, tl.load(step) + is_finite.to(tl.float32))
     tl.store(row + SKIPPED, tl.load(row + SKIPPED) + 1 - is_finite)
     bits = tl.load(integers + WEIGHT_BITS)
+    if FOLLOWS:
+        cell = _address(line, LARGEST, tl.int32)
+        bits = tl.where(tl.load(line + KNOWN) != 0, tl.load(cell).to(tl.int64), bits)
+        # The step takes the maximum of what it writes into the cell.
+        tl.store(cell, tl.where(is_finite != 0, 0, bits).to(tl.int32))
     largest = bits.to(tl.uint32).to(tl.float32, bitcast=True)
     if HAS_CELL:
-        scale = tl.load(scale_cell)
+        scale = tl.load(_address(line, SCALE_CELL, tl.float32))
+    elif FOLLOWS:
+        scale = tl.minimum(tl.maximum(largest * per_max, _LEAST), _MOST)
+        scale = tl.where((bits > 0) & (bits < 0x7F800000), scale, 1.0)
     elif IS_FIXED:
         scale = largest * 0.0 + master_scale
         scale = tl.where(bits < 0x7F800000, scale, master_scale)
-    elif IS_WIDE:
-        scale = tl.where(bits < 0, largest, 1.0)
     else:
-        scale = tl.minimum(tl.maximum(largest * per_max, _LEAST), _MOST)
-        scale = tl.where((bits > 0) & (bits < 0x7F800000), scale, 1.0)
+        scale = tl.where(bits < 0, largest, 1.0)
     tl.store(numbers + SCALE, scale)
     tl.store(integers + TOP, _binade(tl.div_rn(largest, scale), LOWEST, HIGHEST).to(tl.int64))
 
 
 @triton.jit
-def _sum_of_spacings(weight, integers, numbers, elements, min_normal, spacing, unscale, unscale_rest, to_fixed,  # type: ignore
-                     IN_GAPS: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
-                     LOWEST: tl.constexpr, HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < elements
-    y = tl.div_rn(_load(weight, index, mask, IS_BFLOAT16), tl.load(numbers + SCALE))
-    top = tl.load(integers + TOP).to(tl.int32)
-    if IN_GAPS:
-        size = tl.abs(_code(y, min_normal, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX))
-        inverse = (0x7F000000 - top).to(tl.float32, bitcast=True)
-        share = _gap(size, spacing, SHIFT, OFFSET, MAX_INDEX) * inverse * to_fixed
-    else:
-        difference = _binade(y, LOWEST, HIGHEST) - top + _ONE_BITS
-        share = tl.maximum(difference, 0).to(tl.float32, bitcast=True)
-    tl.atomic_add(integers + TOTAL, tl.sum(tl.where(mask, share.to(tl.int64), 0), axis=0))
+def _sum_of_spacings(table, owner, integers, numbers, min_normal, spacing, unscale, unscale_rest, to_fixed,  # type: ignore
+                     WORD: tl.constexpr, IN_GAPS: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
+                     MAX_INDEX: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr,
+                     ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    job = tl.load(owner + tl.program_id(0)).to(tl.int64)
+    line, integers = table + job * WIDTH, integers + job * INTEGERS
+    if _measures(tl.load(_address(line, STEP, tl.float32)).to(tl.int32)):
+        index, mask = _place(line, BLOCK, ALIGNED)
+        w = _load(_address(line, WEIGHT, WORD, ALIGNED), index, mask, IS_BFLOAT16)
+        y = tl.div_rn(w, tl.load(numbers + job * NUMBERS + SCALE))
+        top = tl.load(integers + TOP).to(tl.int32)
+        if IN_GAPS:
+            size = tl.abs(_code(y, min_normal, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX))
+            inverse = (0x7F000000 - top).to(tl.float32, bitcast=True)
+            share = _gap(size, spacing, SHIFT, OFFSET, MAX_INDEX) * inverse * to_fixed
+        else:
+            difference = _binade(y, LOWEST, HIGHEST) - top + _ONE_BITS
+            share = tl.maximum(difference, 0).to(tl.float32, bitcast=True)
+        tl.atomic_add(integers + TOTAL, tl.sum(tl.where(mask, share.to(tl.int64), 0), axis=0))
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "max_value", "step_bits"])
-def _prepare(integers, numbers, step, mean_cell, elements, lr, beta1, beta2, max_value, step_bits,  # type: ignore
-             NEEDS_MEAN: tl.constexpr, IS_ULP: tl.constexpr, OWN_UNIT: tl.constexpr,
-             FEEDBACK: tl.constexpr):  # fmt: skip
+def _prepare(table, integers, numbers, lr, beta1, beta2, max_value, step_bits, NEEDS_MEAN: tl.constexpr,  # type: ignore
+             IS_ULP: tl.constexpr, OWN_UNIT: tl.constexpr, FEEDBACK: tl.constexpr):  # fmt: skip
     """The step's numbers from float64: corrections, lengths, the end of the grid."""
+    job = tl.program_id(0).to(tl.int64)
+    line, integers, numbers = table + job * WIDTH, integers + job * INTEGERS, numbers + job * NUMBERS
     lr, beta1, beta2 = _double(lr), _double(beta1), _double(beta2)
-    count, scale = tl.load(step).to(tl.int32), tl.load(numbers + SCALE).to(tl.float64)
+    count = tl.load(_address(line, STEP, tl.float32)).to(tl.int32)
+    scale, elements = tl.load(numbers + SCALE).to(tl.float64), tl.load(line + ELEMENTS)
     mean = scale * 0.0 + 1.0
     if NEEDS_MEAN:
+        cell = _address(line, MEAN, tl.float64)
         top = tl.load(integers + TOP).to(tl.uint32).to(tl.float32, bitcast=True).to(tl.float64)
         total = tl.load(integers + TOTAL).to(tl.float64)
         fresh = total * _ONE_SHARE / elements.to(tl.float64) * (top * _double(step_bits)) * scale
-        measures = ((count <= _EVERY) | (count % _EVERY == 0)) & (tl.load(integers + IS_FINITE) != 0)
-        mean = tl.where(measures, fresh, tl.load(mean_cell))
-        tl.store(mean_cell, mean)
+        takes = _measures(count) & (tl.load(integers + IS_FINITE) != 0)
+        if elements > 0:
+            mean = tl.where(takes, fresh, tl.load(cell))
+            tl.store(cell, mean)
     by_mean = 1.0 / (1.0 - _power(beta1, count))
     tl.store(numbers + BY_MEAN, by_mean.to(tl.float32))
     tl.store(numbers + BY_ROOT, (1.0 / tl.sqrt(1.0 - _power(beta2, count))).to(tl.float32))
