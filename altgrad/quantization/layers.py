@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.ops import mix_seed
-from altgrad.quantization.products import Operand, Product, check_product, matmul_transposed
+from altgrad.quantization.products import BF16_DEVICES, Operand, Product, check_product, matmul_transposed
 from altgrad.quantization.roles import Role, RoleQuantizer, as_role, operand_of
 from altgrad.quantization.weight_grid import weight_grid
 
@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Module):
         return {name: quantizer for name, quantizer in named.items() if quantizer is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype."""
+        """x [..., in_features] -> [..., out_features], in x's dtype; on a GPU in BF16, which its values have anyway."""
         advance = self.training
         weight = self.weight_operand(advance=advance)
         activation = operand_of(x, self.activation_quantizer, advance=advance)
@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The values of `weight_operand`, float32."""
-        return self.weight_operand().values
+        return self.weight_operand().numbers
 
     def reformat(self, format: str | FloatFormat) -> None:
         """Takes another format in every role that has the weight's; histories start again, and so does the grid."""
@@ -193,8 +193,11 @@ class _QuantizedProduct(torch.autograd.Function):
         y = matmul_transposed(rows, product.weight, product.kind).view(*x.shape[:-1], weight.shape[0])
         if bias is not None:
             y = y + bias.to(torch.float32)
-        # A low-precision GEMM writes BF16.
-        return (y if product.activation.fmt is None else y.to(torch.bfloat16).to(torch.float32)).to(x.dtype)
+        if product.activation.fmt is None:
+            return y.to(x.dtype)
+        # A low-precision GEMM writes BF16; what follows on a GPU (attention, GELU) is many times as fast in it.
+        y = y.to(torch.bfloat16)
+        return y if x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -213,7 +216,7 @@ class _QuantizedProduct(torch.autograd.Function):
         if wants_weight:
             grad_weight = matmul_transposed(operand.transposed, x.transposed, product.kind).to(weight_dtype)
         if wants_bias:
-            grad_bias = operand.values.sum(0).to(bias_dtype)
+            grad_bias = operand.numbers.sum(0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 

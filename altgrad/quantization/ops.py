@@ -104,6 +104,19 @@ def quantize_blocks(
     return dispatch.rounded(x.detach(), fmt, scale, rounding, "saturate", seed)
 
 
+def grid_values(
+    x: Tensor, fmt: FloatFormat, scale: Scale, *, rounding: Rounding = "nearest", seed: int | None = None
+) -> Tensor:
+    """The values of fmt that `quantize` would multiply with the scale, bfloat16 and without gradient.
+
+    For formats of up to 7 mantissa bits, which bfloat16 holds. Infinities stay, for they say that training has failed.
+    """
+    _check_choice("rounding", rounding, get_args(Rounding))
+    if rounding == "stochastic":
+        _check_seed(x.numel(), seed)
+    return dispatch.grid_values(x.detach(), fmt, _as_scale(scale, x), rounding, seed)
+
+
 def encode(
     x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate"
 ) -> Tensor:

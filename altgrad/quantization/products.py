@@ -33,13 +33,28 @@ INTEGER_FORMATS = frozenset({get_format("E0M7"), get_format("E1M6/finite")})
 FLOAT8_CAPABILITY, INT8_CAPABILITY = (8, 9), (8, 0)
 
 
+BF16_DEVICES = {"cuda"}
+"""Where operands are carried as bfloat16 grid values: there the matrix units are many times as fast in it."""
+
+
 @dataclass(frozen=True)
 class Operand:
-    """Values on the grid of `fmt` times `scale` (0-d float32); `values` [rows, K] are the scaled ones, float32."""
+    """Values on the grid of `fmt` times `scale` (0-d float32): `values` [rows, K] times `factor`.
+
+    Without a factor they are the scaled values themselves, float32; with one they are grid values, bfloat16. BF16 has
+    neither scale nor factor and comes in either dtype.
+    """
 
     values: Tensor
     fmt: FloatFormat | None
     scale: Tensor | None
+    factor: Tensor | None = None
+
+    @property
+    def numbers(self) -> Tensor:
+        """What the operand stands for, float32."""
+        values = self.values.to(torch.float32)
+        return values if self.factor is None else values * self.factor
 
     @property
     def transposed(self) -> Operand:
@@ -52,7 +67,12 @@ class Operand:
 
     def with_values(self, values: Tensor) -> Operand:
         """The same operand in another shape."""
-        return Operand(values, self.fmt, self.scale)
+        return Operand(values, self.fmt, self.scale, self.factor)
+
+
+def is_carried_in_bf16(x: Tensor, fmt: FloatFormat) -> bool:
+    """Whether a tensor of this device and format becomes bfloat16 grid values, which then are exact."""
+    return x.device.type in BF16_DEVICES and fmt.mantissa_bits <= 7
 
 
 def check_product(product: str) -> Product:
@@ -70,7 +90,7 @@ def matmul_transposed(a: Operand, b: Operand, product: Product = "auto") -> Tens
             return matmul_transposed(a, b, product)
     kind = native_kind(a.fmt, b.fmt) if a.is_per_tensor and b.is_per_tensor else None
     if product == "emulated" or (product == "auto" and not _is_worth_it(kind, a.values, b.values)):
-        return a.values @ b.values.T
+        return _emulated(a, b)
     if kind is None:
         names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
         raise ValueError(f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
@@ -96,17 +116,37 @@ def _is_worth_it(kind: str | None, a: Tensor, b: Tensor) -> bool:
     return fits and torch.cuda.get_device_capability(a.device) >= needed
 
 
+def _emulated(a: Operand, b: Operand) -> Tensor:
+    """Exact products summed in float32."""
+    if a.values.dtype != torch.bfloat16 or b.values.dtype != torch.bfloat16:
+        return a.numbers @ b.numbers.T
+    if a.values.device.type == "cuda":
+        y = torch.mm(a.values, b.values.T, out_dtype=torch.float32)
+    else:
+        y = a.values.to(torch.float32) @ b.values.to(torch.float32).T
+    for factor in (a.factor, b.factor):
+        if factor is not None:
+            y.mul_(factor)
+    return y
+
+
+def _codes(operand: Operand, unit: float = 1.0) -> Tensor:
+    """The values without their scale, in steps of `unit`."""
+    values = operand.values if operand.factor is not None else operand.values / _scaled(operand)
+    return values if unit == 1.0 else values.to(torch.float32) / unit
+
+
 def _float8(a: Operand, b: Operand) -> Tensor:
     left, right = _scaled(a), _scaled(b)
-    codes = [(operand.values / scale).contiguous().to(FLOAT8_DTYPES[operand.fmt])  # type: ignore[index]
-             for operand, scale in ((a, left), (b, right))]  # fmt: skip
+    codes = [_codes(operand).to(FLOAT8_DTYPES[operand.fmt]).contiguous()  # type: ignore[index]
+             for operand in (a, b)]  # fmt: skip
     return torch._scaled_mm(codes[0], codes[1].T, scale_a=left, scale_b=right, out_dtype=torch.float32)
 
 
 def _int8(a: Operand, b: Operand) -> Tensor:
     steps = [_scaled(operand) * operand.fmt.min_spacing for operand in (a, b)]  # type: ignore[union-attr]
-    codes = [(operand.values / step).round().to(torch.int8).contiguous()
-             for operand, step in zip((a, b), steps, strict=True)]  # fmt: skip
+    codes = [_codes(operand, operand.fmt.min_spacing).round().to(torch.int8).contiguous()  # type: ignore[union-attr]
+             for operand in (a, b)]  # fmt: skip
     return torch._int_mm(codes[0], codes[1].T).to(torch.float32) * (steps[0] * steps[1])
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import Rounding
-from altgrad.quantization.ops import mix_seed, quantize, quantize_blocks
-from altgrad.quantization.products import Operand
+from altgrad.quantization.ops import grid_values, mix_seed, quantize, quantize_blocks
+from altgrad.quantization.products import Operand, is_carried_in_bf16
 from altgrad.quantization.scaling import ScaleRule
 
 BF16 = FORMATS["BF16"]
@@ -71,24 +71,29 @@ class RoleQuantizer:
 
         With `advance` the tensor joins the history and the draw is counted.
         """
-        x = x.detach().to(torch.float32)
+        has_one_scale = own_scale is not None or self.role.scale.kind in ("current", "delayed")
+        carries_bf16 = has_one_scale and is_carried_in_bf16(x, self.fmt)
+        x = x.detach() if carries_bf16 else x.detach().to(torch.float32)
         if self.fmt == BF16 and own_scale is None and self.role.rounding == "nearest":
             # The native cast keeps infinities, which are signals; 16-bit formats have scale 1.
-            return Operand(x.to(torch.bfloat16).to(torch.float32), BF16, None)
+            values = x.to(torch.bfloat16)
+            return Operand(values if carries_bf16 else values.to(torch.float32), BF16, None)
         scale = own_scale
         if scale is None:
             scale = self.role.scale.scale(x, self.fmt, self.tracker, update=advance)
         seed = mix_seed(self.key, self.calls) if self.role.rounding == "stochastic" else None
-        if own_scale is None and self.role.scale.kind == "block":
+        if carries_bf16:
+            values = grid_values(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
+        elif own_scale is None and self.role.scale.kind == "block":
             values = quantize_blocks(x, self.fmt, scale, rounding=self.role.rounding, seed=seed, ste="identity")
         else:
             values = quantize(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
-        if own_scale is None and self.fmt.total_bits <= 8:
+        if own_scale is None and self.fmt.total_bits <= 8 and not carries_bf16:
             # Saturation would turn an infinity, which says that training has failed, into a harmless number.
             values = torch.where(torch.isinf(x), x, values)
         if advance and seed is not None:
             self.calls += 1
-        return Operand(values, self.fmt, scale)
+        return Operand(values, self.fmt, scale, scale if carries_bf16 else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Exact state for a checkpoint."""

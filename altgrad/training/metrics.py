@@ -22,7 +22,7 @@ CLASSIFICATION_SIGNALS = (*CLASSIFICATION_SCORES, "val_f1_micro", "threshold", "
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats per token; inputs and targets are [batch, time]."""
-    logits = model(inputs)
+    logits = model(inputs).float()
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
 

@@ -77,6 +77,19 @@ def test_saturation_stops_where_the_dtype_ends(name, dtype):
             assert same_bits(out, expected) and bool((out.isfinite() | x.isnan()).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "FP16"])
+def test_grid_values_are_what_the_scale_is_multiplied_with(name, rounding, dtype):
+    grid, x = grid_of(get_format(name)), inputs(name).to(dtype)
+    scale = torch.tensor(0.37, device=DEVICE)
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    gpu.grid_values(x, scale, grid, rounding, SEED, out)
+    y = x.float() / scale
+    rounded = reference.quantize(y, torch.ones_like(scale), grid, rounding, "saturate", SEED)
+    assert same_bits(out.float(), torch.where(y.isinf(), y, rounded))
+
+
 def test_overflow_to_infinity_and_in_place():
     grid, x = grid_of(get_format("E5M2")), inputs("E5M2")
     expected = reference.quantize(x, 1.0, grid, "nearest", "inf")

@@ -18,9 +18,20 @@ def operand(shape: tuple[int, int], name: str, seed: int, power_of_two: bool = F
     return Operand(quantize(x, name, scale), get_format(name), scale)
 
 
-def accumulation_bound(a: Operand, b: Operand) -> torch.Tensor:
-    """K · 2^-23 of the sum of magnitudes: float32 sums in any order, and the operands' own last bit."""
-    return a.values.shape[1] * 2.0**-23 * (a.values.abs() @ b.values.abs().T)
+def carried(a: Operand) -> Operand:
+    """The same operand as bfloat16 grid values."""
+    return Operand((a.values / a.scale).to(torch.bfloat16), a.fmt, a.scale, a.scale)
+
+
+def accumulation_bound(a: Operand, b: Operand, is_native: bool = False) -> torch.Tensor:
+    """K · 2^-23 of the sum of magnitudes: float32 sums in any order, and the operands' own last bit.
+
+    The float8 units of an H100 keep fewer bits of a sum: 1.5e-4 of the magnitudes was the worst seen (K 256 to 4096).
+    """
+    magnitudes = a.values.abs().float() @ b.values.abs().float().T
+    if is_native and DEVICE == "cuda" and native_kind(a.fmt, b.fmt) == "float8":
+        return 2.0**-12 * magnitudes
+    return a.values.shape[1] * 2.0**-23 * magnitudes
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -28,10 +39,11 @@ def accumulation_bound(a: Operand, b: Operand) -> torch.Tensor:
                                              ("E1M6", "E1M6"), ("E0M7", "E1M6")])  # fmt: skip
 def test_native_equals_emulated(left, right, power_of_two):
     a, b = operand((48, 128), left, 1, power_of_two), operand((32, 128), right, 2, power_of_two)
-    native = matmul_transposed(a, b, "native")
     exact = a.values.double() @ b.values.double().T
-    for product in (native, matmul_transposed(a, b, "emulated")):
-        assert ((product.double() - exact).abs() <= accumulation_bound(a, b)).all()
+    for left, right in ((a, b), (carried(a), carried(b))):
+        for product in ("native", "emulated"):
+            error = (matmul_transposed(left, right, product).double() - exact).abs()
+            assert (error <= accumulation_bound(a, b, product == "native")).all()
 
 
 def test_integer_products_are_exact_under_power_of_two_scales():

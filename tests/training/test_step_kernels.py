@@ -13,6 +13,7 @@ from altgrad.training.kernels import reference as step_reference
 
 pytest.importorskip("numba")
 
+DEVICE = "cpu"
 SHAPE = (37, 61)  # neither a whole number of blocks nor of vectors
 ARMS = {
     "plain": lambda p, f: RoundedAdamW(p, lr=3e-3, format=None, weight_decay=0.1),
@@ -44,8 +45,8 @@ FORMATS = ("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E7M0", "BF16", "FP16", "E2M1
 def run(arm: str, name: str, dtype: torch.dtype, count_every: int = 1):
     """Ten steps, the fourth with a NaN gradient, the last ones outwards to fill the grid."""
     generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter((torch.randn(SHAPE, generator=generator) * 0.02).to(dtype))
-    small = nn.Parameter(torch.randn(5, generator=generator).to(dtype))
+    weight = nn.Parameter((torch.randn(SHAPE, generator=generator) * 0.02).to(DEVICE, dtype))
+    small = nn.Parameter(torch.randn(5, generator=generator).to(DEVICE, dtype))
     optimizer = ARMS[arm]([weight, small], name)
     optimizer.count_every = count_every
     counts = []
@@ -55,8 +56,8 @@ def run(arm: str, name: str, dtype: torch.dtype, count_every: int = 1):
             if step == 3:
                 grad.view(-1)[2] = float("nan")
             if step > 5:
-                grad = -parameter.detach().float().sign() * grad.abs()
-            parameter.grad = grad.to(dtype)
+                grad = -parameter.detach().float().cpu().sign() * grad.abs()
+            parameter.grad = grad.to(DEVICE, dtype)
         optimizer.step()
         counts.append(torch.cat([rows for _, rows in optimizer.counted]))
     state = [value for p in (weight, small) for value in optimizer.state[p].values()]

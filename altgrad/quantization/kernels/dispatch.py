@@ -81,6 +81,16 @@ def round_into(
     return out
 
 
+def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, seed: int | None) -> Tensor:
+    """round(x / scale), saturating, in bfloat16, which has to hold the format's values; infinities stay."""
+    if (triton := triton_for(x, scale)) is not None:
+        out = torch.empty_like(x, dtype=torch.bfloat16)
+        triton.grid_values(x, scale, grid_of(fmt), rounding, seed, out)
+        return out
+    y = x.to(torch.float32) / scale
+    return torch.where(y.isinf(), y, rounded(y, fmt, 1.0, rounding, "saturate", seed)).to(torch.bfloat16)
+
+
 def largest_value(fmt: FloatFormat, dtype: torch.dtype, scale: Scale, device: torch.device) -> Scale:
     """Where saturation stops for elements of a dtype, before the product with the scale."""
     if not isinstance(scale, Tensor) and not torch.compiler.is_compiling():

@@ -26,7 +26,8 @@ from altgrad.quantization.kernels import (
     overflow_values,
 )
 
-BLOCK = 1024
+BLOCK, WARPS = 4096, 8
+"""Elements a program rounds: enough of them that a thread's own preparations cost little."""
 
 
 @triton.jit
@@ -102,8 +103,9 @@ def _last_code(  # type: ignore[no-untyped-def]
 def _round(  # type: ignore[no-untyped-def]
     x_pointer, out_pointer, scale_pointer, elements, first, second, min_normal, spacing, unscale, unscale_rest,
     finite_over, infinite_over, last, u,
-    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, ODD: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SATURATES: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, ODD: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SATURATES: tl.constexpr, UNSCALED: tl.constexpr, IS_BFLOAT16: tl.constexpr, WRITES_BFLOAT16: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
@@ -116,16 +118,23 @@ def _round(  # type: ignore[no-untyped-def]
     else:
         draw = u.to(tl.uint32)
     code = _magnitude_code(magnitude, draw, ODD, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
-    if SATURATES:
-        top = _last_code(scale, last, min_normal, spacing, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX)
+    if UNSCALED:
+        value = _value(tl.minimum(code, MAX_INDEX), spacing, SHIFT, OFFSET)
+        value = tl.where(magnitude == 0x7F800000, float("inf"), value)
+    elif SATURATES:
+        top = tl.full((), MAX_INDEX, tl.uint32)
+        if finite_over * scale > last:
+            top = _last_code(scale, last, min_normal, spacing, unscale, unscale_rest, SHIFT, OFFSET, MAX_INDEX)
         value = _value(tl.minimum(code, top), spacing, SHIFT, OFFSET)
     else:
         value = _value(tl.minimum(code, MAX_INDEX), spacing, SHIFT, OFFSET)
         value = tl.where(code > MAX_INDEX, finite_over, value)
         value = tl.where(magnitude == 0x7F800000, infinite_over, value)
     signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
-    result = tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True) * scale
-    _store(out_pointer, index, result, mask, IS_BFLOAT16)
+    result = tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True)
+    if not UNSCALED:
+        result = result * scale
+    _store(out_pointer, index, result, mask, WRITES_BFLOAT16)
 
 
 @triton.jit(do_not_specialize=["u"])
@@ -154,6 +163,20 @@ def quantize(
     out: Tensor,
 ) -> None:
     """round(x / scale) * scale into `out`; contiguous tensors of one floating dtype, possibly the same one."""
+    _launch(x, scale, grid, rounding, overflow, seed, out, is_unscaled=False)
+
+
+def grid_values(
+    x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, seed: int | None, out: Tensor
+) -> None:
+    """round(x / scale), saturating, into the bfloat16 `out`; infinities stay."""
+    _launch(x, scale, grid, rounding, "saturate", seed, out, is_unscaled=True)
+
+
+def _launch(
+    x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None,
+    out: Tensor, *, is_unscaled: bool,
+) -> None:  # fmt: skip
     finite_over, infinite_over = overflow_values(grid, rounding, overflow)
     is_stochastic = rounding == "stochastic"
     if is_stochastic and seed is None:
@@ -165,7 +188,9 @@ def quantize(
         grid.unscale, grid.unscale_rest, finite_over, infinite_over, last_finite(x.dtype),
         NEAREST_U if is_nearest else 0,
         SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index, ODD=int(is_nearest),
-        STOCHASTIC=is_stochastic, SATURATES=overflow == "saturate", IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
+        STOCHASTIC=is_stochastic, SATURATES=overflow == "saturate", UNSCALED=is_unscaled,
+        IS_BFLOAT16=x.dtype == torch.bfloat16, WRITES_BFLOAT16=out.dtype == torch.bfloat16, BLOCK=BLOCK,
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -174,7 +199,7 @@ def code_index(x: Tensor, scale: float | Tensor, grid: Grid, out: Tensor) -> Non
     _index[_programs(x)](
         _plain(x), out, _scale_on(x, scale), x.numel(), grid.min_normal, grid.unscale, grid.unscale_rest, NEAREST_U,
         SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index,
-        IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
+        IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -188,4 +213,6 @@ def _programs(x: Tensor) -> tuple[int]:
 
 def _scale_on(x: Tensor, scale: float | Tensor) -> Tensor:
     """The scale as a float32 tensor on x's device: read by the kernel, so that nobody waits for it."""
-    return torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
+    if isinstance(scale, Tensor):
+        return scale.to(x.device, torch.float32).reshape(())
+    return torch.full((), scale, dtype=torch.float32, device=x.device)

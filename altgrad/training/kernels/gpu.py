@@ -335,15 +335,14 @@ def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]
     """
     lines, begin = [], 0
     for job in jobs:
-        line = _line(job, begin)
-        begin += triton.cdiv(job.weight.numel(), BLOCK)
-        lines.append(line)
+        lines.append(_line(job, begin))
+        begin += -(-job.weight.numel() // BLOCK)
     key = (tuple(lines), device)
     if key not in _kept_tables:
         while len(_kept_tables) >= KEPT_TABLES:
             _kept_tables.pop(next(iter(_kept_tables)))
-        blocks = [triton.cdiv(job.weight.numel(), BLOCK) for job in jobs]
-        owner = torch.repeat_interleave(torch.arange(len(jobs), dtype=torch.int32), torch.tensor(blocks))
+        blocks = torch.tensor([-(-job.weight.numel() // BLOCK) for job in jobs])
+        owner = torch.repeat_interleave(torch.arange(len(jobs), dtype=torch.int32), blocks)
         is_aligned = all(line[place] % 16 == 0 for line in lines for place in (*range(6), ELEMENTS.value))
         _kept_tables[key] = (_sent(torch.tensor(lines), device), _sent(owner, device), is_aligned)
     return _kept_tables[key]
