@@ -190,14 +190,14 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.product = product
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         rows = product.activation.with_values(x_values.reshape(-1, x_values.shape[-1]))
-        y = matmul_transposed(rows, product.weight, product.kind).view(*x.shape[:-1], weight.shape[0])
+        # A low-precision GEMM writes BF16, after the bias.
+        wanted = torch.float32 if product.activation.fmt is None else torch.bfloat16
+        written = wanted if bias is None else torch.float32
+        y = matmul_transposed(rows, product.weight, product.kind, written).view(*x.shape[:-1], weight.shape[0])
         if bias is not None:
-            y = y + bias.to(torch.float32)
-        if product.activation.fmt is None:
-            return y.to(x.dtype)
-        # A low-precision GEMM writes BF16; what follows on a GPU (attention, GELU) is many times as fast in it.
-        y = y.to(torch.bfloat16)
-        return y if x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
+            y = (y + bias.to(torch.float32)).to(wanted)
+        # What follows on a GPU (attention, GELU) is many times as fast in BF16.
+        return y if y.dtype == torch.bfloat16 and x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -212,7 +212,9 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if wants_x:
             weight = product.weight.with_values(weight_values)
-            grad_x = matmul_transposed(operand, weight.transposed, product.kind).view(x_values.shape).to(x_dtype)
+            written = torch.bfloat16 if x_dtype == torch.bfloat16 else torch.float32
+            grad_x = matmul_transposed(operand, weight.transposed, product.kind, written)
+            grad_x = grad_x.view(x_values.shape).to(x_dtype)
         if wants_weight:
             grad_weight = matmul_transposed(operand.transposed, x.transposed, product.kind).to(weight_dtype)
         if wants_bias:

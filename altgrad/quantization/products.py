@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
+from altgrad.quantization.kernels import dispatch
 
 Product = Literal["auto", "native", "emulated"]
 
@@ -82,20 +83,25 @@ def check_product(product: str) -> Product:
     return cast(Product, product)
 
 
-def matmul_transposed(a: Operand, b: Operand, product: Product = "auto") -> Tensor:
-    """a [M, K] · b [N, K]ᵀ, float32 [M, N]. ValueError where 'native' is asked for and the pair has no unit."""
+def matmul_transposed(
+    a: Operand, b: Operand, product: Product = "auto", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """a [M, K] · b [N, K]ᵀ, [M, N], summed in float32 and rounded to `dtype`, float32 or bfloat16.
+
+    ValueError where 'native' is asked for and the pair has no unit.
+    """
     device = a.values.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return matmul_transposed(a, b, product)
+            return matmul_transposed(a, b, product, dtype)
     kind = native_kind(a.fmt, b.fmt) if a.is_per_tensor and b.is_per_tensor else None
     if product == "emulated" or (product == "auto" and not _is_worth_it(kind, a.values, b.values)):
-        return _emulated(a, b)
+        return _emulated(a, b, dtype)
     if kind is None:
         names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
         raise ValueError(f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
                          "E5M2), or two of E0M7 and E1M6, one scale a tensor; otherwise 'emulated'")  # fmt: skip
-    return _float8(a, b) if kind == "float8" else _int8(a, b)
+    return _float8(a, b, dtype) if kind == "float8" else _int8(a, b).to(dtype)
 
 
 def native_kind(a: FloatFormat | None, b: FloatFormat | None) -> Literal["float8", "int8"] | None:
@@ -116,37 +122,33 @@ def _is_worth_it(kind: str | None, a: Tensor, b: Tensor) -> bool:
     return fits and torch.cuda.get_device_capability(a.device) >= needed
 
 
-def _emulated(a: Operand, b: Operand) -> Tensor:
+def _emulated(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """Exact products summed in float32."""
     if a.values.dtype != torch.bfloat16 or b.values.dtype != torch.bfloat16:
-        return a.numbers @ b.numbers.T
-    if a.values.device.type == "cuda":
-        y = torch.mm(a.values, b.values.T, out_dtype=torch.float32)
-    else:
-        y = a.values.to(torch.float32) @ b.values.to(torch.float32).T
-    for factor in (a.factor, b.factor):
-        if factor is not None:
-            y.mul_(factor)
-    return y
+        return (a.numbers @ b.numbers.T).to(dtype)
+    factors = [factor for factor in (a.factor, b.factor) if factor is not None]
+    if a.values.device.type != "cuda":
+        return dispatch.scaled(a.values.to(torch.float32) @ b.values.to(torch.float32).T, factors, dtype)
+    y = torch.mm(a.values, b.values.T, out_dtype=torch.float32 if factors else dtype)
+    return dispatch.scaled(y, factors, dtype)
 
 
-def _codes(operand: Operand, unit: float = 1.0) -> Tensor:
-    """The values without their scale, in steps of `unit`."""
+def _codes(operand: Operand, dtype: torch.dtype, unit: float = 1.0) -> Tensor:
+    """The values without their scale in steps of `unit`, contiguous."""
     values = operand.values if operand.factor is not None else operand.values / _scaled(operand)
-    return values if unit == 1.0 else values.to(torch.float32) / unit
+    if unit != 1.0:
+        return (values.to(torch.float32) / unit).round().to(dtype).contiguous()
+    return values.to(dtype) if values.is_contiguous() else dispatch.transposed(values.T, dtype)
 
 
-def _float8(a: Operand, b: Operand) -> Tensor:
-    left, right = _scaled(a), _scaled(b)
-    codes = [_codes(operand).to(FLOAT8_DTYPES[operand.fmt]).contiguous()  # type: ignore[index]
-             for operand in (a, b)]  # fmt: skip
-    return torch._scaled_mm(codes[0], codes[1].T, scale_a=left, scale_b=right, out_dtype=torch.float32)
+def _float8(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    left, right = (_codes(operand, FLOAT8_DTYPES[operand.fmt]) for operand in (a, b))  # type: ignore[index]
+    return torch._scaled_mm(left, right.T, scale_a=_scaled(a), scale_b=_scaled(b), out_dtype=dtype)
 
 
 def _int8(a: Operand, b: Operand) -> Tensor:
     steps = [_scaled(operand) * operand.fmt.min_spacing for operand in (a, b)]  # type: ignore[union-attr]
-    codes = [_codes(operand, operand.fmt.min_spacing).round().to(torch.int8).contiguous()  # type: ignore[union-attr]
-             for operand in (a, b)]  # fmt: skip
+    codes = [_codes(operand, torch.int8, operand.fmt.min_spacing) for operand in (a, b)]  # type: ignore[union-attr]
     return torch._int_mm(codes[0], codes[1].T).to(torch.float32) * (steps[0] * steps[1])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import Rounding
+from altgrad.quantization.kernels.dispatch import grid_values_by_amax
 from altgrad.quantization.ops import grid_values, mix_seed, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
 from altgrad.quantization.scaling import ScaleRule
@@ -78,10 +79,14 @@ class RoleQuantizer:
             # The native cast keeps infinities, which are signals; 16-bit formats have scale 1.
             values = x.to(torch.bfloat16)
             return Operand(values if carries_bf16 else values.to(torch.float32), BF16, None)
+        seed = mix_seed(self.key, self.calls) if self.role.rounding == "stochastic" else None
+        if advance and seed is not None:
+            self.calls += 1
+        if carries_bf16 and own_scale is None and (found := self._at_once(x, seed)) is not None:
+            return Operand(found[0], self.fmt, found[1], found[1])
         scale = own_scale
         if scale is None:
             scale = self.role.scale.scale(x, self.fmt, self.tracker, update=advance)
-        seed = mix_seed(self.key, self.calls) if self.role.rounding == "stochastic" else None
         if carries_bf16:
             values = grid_values(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
         elif own_scale is None and self.role.scale.kind == "block":
@@ -91,9 +96,15 @@ class RoleQuantizer:
         if own_scale is None and self.fmt.total_bits <= 8 and not carries_bf16:
             # Saturation would turn an infinity, which says that training has failed, into a harmless number.
             values = torch.where(torch.isinf(x), x, values)
-        if advance and seed is not None:
-            self.calls += 1
         return Operand(values, self.fmt, scale, scale if carries_bf16 else None)
+
+    def _at_once(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor] | None:
+        """Grid values and scale by the kernel that also finds the amax, where rule and device allow it."""
+        rule = self.role.scale
+        if rule.kind != "current" or self.fmt.total_bits > 8:
+            return None
+        headroom = rule.headroom * 2.0**rule.margin
+        return grid_values_by_amax(x, self.fmt, self.role.rounding, seed, headroom, rule.power_of_two)
 
     def state_dict(self) -> dict[str, Any]:
         """Exact state for a checkpoint."""

@@ -23,9 +23,7 @@ from torch import Tensor, distributed
 
 from altgrad.quantization.block_scaling import BlockFormat, BlockScale, block_scale
 from altgrad.quantization.formats import FloatFormat, get_format
-
-SMALLEST_SCALE = 2.0**-126
-LARGEST_SCALE = 2.0**126
+from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE
 
 
 class ScaleRule(BaseModel):

@@ -30,6 +30,7 @@ from altgrad.training import ARMS, GridOptim, ManifoldAdamW, RoundedAdamW, Train
 from altgrad.training.config import ModelConfig
 from altgrad.training.kernels import MEAN_EVERY
 from altgrad.training.model import build_model
+from altgrad.training.tasks import LanguageModelling
 
 SPLITS = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 GPT2 = ModelConfig(layers=12, heads=12, width=768, block=1024)
@@ -185,6 +186,31 @@ def step_config(model: ModelConfig, batch: int, **changes: Any) -> TrainConfig:
     )  # fmt: skip
 
 
+def plain_step(batch: int, model_config: ModelConfig, steps: int = 20) -> Row:
+    """What a user would write: the model under autocast to BF16, fused AdamW, clipped gradients; nothing emulated."""
+    own = step_config(model_config, batch, format="FP32")
+    task = LanguageModelling(own)
+    model = task.build().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def train(step: int) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = task.loss(model, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    train(1)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for step in range(2, steps + 2):
+        train(step)
+    torch.cuda.synchronize()
+    ms = (time.perf_counter() - start) * 1e3 / steps
+    return {"format": "plain PyTorch, autocast", "ms": ms, "tokens_per_s": batch * model_config.block / ms * 1e3}
+
+
 def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2) -> list[Row]:
     """A whole step of the trainer, by format, policy and product, over that in BF16 without observers."""
     cases = [("BF16", "uniform", False), ("BF16", "uniform", True), ("E4M3", "uniform", False),
@@ -192,6 +218,7 @@ def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2
              ("E4M3", "uniform_full", True), ("E5M2", "uniform_full", True), ("E0M7", "uniform_full", True),
              ("FP32", "uniform", False)]  # fmt: skip
     rows: list[Row] = []
+    plain = plain_step(batch, model)
     for name, policy, observe in cases:
         own = step_config(model, batch, format=name, policy=policy, optimizer=ARMS["adamw"].model_dump())
         try:
@@ -214,7 +241,7 @@ def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2
         rows.append(row)
         print(row, flush=True)
         torch.cuda.empty_cache()
-    return rows
+    return [*rows, plain | {"over_bf16": plain["ms"] / rows[0]["ms"]}]
 
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {

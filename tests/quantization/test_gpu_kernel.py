@@ -13,7 +13,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton", reason="triton is not installed (extra 'gpu')")
 
-from altgrad.quantization import get_format  # noqa: E402
+from altgrad.quantization import compute_scale, get_format  # noqa: E402
 from altgrad.quantization.kernels import gpu, grid_of, reference  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -88,6 +88,39 @@ def test_grid_values_are_what_the_scale_is_multiplied_with(name, rounding, dtype
     y = x.float() / scale
     rounded = reference.quantize(y, torch.ones_like(scale), grid, rounding, "saturate", SEED)
     assert same_bits(out.float(), torch.where(y.isinf(), y, rounded))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("largest", [3.7, 0.0, 1e-42, float("inf"), float("nan")])
+def test_amax_scale_and_values_at_once(largest, power_of_two, dtype):
+    fmt = get_format("E4M3")
+    x = (torch.randn(5000, generator=torch.Generator().manual_seed(2)) * 0.1).clamp_(-0.5, 0.5)
+    x = (x * (largest if largest < 1 else 1.0)).to(DEVICE, dtype)
+    x[4321] = -largest
+    out, expected = (torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2))
+    scale = gpu.grid_values_by_amax(x, grid_of(fmt), "nearest", None, out, headroom=1.5, power_of_two=power_of_two)
+    wanted = compute_scale(x, fmt, headroom=1.5, power_of_two=power_of_two)
+    gpu.grid_values(x, wanted, grid_of(fmt), "nearest", None, expected)
+    assert torch.equal(scale, wanted) and same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_scaled_and_rounded_once(dtype):
+    y, out = torch.randn(37, 61, device=DEVICE), torch.empty(37, 61, dtype=dtype, device=DEVICE)
+    one, other = (torch.tensor(value, device=DEVICE) for value in (0.37, 1.9))
+    gpu.scaled(y, [one], out)
+    assert torch.equal(out, (y * one).to(dtype))
+    gpu.scaled(y, [one, other], out)
+    assert torch.equal(out, (y * one * other).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_transposes_keep_the_values(dtype):
+    if not ON_GPU and dtype != torch.bfloat16:
+        pytest.skip("Triton's interpreter has no float8; needs an NVIDIA GPU")
+    x = torch.randint(-7, 8, (70, 130), device=DEVICE).to(torch.bfloat16)
+    assert torch.equal(gpu.transposed(x, dtype).float(), x.T.float())
 
 
 def test_overflow_to_infinity_and_in_place():

@@ -39,6 +39,9 @@ MAX_HASHED_ELEMENTS = 1 << 32
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
+"""What a scale may be at the ends."""
+
 _MASK64 = (1 << 64) - 1
 
 

@@ -91,6 +91,35 @@ def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, s
     return torch.where(y.isinf(), y, rounded(y, fmt, 1.0, rounding, "saturate", seed)).to(torch.bfloat16)
 
 
+def grid_values_by_amax(
+    x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: int | None, headroom: float, power_of_two: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`grid_values` under the scale of x's amax, and that scale; None where no kernel does both at once."""
+    if (triton := triton_for(x, 1.0)) is None:
+        return None
+    out, grid = torch.empty_like(x, dtype=torch.bfloat16), grid_of(fmt)
+    return out, triton.grid_values_by_amax(
+        x, grid, rounding, seed, out, headroom=headroom, power_of_two=power_of_two
+    )
+
+
+def scaled(y: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """y [M, N], float32, times 0-d factors, rounded once to float32 or bfloat16."""
+    if factors and (triton := triton_for(y, 1.0)) is not None:
+        out = torch.empty_like(y, dtype=dtype)
+        triton.scaled(y, list(factors), out)
+        return out
+    for factor in factors:
+        y = y * factor
+    return y.to(dtype)
+
+
+def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The contiguous transpose of x [rows, columns] in a dtype that holds its values exactly."""
+    triton = triton_for(x, 1.0)
+    return x.T.to(dtype).contiguous() if triton is None else cast(Tensor, triton.transposed(x, dtype))
+
+
 def largest_value(fmt: FloatFormat, dtype: torch.dtype, scale: Scale, device: torch.device) -> Scale:
     """Where saturation stops for elements of a dtype, before the product with the scale."""
     if not isinstance(scale, Tensor) and not torch.compiler.is_compiling():

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from altgrad.quantization.kernels import (
+    LARGEST_SCALE,
     NEAREST_U,
+    SMALLEST_SCALE,
     Grid,
     Overflow,
     Rounding,
@@ -26,8 +28,9 @@ from altgrad.quantization.kernels import (
     overflow_values,
 )
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS, TILE = 2048, 4, 64
 """Elements a program rounds: enough of them that a thread's own preparations cost little."""
+_LEAST, _MOST = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit
@@ -98,18 +101,62 @@ def _last_code(  # type: ignore[no-untyped-def]
     return tl.where(_value(code, spacing, SHIFT, OFFSET) * scale > last, code - 1, code)
 
 
+@triton.jit
+def _largest(x_pointer, cell, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bits of the largest magnitude, above infinity's where there is a NaN."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = _load(x_pointer, index, index < elements, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(cell, tl.max(bits.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _scale_of(cell, per_max, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`scale_of_amax` of the magnitude whose bits are in the cell."""
+    bits = tl.load(cell)
+    scale = tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True) * per_max, _LEAST), _MOST)
+    if POWER_OF_TWO:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where((bits > 0) & (bits < 0x7F800000), scale, 1.0)
+
+
+@triton.jit
+def _scaled(y_pointer, first, second, out_pointer, elements, HAS_SECOND: tl.constexpr,  # type: ignore
+            WRITES_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < elements
+    y = tl.load(y_pointer + index, mask=mask, other=0.0) * tl.load(first)
+    if HAS_SECOND:
+        y = y * tl.load(second)
+    _store(out_pointer, index, y, mask, WRITES_BFLOAT16)
+
+
+@triton.jit
+def _transposed(x_pointer, out_pointer, rows, columns, IS_BFLOAT16: tl.constexpr, TILE: tl.constexpr):  # type: ignore
+    """[rows, columns] as [columns, rows] in the type of `out`, which holds the values exactly."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
+    mask = (row < rows) & (column < columns)
+    values = tl.trans(_load(x_pointer, row * columns + column, mask, IS_BFLOAT16)).to(out_pointer.dtype.element_ty)
+    tl.store(out_pointer + tl.trans(column) * rows + tl.trans(row), values, mask=tl.trans(mask))
+
+
 # A key of 1 must stay a number: specialised, it would become a constant without a type.
 @triton.jit(do_not_specialize=["first", "second", "u"])
 def _round(  # type: ignore[no-untyped-def]
     x_pointer, out_pointer, scale_pointer, elements, first, second, min_normal, spacing, unscale, unscale_rest,
-    finite_over, infinite_over, last, u,
+    finite_over, infinite_over, last, u, cell, per_max, FROM_AMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, ODD: tl.constexpr, STOCHASTIC: tl.constexpr,
     SATURATES: tl.constexpr, UNSCALED: tl.constexpr, IS_BFLOAT16: tl.constexpr, WRITES_BFLOAT16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
-    scale = tl.load(scale_pointer)
+    if FROM_AMAX:
+        scale = _scale_of(cell, per_max, POWER_OF_TWO)
+        if tl.program_id(0) == 0:
+            tl.store(scale_pointer, scale)
+    else:
+        scale = tl.load(scale_pointer)
     y = tl.div_rn(_load(x_pointer, index, mask, IS_BFLOAT16), scale)
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -163,19 +210,48 @@ def quantize(
     out: Tensor,
 ) -> None:
     """round(x / scale) * scale into `out`; contiguous tensors of one floating dtype, possibly the same one."""
-    _launch(x, scale, grid, rounding, overflow, seed, out, is_unscaled=False)
+    _launch(x, _scale_on(x, scale), grid, rounding, overflow, seed, out)
 
 
 def grid_values(
     x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, seed: int | None, out: Tensor
 ) -> None:
     """round(x / scale), saturating, into the bfloat16 `out`; infinities stay."""
-    _launch(x, scale, grid, rounding, "saturate", seed, out, is_unscaled=True)
+    _launch(x, _scale_on(x, scale), grid, rounding, "saturate", seed, out, is_unscaled=True)
+
+
+def grid_values_by_amax(
+    x: Tensor, grid: Grid, rounding: Rounding, seed: int | None, out: Tensor, *, headroom: float, power_of_two: bool
+) -> Tensor:
+    """`grid_values` under the scale of x's amax, which is returned, 0-d float32."""
+    cell = torch.zeros((), dtype=torch.int32, device=x.device)
+    scale = torch.empty((), dtype=torch.float32, device=x.device)
+    _largest[_programs(x)](_plain(x), cell, x.numel(), IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
+                           num_warps=WARPS)  # fmt: skip
+    _launch(x, scale, grid, rounding, "saturate", seed, out, is_unscaled=True, cell=cell,
+            per_max=headroom / grid.max_value, power_of_two=power_of_two)  # fmt: skip
+    return scale
+
+
+def scaled(y: Tensor, factors: list[Tensor], out: Tensor) -> None:
+    """y times one or two 0-d factors into `out`, float32 or bfloat16; y is float32 and contiguous."""
+    _scaled[_programs(y)](y, factors[0], factors[-1], _plain(out), y.numel(), HAS_SECOND=len(factors) > 1,
+                          WRITES_BFLOAT16=out.dtype == torch.bfloat16, BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
+
+
+def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The contiguous transpose of a contiguous [rows, columns] in a dtype that holds its values exactly."""
+    rows, columns = x.shape
+    out = torch.empty(columns, rows, dtype=dtype, device=x.device)
+    _transposed[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
+        _plain(x), out, rows, columns, IS_BFLOAT16=x.dtype == torch.bfloat16, TILE=TILE
+    )
+    return out
 
 
 def _launch(
-    x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None,
-    out: Tensor, *, is_unscaled: bool,
+    x: Tensor, scale: Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor, *,
+    is_unscaled: bool = False, cell: Tensor | None = None, per_max: float = 0.0, power_of_two: bool = False,
 ) -> None:  # fmt: skip
     finite_over, infinite_over = overflow_values(grid, rounding, overflow)
     is_stochastic = rounding == "stochastic"
@@ -184,9 +260,10 @@ def _launch(
     first, second = hash_keys(seed or 0) if is_stochastic else (0, 0)
     is_nearest = rounding == "nearest"
     _round[_programs(x)](
-        _plain(x), _plain(out), _scale_on(x, scale), x.numel(), first, second, grid.min_normal, grid.spacing,
+        _plain(x), _plain(out), scale, x.numel(), first, second, grid.min_normal, grid.spacing,
         grid.unscale, grid.unscale_rest, finite_over, infinite_over, last_finite(x.dtype),
-        NEAREST_U if is_nearest else 0,
+        NEAREST_U if is_nearest else 0, scale if cell is None else cell, per_max, FROM_AMAX=cell is not None,
+        POWER_OF_TWO=power_of_two,
         SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index, ODD=int(is_nearest),
         STOCHASTIC=is_stochastic, SATURATES=overflow == "saturate", UNSCALED=is_unscaled,
         IS_BFLOAT16=x.dtype == torch.bfloat16, WRITES_BFLOAT16=out.dtype == torch.bfloat16, BLOCK=BLOCK,

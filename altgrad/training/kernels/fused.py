@@ -18,6 +18,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE
 from altgrad.quantization.kernels.compiled import compiled, inlined
 from altgrad.quantization.kernels.loops import (
     _bits,
@@ -32,7 +33,6 @@ from altgrad.quantization.kernels.loops import (
     _right,
     _store,
 )  # fmt: skip
-from altgrad.quantization.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from altgrad.training.kernels import (
     FIXED,
     GRADIENT_FLOOR,

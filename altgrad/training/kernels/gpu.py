@@ -87,7 +87,7 @@ _FLOOR, _FULL = tl.constexpr(GRADIENT_FLOOR), tl.constexpr(2.0**FIXED)
 _SHARE, _STREAK = tl.constexpr(OVERFLOW_SHARE), tl.constexpr(OVERFLOW_STEPS)
 _ADAM, _GIVEN = tl.constexpr(int(Moments.ADAM)), tl.constexpr(int(Moments.GIVEN))
 _MASTER, _NEAREST = tl.constexpr(int(Placement.MASTER)), tl.constexpr(int(Placement.NEAREST))
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 1024, 4
 _WORDS = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 _RUNGS, _ALL = tl.constexpr(int(Placement.RUNGS)), tl.constexpr(int(Counting.ALL))
 

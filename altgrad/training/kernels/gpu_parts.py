@@ -12,9 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from altgrad.quantization.kernels import NEAREST_U
+from altgrad.quantization.kernels import LARGEST_SCALE, NEAREST_U, SMALLEST_SCALE
 from altgrad.quantization.kernels.gpu import _load, _magnitude_code
-from altgrad.quantization.scaling import LARGEST_SCALE, SMALLEST_SCALE
 from altgrad.training.kernels import FIXED, MEAN_EVERY
 
 COLUMNS = ("weight", "grad", "first", "second", "direction", "carry", "step", "scale", "streak", "mean", "largest",
