@@ -72,7 +72,7 @@ class ShadowObserver(Observer):
     def _shadow_gradients(self) -> dict[nn.Parameter, Tensor]:
         model = self._subject.model
         if self._shadow is None:
-            self._shadow = self._build()
+            self._shadow = self._build().to(next(model.parameters()).device)
         shadow = self._shadow.train(model.training)
         pairs = dict(zip(model.parameters(), shadow.parameters(), strict=True))
         for own, copy in pairs.items():

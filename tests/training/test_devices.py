@@ -37,7 +37,8 @@ def test_steps_and_checks_stay_on_the_device(arm, format_name, policy, carrier, 
         for module in ("products", "layers"):
             monkeypatch.setattr(f"altgrad.quantization.{module}.BF16_DEVICES", {"meta"})
     config = TrainConfig(format=format_name, policy=policy, optimizer=ARMS[arm], steps=40, log_interval=2,
-                         interventions=[{"kind": "partition_clip"}], data={"batch": 2})  # fmt: skip
+                         interventions=[{"kind": "partition_clip"}], observe={"shadow_every": 1, "detail_every": 1},
+                         data={"batch": 2})  # fmt: skip
     trainer = Trainer(config, device="meta")
     assert trainer.observers is not None
     for step in range(1, 5):
