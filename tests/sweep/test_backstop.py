@@ -1,9 +1,9 @@
 """Inside Ray Tune, planted faults end by name: by the worker with its checkpoint, or by the scheduler without it."""
 
-import os
 from pathlib import Path
 
 import pytest
+from planting import planted_path
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
@@ -11,41 +11,24 @@ from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
 
 PLANT = """
-import importlib.abc, importlib.util, sys
+import faults
 
-class Plant(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "altgrad.sweep.executors":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def load_and_plant(module):
-            load(module)
-            base = module.Trainer
-            def planted(config, **rest):
-                import faults
-                trainer = base(config, **rest)
-                if config.format == "E4M3":
-                    fault = {0: faults.nan_weight, 1: faults.collapse, 2: faults.frozen_layer}[config.seed]
-                    fault(trainer, 24)
-                return trainer
-            module.Trainer = planted
-        spec.loader.exec_module = load_and_plant
-        return spec
-
-sys.meta_path.insert(0, Plant())
+def plant(module):
+    base = module.Trainer
+    def planted(config, **rest):
+        trainer = base(config, **rest)
+        if config.format == "E4M3":
+            fault = {0: faults.nan_weight, 1: faults.collapse, 2: faults.frozen_layer}[config.seed]
+            fault(trainer, 24)
+        return trainer
+    module.Trainer = planted
 """
 
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers, which inherit the environment, plant a fault in every E4M3 trial, by its seed."""
-    (tmp_path / "plant").mkdir()
-    (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
-    faults = Path(__file__).parents[1] / "training"
-    path = [str(tmp_path / "plant"), str(faults), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    """Ray's workers plant a fault in every E4M3 trial, by its seed."""
+    monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, PLANT, Path(__file__).parents[1] / "training"))
 
 
 SMALL = {

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from planting import planted_path
 from ray.cluster_utils import Cluster
 
 from altgrad.sweep.ledger import Ledger
@@ -98,7 +99,8 @@ def test_trials_of_a_lost_node_go_on_elsewhere(tmp_path: Path) -> None:
 
 
 HANG = """
-import sys, time
+import time
+
 def plant(module):
     base = module.Trainer
     def planted(config, **rest):
@@ -109,29 +111,12 @@ def plant(module):
         return trainer
     module.Trainer = planted
 """
-HOOK = """
-import importlib.abc, importlib.util, sys
-import planted_fault
-class Plant(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "altgrad.sweep.executors":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), planted_fault.plant(module))
-        return spec
-sys.meta_path.insert(0, Plant())
-"""
 
 
 def test_a_hung_trial_ends_as_timeout_and_goes_on_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "plant").mkdir()
-    (tmp_path / "plant" / "planted_fault.py").write_text(HANG)
-    (tmp_path / "plant" / "sitecustomize.py").write_text(HOOK)
     out, spec = tmp_path / "sweep", small(steps=60, eval_interval=20)
     with monkeypatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(tmp_path / "plant"))
+        patched.setenv("PYTHONPATH", planted_path(tmp_path, HANG))
         result = run_sweep(spec, RunOptions(out=out, interval_timeout=8))
     assert result.endings == {"done": 3, "timeout": 1} and result.left == 1
     with Ledger(out / "ledger.sqlite") as ledger:
