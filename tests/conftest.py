@@ -10,3 +10,11 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("WANDB_MODE", "disabled")
         patch.delenv("WANDB_API_KEY", raising=False)
         yield
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans count and check without training a probe of every cost class, which takes seconds each."""
+    from altgrad.sweep import plan
+
+    monkeypatch.setattr(plan, "measure", lambda trials, _: {plan.cost_class(t): plan.Cost(1, 2, 3) for t in trials})
