@@ -149,7 +149,7 @@ def test_the_fed_back_error_arrives_in_full():
 
 @pytest.fixture(scope="module")
 def resumed_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """By arm and format: weights that went on here, and those that another process made from the state of an odd step."""
+    """By arm and format: weights that went on here, and those that another process made from an odd step's state."""
     here, saved, folder = {}, {}, tmp_path_factory.mktemp("resume")
     for arm, format_name in product(ARMS, ("E4M3", "E7M0")):
         config = TrainConfig(format=format_name, optimizer=ARMS[arm])
