@@ -1,6 +1,9 @@
 """Tests tokenize into a cache of their own, which goes away with them, and mirror nothing to W&B."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,9 +15,25 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tensors are small here; on a busy machine torch's threads would wait for each other, spinning."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans count and check without training a probe of every cost class, which takes seconds each."""
     from altgrad.sweep import plan
 
     monkeypatch.setattr(plan, "measure", lambda trials, _: {plan.cost_class(t): plan.Cost(1, 2, 3) for t in trials})
+
+
+@pytest.fixture(scope="module")
+def running_ray() -> Iterator[str]:
+    """Address of one Ray for a module's sweeps that do not test how Ray starts or ends: a start takes seconds."""
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
+    yield started.address
+    started.shutdown()

@@ -1,4 +1,4 @@
-"""Changes what processes run that a test can't reach into: Ray's workers, which Ray starts by itself.
+"""Finds and changes processes that a test can't reach into: Ray's workers, which Ray starts by itself.
 
 They inherit the environment, and Python runs the `sitecustomize` that it finds on PYTHONPATH before anything else. Ours
 waits until the process imports `altgrad.sweep.executors` and then hands the module to the test's `plant(module)`.
@@ -6,8 +6,12 @@ waits until the process imports `altgrad.sweep.executors` and then hands the mod
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 HOOK = """
 import importlib.abc, importlib.util, sys
@@ -40,3 +44,10 @@ def planted_path(folder: Path, source: str, *more: Path) -> str:
     (place / "planted_change.py").write_text(source)
     (place / "sitecustomize.py").write_text(HOOK)
     return os.pathsep.join(map(str, filter(None, [place, *more, os.environ.get("PYTHONPATH")])))
+
+
+def started_here() -> Iterator[tuple[int, str]]:
+    """Pid and title of each process below this one; tests that run beside it have their own Ray."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, IndexError):
+            yield process.pid, process.cmdline()[0]

@@ -1,9 +1,11 @@
 """Inside Ray Tune, planted faults end by name: by the worker with its checkpoint, or by the scheduler without it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from planting import planted_path
+from ray.cluster_utils import Cluster
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
@@ -25,10 +27,15 @@ def plant(module):
 """
 
 
-@pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers plant a fault in every E4M3 trial, by its seed."""
-    monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, PLANT, Path(__file__).parents[1] / "training"))
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Ray whose workers plant a fault in every E4M3 trial, by its seed."""
+    path = planted_path(tmp_path_factory.mktemp("planted"), PLANT, Path(__file__).parents[1] / "training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
+    yield started.address
+    started.shutdown()
 
 
 SMALL = {
@@ -40,10 +47,10 @@ LAYERS = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
-def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, worker_guards: bool) -> None:
+def test_planted_faults_end_by_name_inside_ray(planted: str, tmp_path: Path, worker_guards: bool) -> None:
     spec = SweepSpec.model_validate({
         "formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3} | SMALL)
-    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards))
+    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, address=planted))
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
@@ -64,9 +71,9 @@ def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
-def test_planted_faults_end_by_name_under_ray_train(planted: None, tmp_path: Path, worker_guards: bool) -> None:
+def test_planted_faults_end_by_name_under_ray_train(planted: str, tmp_path: Path, worker_guards: bool) -> None:
     spec = SweepSpec.model_validate({"formats": "E4M3", "optimizers": "adamw", "seeds": 3} | SMALL)
-    options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train")
+    options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train", address=planted)
     result = run_sweep(spec, options)
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:

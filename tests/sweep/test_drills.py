@@ -1,6 +1,5 @@
 """Faults planted into whole sweeps on real Ray: afterwards the ledger holds every step of every trial once."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from planting import planted_path
+from planting import planted_path, started_here
 from ray.cluster_utils import Cluster
 
 from altgrad.sweep.ledger import Ledger
@@ -59,14 +58,8 @@ def once(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
 
 
 def trial_processes() -> list[int]:
-    """The actors that train trials now, by their titles."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            title = path.read_bytes()
-            if title.startswith(b"ray::") and title.split(b"\0")[0].endswith(b".train"):
-                found.append(int(path.parent.name))
-    return found
+    """The actors of this test that train trials now, by their titles."""
+    return [pid for pid, title in started_here() if title.startswith("ray::") and title.endswith(".train")]
 
 
 def test_a_killed_trials_process_is_replaced(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from planting import started_here
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
@@ -96,9 +97,4 @@ def test_a_killed_worker_is_replaced_and_no_step_is_lost_or_doubled(tmp_path: Pa
 
 def train_workers() -> list[int]:
     """Processes of this test's Ray that run a trial's worker."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::RayTrainWorker") or b"TrainWorker" in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
+    return [pid for pid, title in started_here() if title.startswith("ray::") and "TrainWorker" in title]

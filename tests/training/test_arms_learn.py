@@ -6,7 +6,6 @@ The sweep (E4M3, one seed, 300 steps of the default model on pydoc text; validat
 from __future__ import annotations
 
 import pytest
-import torch
 
 from altgrad.training import ARMS, TrainConfig, Trainer
 
@@ -26,12 +25,7 @@ def final_loss(arm: str, format_name: str, lr: float) -> float:
         format=format_name, optimizer=ARMS[arm].model_copy(update={"lr": lr}), steps=300, guards=(), log_interval=100,
         eval_interval=300, checkpoint_interval=300,
     )  # fmt: skip
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        loss = Trainer(config, observe=False).run().val_loss
-    finally:
-        torch.set_num_threads(before)
+    loss = Trainer(config, observe=False).run().val_loss
     assert loss is not None
     return loss
 

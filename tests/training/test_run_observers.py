@@ -19,14 +19,6 @@ LAYER = "transformer.h.0.mlp.c_fc"
 ALWAYS = {"exact_ranks_every": 1, "detail_every": 1, "shadow_every": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(arm: str = "adamw", **changes) -> TrainConfig:
     base = {
         "model": {"layers": 1, "heads": 2, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
