@@ -187,8 +187,6 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> No
     ]
     assert any(step for step in resumed), "the interrupted trials go on from their checkpoints"
 
-    begun = time.monotonic()
     third = altgrad(out)
-    text, _ = third.communicate(timeout=60)
-    assert third.returncode == 0 and "nothing was left to run" in text
-    assert time.monotonic() - begun < 20
+    text, _ = third.communicate(timeout=120)
+    assert third.returncode == 0 and "nothing was left to run" in text and "Ray dashboard" not in text
