@@ -1,4 +1,8 @@
-"""Tests tokenize into a cache of their own, which goes away with them, and mirror nothing to W&B."""
+"""Tests tokenize into a cache of their own, which goes away with them, and mirror nothing to W&B.
+
+They run in several processes at once, so torch has one thread in each, and Ray's workers, which are nice by default,
+have the same priority as the tests beside them.
+"""
 
 from collections.abc import Iterator
 
@@ -11,13 +15,14 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALTGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")
         patch.delenv("WANDB_API_KEY", raising=False)
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tensors are small here; on a busy machine torch's threads would wait for each other, spinning."""
+    """Tensors are small here; on busy cores torch's threads would wait for each other, spinning."""
     torch.set_num_threads(1)
 
 
