@@ -12,6 +12,7 @@ from altgrad.sweep.options import RunOptions
 from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
 
+FAULTS = Path(__file__).parents[1] / "training"
 PLANT = """
 import faults
 
@@ -30,7 +31,7 @@ def plant(module):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a Ray whose workers plant a fault in every E4M3 trial, by its seed."""
-    path = planted_path(tmp_path_factory.mktemp("planted"), PLANT, Path(__file__).parents[1] / "training")
+    path = planted_path(tmp_path_factory.mktemp("planted"), PLANT, FAULTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
@@ -71,9 +72,11 @@ def test_planted_faults_end_by_name_inside_ray(planted: str, tmp_path: Path, wor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
-def test_planted_faults_end_by_name_under_ray_train(planted: str, tmp_path: Path, worker_guards: bool) -> None:
+def test_planted_faults_end_by_name_under_ray_train(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_guards: bool) -> None:
+    monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, PLANT, FAULTS))
     spec = SweepSpec.model_validate({"formats": "E4M3", "optimizers": "adamw", "seeds": 3} | SMALL)
-    options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train", address=planted)
+    options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train")
     result = run_sweep(spec, options)
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:
