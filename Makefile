@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: sweep test slow cluster lint clean
 
@@ -10,10 +11,10 @@ sweep: $(INSTALLED)
 	$(BIN)/python sweeps/format_ablation.py $(ARGS)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rs

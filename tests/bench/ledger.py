@@ -24,6 +24,9 @@ from altgrad.sweep.spec import SweepSpec
 from altgrad.training.data import load_corpus
 from altgrad.training.outcome import Outcome, OutcomeKind
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from planting import planted_path
+
 TINY = {"layers": 1, "heads": 1, "width": 16, "block": 16}
 ROWS = 10
 
@@ -62,27 +65,13 @@ def timed(*words: str) -> float:
 
 
 STUB = """
-import importlib.abc, importlib.util, sys
-
-class Stub(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "altgrad.sweep.executors":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def load_and_stub(module):
-            load(module)
-            def interval(run):
-                outcome = module.Outcome(module.OutcomeKind.DONE, run._config.steps, train_loss=2.0, val_loss=2.0)
-                run._folder.mkdir(parents=True, exist_ok=True)
-                module.write_json(run._folder / "outcome.json", outcome.to_dict())
-                return module._ending(outcome)
-            module.TrialRun._interval = interval
-        spec.loader.exec_module = load_and_stub
-        return spec
-
-sys.meta_path.insert(0, Stub())
+def plant(module):
+    def interval(run):
+        outcome = module.Outcome(module.OutcomeKind.DONE, run._config.steps, train_loss=2.0, val_loss=2.0)
+        run._folder.mkdir(parents=True, exist_ok=True)
+        module.write_json(run._folder / "outcome.json", outcome.to_dict())
+        return module._ending(outcome)
+    module.TrialRun._interval = interval
 """
 
 
@@ -91,11 +80,9 @@ def growth(trials: int, folder: Path) -> float:
     import json
     import os
 
-    (folder / "stub").mkdir()
-    (folder / "stub" / "sitecustomize.py").write_text(STUB)
     path = folder / "many.json"
     path.write_text(json.dumps(spec_of(trials).model_dump(mode="json")))
-    environment = os.environ | {"PYTHONPATH": f"{folder / 'stub'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {"PYTHONPATH": planted_path(folder, STUB)}
     driver = subprocess.Popen([sys.executable, "-m", "altgrad", "run", str(path), "--out", str(folder / "many")],
                               env=environment, stdout=subprocess.DEVNULL)
     readings: list[tuple[int, int]] = []

@@ -184,7 +184,7 @@ def test_the_originals_experiments_are_all_there() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_experiment_loads_and_plans_as_a_sweep_of_one_with_its_reference(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unmeasured: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     trials = resolve(SweepSpec(), {}, path).expand()

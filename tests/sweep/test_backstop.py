@@ -1,51 +1,42 @@
 """Inside Ray Tune, planted faults end by name: by the worker with its checkpoint, or by the scheduler without it."""
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from planting import planted_path
+from ray.cluster_utils import Cluster
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
 
+FAULTS = Path(__file__).parents[1] / "training"
 PLANT = """
-import importlib.abc, importlib.util, sys
+import faults
 
-class Plant(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "altgrad.sweep.executors":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def load_and_plant(module):
-            load(module)
-            base = module.Trainer
-            def planted(config, **rest):
-                import faults
-                trainer = base(config, **rest)
-                if config.format == "E4M3":
-                    fault = {0: faults.nan_weight, 1: faults.collapse, 2: faults.frozen_layer}[config.seed]
-                    fault(trainer, 24)
-                return trainer
-            module.Trainer = planted
-        spec.loader.exec_module = load_and_plant
-        return spec
-
-sys.meta_path.insert(0, Plant())
+def plant(module):
+    base = module.Trainer
+    def planted(config, **rest):
+        trainer = base(config, **rest)
+        if config.format == "E4M3":
+            fault = {0: faults.nan_weight, 1: faults.collapse, 2: faults.frozen_layer}[config.seed]
+            fault(trainer, 24)
+        return trainer
+    module.Trainer = planted
 """
 
 
-@pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers, which inherit the environment, plant a fault in every E4M3 trial, by its seed."""
-    (tmp_path / "plant").mkdir()
-    (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
-    faults = Path(__file__).parents[1] / "training"
-    path = [str(tmp_path / "plant"), str(faults), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Ray whose workers plant a fault in every E4M3 trial, by its seed."""
+    path = planted_path(tmp_path_factory.mktemp("planted"), PLANT, FAULTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
+    yield started.address
+    started.shutdown()
 
 
 SMALL = {
@@ -57,10 +48,10 @@ LAYERS = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
-def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, worker_guards: bool) -> None:
+def test_planted_faults_end_by_name_inside_ray(planted: str, tmp_path: Path, worker_guards: bool) -> None:
     spec = SweepSpec.model_validate({
         "formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3} | SMALL)
-    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards))
+    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, address=planted))
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
@@ -81,7 +72,9 @@ def test_planted_faults_end_by_name_inside_ray(planted: None, tmp_path: Path, wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
-def test_planted_faults_end_by_name_under_ray_train(planted: None, tmp_path: Path, worker_guards: bool) -> None:
+def test_planted_faults_end_by_name_under_ray_train(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_guards: bool) -> None:
+    monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, PLANT, FAULTS))
     spec = SweepSpec.model_validate({"formats": "E4M3", "optimizers": "adamw", "seeds": 3} | SMALL)
     options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train")
     result = run_sweep(spec, options)

@@ -41,20 +41,21 @@ def test_spending_adds_up_over_runs_that_were_killed(tmp_path: Path) -> None:
         assert second.exceeded == "2 of 2 GPU-hours (--max-gpu-hours) are spent"
 
 
-def test_a_sweep_ends_as_budget_survives_a_restart_and_goes_on_when_the_cap_is_lifted(tmp_path: Path) -> None:
+def test_a_sweep_ends_as_budget_survives_a_restart_and_goes_on_when_the_cap_is_lifted(
+        tmp_path: Path, running_ray: str) -> None:
     spec = SweepSpec.model_validate({
         "name": "small", "formats": "BF16", "optimizers": "adamw", "seeds": 3, "steps": 400, "guards": "off",
         "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
         "log_interval": 10, "eval_interval": 50, "checkpoint_interval": 10})
     out = tmp_path / "sweep"
-    tight = RunOptions(out=out, max_concurrent=1, budget=Budget(hours=4 / 3600))
+    tight = RunOptions(out=out, max_concurrent=1, budget=Budget(hours=4 / 3600), address=running_ray)
     ended = run_sweep(spec, tight)
     assert ended.left and ended.over_budget is not None and ended.endings["budget"] == ended.left
     again = run_sweep(spec, tight)
     assert again.left == ended.left and again.over_budget is not None
     with Ledger(out / "ledger.sqlite") as ledger:
         assert ledger.spent().hours >= 4 / 3600
-    lifted = run_sweep(spec, RunOptions(out=out, budget=Budget(hours=1.0)))
+    lifted = run_sweep(spec, RunOptions(out=out, budget=Budget(hours=1.0), address=running_ray))
     assert lifted.left == 0 and lifted.endings == {"done": 3} and lifted.over_budget is None
     with Ledger(out / "ledger.sqlite") as ledger:
         assert set(ledger.row_counts().values()) == {400}

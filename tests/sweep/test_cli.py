@@ -111,7 +111,8 @@ def test_a_plan_finds_what_a_run_would(flags: list[str], elsewhere: Path,
     assert "--out" in capsys.readouterr().err
 
 
-def test_a_plan_says_which_text_is_left_aside(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_says_which_text_is_left_aside(elsewhere: Path, capsys: pytest.CaptureFixture[str],
+                                              unmeasured: None) -> None:
     for name in ("train", "test"):
         (elsewhere / f"{name}.txt").write_text("words " * 1000)
     assert main(["plan", "--data", "."]) == 0
@@ -154,7 +155,7 @@ def test_an_unreadable_folder_is_found_beforehand(
     assert "no permission on" in capsys.readouterr().err
 
 
-def test_planning_runs_nothing(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planning_runs_nothing(elsewhere: Path, capsys: pytest.CaptureFixture[str], unmeasured: None) -> None:
     assert main(["plan", "--formats", "FP32,E5M2", "--optimizers", "adamw,grid", "--rung-clip", "1,3"]) == 0
     text = capsys.readouterr().out
     assert "10 trials of 100 steps in 4 cells, 2 seeds" in text
@@ -168,7 +169,7 @@ def test_the_sweep_file_is_the_quick_preset_and_has_no_side_effects(elsewhere: P
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_preset_replaces_the_sweep_files_value(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preset_replaces_the_sweep_files_value(capsys: pytest.CaptureFixture[str], unmeasured: None) -> None:
     assert sweep_main(SweepSpec(formats=("E5M2",)), ["--plan", "--preset", "standard", "--seeds", "1"]) == 0
     assert f"trials of {PRESETS['standard'].steps} steps" in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
 """Faults planted into whole sweeps on real Ray: afterwards the ledger holds every step of every trial once."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from planting import planted_path, started_here
 from ray.cluster_utils import Cluster
 
 from altgrad.sweep.ledger import Ledger
@@ -58,14 +58,8 @@ def once(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
 
 
 def trial_processes() -> list[int]:
-    """The actors that train trials now, by their titles."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            title = path.read_bytes()
-            if title.startswith(b"ray::") and title.split(b"\0")[0].endswith(b".train"):
-                found.append(int(path.parent.name))
-    return found
+    """The actors of this test that train trials now, by their titles."""
+    return [pid for pid, title in started_here() if title.startswith("ray::") and title.endswith(".train")]
 
 
 def test_a_killed_trials_process_is_replaced(tmp_path: Path) -> None:
@@ -98,7 +92,8 @@ def test_trials_of_a_lost_node_go_on_elsewhere(tmp_path: Path) -> None:
 
 
 HANG = """
-import sys, time
+import time
+
 def plant(module):
     base = module.Trainer
     def planted(config, **rest):
@@ -109,29 +104,12 @@ def plant(module):
         return trainer
     module.Trainer = planted
 """
-HOOK = """
-import importlib.abc, importlib.util, sys
-import planted_fault
-class Plant(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "altgrad.sweep.executors":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), planted_fault.plant(module))
-        return spec
-sys.meta_path.insert(0, Plant())
-"""
 
 
 def test_a_hung_trial_ends_as_timeout_and_goes_on_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "plant").mkdir()
-    (tmp_path / "plant" / "planted_fault.py").write_text(HANG)
-    (tmp_path / "plant" / "sitecustomize.py").write_text(HOOK)
     out, spec = tmp_path / "sweep", small(steps=60, eval_interval=20)
     with monkeypatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(tmp_path / "plant"))
+        patched.setenv("PYTHONPATH", planted_path(tmp_path, HANG))
         result = run_sweep(spec, RunOptions(out=out, interval_timeout=8))
     assert result.endings == {"done": 3, "timeout": 1} and result.left == 1
     with Ledger(out / "ledger.sqlite") as ledger:

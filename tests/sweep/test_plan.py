@@ -9,7 +9,7 @@ from scipy import stats
 
 from altgrad.cli import main
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.plan import Cost, cost_class, detectable, estimate, power_line
+from altgrad.sweep.plan import Cost, detectable, estimate, power_line
 from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
 from altgrad.training.config import ARMS, TrainConfig
 
@@ -30,9 +30,8 @@ def by_hand() -> set[tuple[str, str, str, float | None]]:
 
 
 def test_the_plan_of_everything_counts_what_a_hand_count_finds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unmeasured: None
 ) -> None:
-    monkeypatch.setattr("altgrad.sweep.plan.measure", lambda trials, _: {cost_class(c): Cost(0, 1, 0) for c in trials})
     spec = SweepSpec.model_validate({"formats": "all", "optimizers": "all", "policies": ",".join(POLICIES),
                                      "rung_clip": CLIPS, "seeds": SEEDS})
     expected = by_hand()
@@ -47,8 +46,7 @@ def test_the_plan_of_everything_counts_what_a_hand_count_finds(
     assert everything - excluded == len(expected) * SEEDS
 
 
-def test_slots_share_the_trials_and_gpus_are_priced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("altgrad.sweep.plan.measure", lambda trials, _: {cost_class(c): Cost(1, 2, 3) for c in trials})
+def test_slots_share_the_trials_and_gpus_are_priced(unmeasured: None) -> None:
     trials = {str(i): TrainConfig(seed=i, steps=100) for i in range(4)}
     one = estimate(trials, 1, 1, RunOptions(Path(), gpus_per_trial=0.5))
     two = estimate(trials, 2, 2, RunOptions(Path(), gpus_per_trial=0.5))

@@ -55,9 +55,10 @@ def test_the_folder_says_what_ran_on_what_and_keeps_no_scratch(first: SweepResul
 
 
 @pytest.mark.slow
-def test_a_race_stops_the_losers_whole_runs_the_winner_whole_and_a_restart_changes_nothing(tmp_path: Path) -> None:
+def test_a_race_stops_the_losers_whole_runs_the_winner_whole_and_a_restart_changes_nothing(
+        tmp_path: Path, running_ray: str) -> None:
     spec = tiny(lrs="1e-5,1e-2,2e-2", seeds=2, steps=30, scheduler="asha")
-    result = run_sweep(spec, RunOptions(out=tmp_path / "race"))
+    result = run_sweep(spec, RunOptions(out=tmp_path / "race", address=running_ray))
     assert result.endings == {"done": 6 + 2, "pruned by val_loss": 4} and result.left == 0
     ran = steps_in_files(result.out)
     with Ledger(result.out / "ledger.sqlite") as ledger:
@@ -76,7 +77,7 @@ def test_a_race_stops_the_losers_whole_runs_the_winner_whole_and_a_restart_chang
         (result.out / "trials" / name / "outcome.json").unlink()
     for path in result.out.glob("ledger.sqlite*"):
         path.unlink()
-    again = run_sweep(spec, RunOptions(out=result.out))
+    again = run_sweep(spec, RunOptions(out=result.out, address=running_ray))
     with Ledger(again.out / "ledger.sqlite") as ledger:
         assert {name: outcome.kind for name, outcome in ledger.outcomes().items()} == {
             name: outcome.kind for name, outcome in outcomes.items()}
@@ -93,8 +94,8 @@ def test_asking_again_runs_nothing_and_starts_no_ray(first: SweepResult) -> None
     assert {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")} == before
 
 
-def test_more_steps_go_on_from_the_checkpoint(first: SweepResult) -> None:
-    result = run_sweep(tiny(steps=15), RunOptions(out=first.out))
+def test_more_steps_go_on_from_the_checkpoint(first: SweepResult, running_ray: str) -> None:
+    result = run_sweep(tiny(steps=15), RunOptions(out=first.out, address=running_ray))
     assert (result.ran, result.left) == (2, 0)
     assert set(map(tuple, steps_in_files(first.out).values())) == {tuple(range(1, 16))}
     resumed = {
@@ -103,7 +104,7 @@ def test_more_steps_go_on_from_the_checkpoint(first: SweepResult) -> None:
     assert resumed == {10}
 
 
-def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Path) -> None:
+def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Path, running_ray: str) -> None:
     spec = tiny(seeds=6, formats="BF16", optimizers="adamw", steps=10)
     trials = list(spec.trials(_sha(spec)))
     for trial_id in trials[1:4]:
@@ -111,7 +112,7 @@ def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Pat
         folder.mkdir(parents=True)
         (folder / "state.pt").write_text("no checkpoint")
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
-    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", max_concurrent=1))
+    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", max_concurrent=1, address=running_ray))
     with Ledger(tmp_path / "sweep" / "ledger.sqlite") as ledger:
         outcomes = ledger.outcomes()
     assert outcomes[trials[0]].kind is OutcomeKind.DONE
@@ -186,8 +187,6 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> No
     ]
     assert any(step for step in resumed), "the interrupted trials go on from their checkpoints"
 
-    begun = time.monotonic()
     third = altgrad(out)
-    text, _ = third.communicate(timeout=60)
-    assert third.returncode == 0 and "nothing was left to run" in text
-    assert time.monotonic() - begun < 20
+    text, _ = third.communicate(timeout=120)
+    assert third.returncode == 0 and "nothing was left to run" in text and "Ray dashboard" not in text

@@ -38,11 +38,11 @@ SEARCH = {"search": "optuna", "optimizers": "grid,adamw", "formats": "E5M2,E3M4"
 
 
 @pytest.mark.slow
-def test_an_optuna_search_goes_on_where_it_was_and_repeats_nothing(tmp_path: Path) -> None:
-    first = run_sweep(tiny(**SEARCH, num_samples=4), RunOptions(out=tmp_path / "s"))
+def test_an_optuna_search_goes_on_where_it_was_and_repeats_nothing(tmp_path: Path, running_ray: str) -> None:
+    first = run_sweep(tiny(**SEARCH, num_samples=4), RunOptions(out=tmp_path / "s", address=running_ray))
     assert (first.trials, first.ran, first.left) == (2 + 4 * 2,) * 2 + (0,)
     rows = losses(first.out)
-    more = run_sweep(tiny(**SEARCH, num_samples=6), RunOptions(out=tmp_path / "s"))
+    more = run_sweep(tiny(**SEARCH, num_samples=6), RunOptions(out=tmp_path / "s", address=running_ray))
     assert (more.trials, more.ran, more.left) == (2 + 6 * 2, 4, 0)
     assert {name: row for name, row in losses(more.out).items() if name in rows} == rows
     assert len(json.loads((more.out / "sweep.json").read_text())["trials"]) == 14
@@ -58,9 +58,9 @@ def test_an_optuna_search_goes_on_where_it_was_and_repeats_nothing(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_search_under_asha_prunes_and_lets_the_best_run_through(tmp_path: Path) -> None:
+def test_a_search_under_asha_prunes_and_lets_the_best_run_through(tmp_path: Path, running_ray: str) -> None:
     spec = tiny(**SEARCH | {"search": "random"}, num_samples=4, scheduler="asha", guards="off", seeds=1)
-    result = run_sweep(spec, RunOptions(out=tmp_path / "s"))
+    result = run_sweep(spec, RunOptions(out=tmp_path / "s", address=running_ray))
     assert result.left == 0 and result.endings["pruned by val_loss"] >= 2
     with Ledger(result.out / "ledger.sqlite") as ledger:
         outcomes = ledger.outcomes()
@@ -71,12 +71,13 @@ def test_a_search_under_asha_prunes_and_lets_the_best_run_through(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_population_runs_and_longer_is_the_same_as_at_once(tmp_path: Path) -> None:
+def test_a_population_runs_and_longer_is_the_same_as_at_once(tmp_path: Path, running_ray: str) -> None:
     spec = tiny(lrs="1e-5,1e-3,2e-3,4e-3", scheduler="pbt", pbt={"interval": 10}, guards="off", seeds=1)
-    parts = run_sweep(spec, RunOptions(out=tmp_path / "parts"))
+    parts = run_sweep(spec, RunOptions(out=tmp_path / "parts", address=running_ray))
     assert parts.left == 0 and set(parts.endings) == {"done"}
-    parts = run_sweep(spec.model_copy(update={"steps": 30}), RunOptions(out=tmp_path / "parts"))
-    whole = run_sweep(spec.model_copy(update={"steps": 30}), RunOptions(out=tmp_path / "whole", max_concurrent=1))
+    parts = run_sweep(spec.model_copy(update={"steps": 30}), RunOptions(out=tmp_path / "parts", address=running_ray))
+    options = RunOptions(out=tmp_path / "whole", max_concurrent=1, address=running_ray)
+    whole = run_sweep(spec.model_copy(update={"steps": 30}), options)
     found = []
     for result in (parts, whole):
         with Ledger(result.out / "ledger.sqlite") as ledger:
@@ -90,24 +91,26 @@ def test_a_population_runs_and_longer_is_the_same_as_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_best_configuration_runs_again_to_the_same_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_configuration_runs_again_to_the_same_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            running_ray: str) -> None:
     monkeypatch.chdir(tmp_path)
     spec = tiny(lrs="1e-3,4e-3", axes={"grid.momentum": [0.5, 0.9]}, seeds=1)
-    result = run_sweep(spec, RunOptions(out=tmp_path / "s"))
+    result = run_sweep(spec, RunOptions(out=tmp_path / "s", address=running_ray))
     assert main(["best", str(result.out), "--export", "winner.yaml"]) == 0
-    assert main(["run", "winner.yaml"]) == 0
+    assert main(["run", "winner.yaml", "--address", running_ray]) == 0
     before, again = losses(result.out), losses(tmp_path / "runs" / "winner")
     assert len(again) == 2 and again == {name: before[name] for name in again}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_of_the_originals_experiments_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_the_originals_experiments_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                running_ray: str) -> None:
     monkeypatch.chdir(tmp_path)
     short = yaml.safe_load(path.read_text()) | {"steps": 20, "log_interval": 2, "eval_interval": 10, "model": TINY,
                                                 "checkpoint_interval": 10, "data": {"batch": 2}}  # fmt: skip
     (tmp_path / path.name).write_text(yaml.safe_dump(short))
-    assert main(["run", path.name]) == 0
+    assert main(["run", path.name, "--address", running_ray]) == 0
     with Ledger(tmp_path / "runs" / path.stem / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
         shadow = [ledger.signal(name, "gradient_cosine") for name in trials] if path.stem == "e5m2_fp8" else [True]

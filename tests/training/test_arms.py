@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,28 +147,30 @@ def test_the_fed_back_error_arrives_in_full():
     assert abs((weights[True] - exact).mean()) < 5 * spread[True] / 4096**0.5 + 1e-3
 
 
+@pytest.fixture(scope="module")
+def resumed_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """By arm and format: weights that went on here, and those that another process made from an odd step's state."""
+    here, saved, folder = {}, {}, tmp_path_factory.mktemp("resume")
+    for arm, format_name in product(ARMS, ("E4M3", "E7M0")):
+        config = TrainConfig(format=format_name, optimizer=ARMS[arm])
+        weight = start((8, 12))
+        optimizer = arm_over(config, weight)
+        stepped(optimizer, weight, gradients((8, 12), 3))
+        saved[arm, format_name] = pickle.dumps((config, weight.detach().clone(), optimizer.state_dict()))
+        stepped(optimizer, weight, gradients((8, 12), 4))
+        here[arm, format_name] = weight.detach()
+    (folder / "saved").write_bytes(pickle.dumps(saved))
+    code = f"import pathlib, test_arms; test_arms.resume_all(pathlib.Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    there = torch.load(folder / "resumed")
+    return {key: (weight, there[key]) for key, weight in here.items()}
+
+
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("format_name", ["E4M3", "E7M0"])
-def test_resume_across_processes_is_bitwise(arm, format_name, tmp_path):
-    """State of an odd step, loaded by another process, goes on to the same weights."""
-    config = TrainConfig(format=format_name, optimizer=ARMS[arm])
-    model = nn.Linear(12, 8, bias=False)
-    weight = model.weight
-    with torch.no_grad():
-        weight.copy_(start((8, 12)))
-    optimizer = arm_over(config, weight)
-    stepped(optimizer, weight, gradients((8, 12), 3))
-    saved = pickle.dumps((config, weight.detach().clone(), optimizer.state_dict()))
-    (tmp_path / "saved").write_bytes(saved)
-    stepped(optimizer, weight, gradients((8, 12), 4))
-    if arm not in ("adamw", "grid", "eco", "muon"):  # a process costs seconds; the rest load in this one
-        other = resumed(tmp_path / "saved")
-    else:
-        code = "import torch, test_arms; from pathlib import Path;"
-        code += f"torch.save(test_arms.resumed(Path({str(tmp_path / 'saved')!r})), {str(tmp_path / 'out')!r})"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rsplit("/", 1)[0])
-        other = torch.load(tmp_path / "out")
-    assert torch.equal(weight.detach(), other)
+def test_resume_across_processes_is_bitwise(arm, format_name, resumed_elsewhere):
+    here, there = resumed_elsewhere[arm, format_name]
+    assert torch.equal(here, there)
 
 
 def arm_over(config: TrainConfig, weight: nn.Parameter) -> GridAwareOptimizer:
@@ -174,10 +178,16 @@ def arm_over(config: TrainConfig, weight: nn.Parameter) -> GridAwareOptimizer:
     return build_optimizer(config, model, {weight: get_format(config.format)})
 
 
-def resumed(path) -> Tensor:
-    """The weights after four more steps from a saved state."""
+def resume_all(folder: Path) -> None:
+    """Run by the other process: resumes each of the saved states."""
     torch.set_num_threads(1)
-    config, values, state = pickle.loads(path.read_bytes())
+    saved = pickle.loads((folder / "saved").read_bytes())
+    torch.save({key: resumed(state) for key, state in saved.items()}, folder / "resumed")
+
+
+def resumed(saved: bytes) -> Tensor:
+    """The weights after four more steps from a saved state."""
+    config, values, state = pickle.loads(saved)
     weight = nn.Parameter(torch.zeros_like(values))
     optimizer = arm_over(config, weight)
     with torch.no_grad():

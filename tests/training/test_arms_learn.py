@@ -6,7 +6,6 @@ The sweep (E4M3, one seed, 300 steps of the default model on pydoc text; validat
 from __future__ import annotations
 
 import pytest
-import torch
 
 from altgrad.training import ARMS, TrainConfig, Trainer
 
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 BEST = {
     "adamw": 2e-3, "adamw_sr": 2e-3, "eco": 2e-3, "manifold": 4e-3, "manifold_sr": 4e-3, "manifold_gradient": 2e-3,
-    "manifold_fp32": 4e-3, "grid": 4e-3, "sgdm": 6e-2, "lion": 5e-4, "madam": 3e-2, "muon": 1.6e-2,
+    "manifold_fp32": 4e-3, "grid": 4e-3, "sgdm": 6e-2, "lion": 4e-4, "madam": 3e-2, "muon": 1.6e-2,
 }  # fmt: skip
 FAILING = {("adamw_nearest", "E4M3"): 2e-3, ("adamw_nearest", "E7M0"): 2e-3, ("grid_literal", "E4M3"): 20.0}
 """Rounding to nearest with few mantissa bits; and the literal velocity, whose rungs hang on the loss's scale."""
@@ -26,12 +25,7 @@ def final_loss(arm: str, format_name: str, lr: float) -> float:
         format=format_name, optimizer=ARMS[arm].model_copy(update={"lr": lr}), steps=300, guards=(), log_interval=100,
         eval_interval=300, checkpoint_interval=300,
     )  # fmt: skip
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        loss = Trainer(config, observe=False).run().val_loss
-    finally:
-        torch.set_num_threads(before)
+    loss = Trainer(config, observe=False).run().val_loss
     assert loss is not None
     return loss
 

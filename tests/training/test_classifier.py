@@ -23,14 +23,6 @@ TINY = {
 CLOCKS = {"samples_per_s", "eval_samples_per_s"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(arm: str = "adamw", **changes) -> TrainConfig:
     return TrainConfig(**({**TINY, "optimizer": ARMS[arm].model_dump()} | changes))
 

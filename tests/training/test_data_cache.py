@@ -48,7 +48,8 @@ def answers(processes: list[subprocess.Popen]) -> list:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe-400"])
-def test_two_processes_at_once_make_one_correct_cache(tmp_path: Path, tokenizer: str):
+def test_two_processes_at_once_make_one_correct_cache(tmp_path: Path, tokenizer: str,
+                                                      monkeypatch: pytest.MonkeyPatch):
     texts = [f"document {i} " + "says something of its own " * (i % 50) for i in range(4000)]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -57,9 +58,11 @@ def test_two_processes_at_once_make_one_correct_cache(tmp_path: Path, tokenizer:
     assert first == second
     assert not list(cache.glob("*.partial"))
     assert len([path for path in cache.iterdir() if path.is_dir()]) == (1 if tokenizer == "bytes" else 2)
-    (alone,) = map(json.loads, answers([start(READ, str(source), tokenizer, cache=tmp_path / "other")]))
-    assert alone[:2] == first[:2]
-    assert Path(alone[2]).read_bytes() == Path(first[2]).read_bytes()
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "other"))
+    alone = load_corpus(DataConfig(source=str(source), tokenizer=tokenizer))
+    assert [alone.sha256, len(alone.train)] == first[:2]
+    assert Path(alone.train.filename).is_relative_to(tmp_path / "other")
+    assert Path(alone.train.filename).read_bytes() == Path(first[2]).read_bytes()
     if tokenizer == "bytes":
         kept = [text for i, text in enumerate(texts) if i % 10 != 9]
         assert Path(first[2]).read_bytes() == b"".join(text.encode() + b"\0" for text in kept)

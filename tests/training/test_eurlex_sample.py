@@ -6,7 +6,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(os.environ.get("ALTGRAD_EURLEX_SAMPLE", ROOT.parent / "shared" / "data" / "eurlex_sample"))
@@ -31,12 +30,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, f
     """F1 micro and macro on test by method, fitted on training and validation documents where it is fitted twice."""
     classify, field = bench(), "labels_l1"
     both = classify.joined(SAMPLE, tmp_path_factory.mktemp("both"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        encoder = classify.bench_encoder(SAMPLE, both, field, seed=0)["train+dev"]
-    finally:
-        torch.set_num_threads(threads)
+    encoder = classify.bench_encoder(SAMPLE, both, field, seed=0)["train+dev"]
     return {"encoder": encoder, "commonest": classify.bench_baseline(SAMPLE, field),
             "tfidf": classify.bench_tfidf(SAMPLE, both, field)["train+dev"]}
 

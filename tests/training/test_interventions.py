@@ -9,14 +9,6 @@ from altgrad.training import ARMS, TrainConfig, Trainer
 from altgrad.training.record import read_rows
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(arm: str = "adamw", *interventions: dict, **changes) -> TrainConfig:
     base = {
         "model": {"layers": 2, "heads": 2, "width": 32, "block": 32}, "data": {"batch": 4, "eval_batches": 1},

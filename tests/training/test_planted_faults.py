@@ -1,7 +1,6 @@
 """Each planted fault is caught by the right guard, in the right layer, in time; and healthy runs are left alone."""
 
 import pytest
-import torch
 from faults import (
     BRANCH,
     HEAD,
@@ -21,14 +20,6 @@ from altgrad.training.reference import ReferenceCurve
 
 AT = 24
 """The step at which a fault is planted; checks are at multiples of 10."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(arm: str = "adamw", format: str = "E4M3", **changes) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""What the rows say is what was there: signals against numbers computed another way, and the laws of observing."""
+"""What the rows say is what was there: signals against numbers computed another way; what observing may not do."""
 
 import math
 import traceback
@@ -17,14 +17,6 @@ from altgrad.training.reference import ReferenceCurve
 
 LAYER = "transformer.h.0.mlp.c_fc"
 ALWAYS = {"exact_ranks_every": 1, "detail_every": 1, "shadow_every": 1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(arm: str = "adamw", **changes) -> TrainConfig:
@@ -151,17 +143,6 @@ def test_the_catalogue_is_what_rows_hold(watched):
     for name, value in over_layers(row["layers"]).items():
         assert row[name] == value or math.isnan(value)
     assert [line[0] for line in as_table()] == list(SIGNALS)
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_all_observers_on_equal_all_off_bitwise(arm):
-    own = config(arm, steps=100, log_interval=5, eval_interval=100, checkpoint_interval=100)
-    on, off = Trainer(own), Trainer(own, observe=False)
-    for trainer in (on, off):
-        trainer.run()
-    assert [r["train_loss"] for r in on.rows] == [r["train_loss"] for r in off.rows]
-    pairs = zip(on.model.state_dict().values(), off.model.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 
 
 class CountedSyncs(TorchDispatchMode):
