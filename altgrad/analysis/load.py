@@ -31,10 +31,10 @@ from typing import Any
 
 import pandas as pd
 
-from altgrad.quantization import NUMERICS_VERSION
+from altgrad import NUMERICS_VERSION
 from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked, is_current
+from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import TrainConfig
-from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain
 

@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
 from altgrad.analysis.cells import (
     ALPHA,
@@ -54,7 +55,6 @@ from altgrad.analysis.tables import (
     mutations_table,
     stops_table,
 )
-from altgrad.quantization import NUMERICS_VERSION
 from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
 

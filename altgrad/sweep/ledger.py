@@ -16,16 +16,17 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from altgrad.quantization import NUMERICS_VERSION
+from altgrad import NUMERICS_VERSION
 from altgrad.sweep.budget import Spend
-from altgrad.training.catalogue import SIGNALS
-from altgrad.training.config import TrainConfig
-from altgrad.training.guards import GuardRule
-from altgrad.training.metrics import CLASSIFICATION_SIGNALS
+from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from altgrad.training.config import TrainConfig
+    from altgrad.training.guards import GuardRule
 
 ROW_SIGNALS = (*SIGNALS, "bits_per_byte", "lr", "tokens_per_s", "clipped_tensors", "clip_factor",
                *CLASSIFICATION_SIGNALS)
@@ -176,6 +177,7 @@ class Ledger:
 
     def configs(self, asked: Collection[str] | None = None) -> dict[str, TrainConfig]:
         """What trials of the current numerics were asked to be, by id, oldest first: all, or those asked for."""
+        from altgrad.training.config import TrainConfig
         outdated = self.outdated()
         found = self._connection.execute("SELECT trial_id, config FROM trials ORDER BY created, rowid")
         return {trial_id: TrainConfig.model_validate_json(config) for trial_id, config in found
@@ -224,6 +226,7 @@ def is_current(trial_id: str, config: str, data_sha256: str, numerics: int | Non
     """
     if numerics is not None:
         return numerics == NUMERICS_VERSION
+    from altgrad.training.config import TrainConfig
     try:
         return TrainConfig.model_validate_json(config).trial_id(data_sha256) == trial_id
     except ValueError:

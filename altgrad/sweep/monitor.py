@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.folder import FolderError, check_ledger, has_driver
 from altgrad.sweep.ledger import Ledger, outdated_text
 from altgrad.sweep.progress import ending_name
-from altgrad.sweep.resolve import SpecError
-from altgrad.sweep.spec import nearest
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 WHY_COLUMNS = ("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")

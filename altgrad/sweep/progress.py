@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from altgrad.training.config import TrainConfig
 
 LINE_EVERY_SECONDS = 10.0
 
