@@ -225,7 +225,7 @@ def _pictures(records: Records, study: Study, folder: Path) -> list[Picture]:
 def _chosen_ids(trials: pd.DataFrame, study: Study, policy: str) -> set[str]:
     """The trials of the policy's cells at their chosen parameters, and the reference's."""
     cells = [cell for cell in study.cells if cell.policy == policy or cell is study.reference]
-    return {trial_id for cell in cells for trial_id in cell.trial_ids if trial_id in set(trials["trial_id"])}
+    return {trial_id for cell in cells for trial_id in cell.trial_ids} & set(trials["trial_id"])
 
 
 def _policy_pictures(trials: pd.DataFrame, rows: pd.DataFrame, study: Study, policy: str, folder: Path,

@@ -66,7 +66,9 @@ class SweepResult:
 
 def preflight(spec: SweepSpec) -> Corpus | Documents:
     """The data, once they are known to serve the model. Raises ValueError."""
-    trials = [*spec.expand(), *(examples(spec) if spec.search == "optuna" else ())]
+    # Seeds differ in nothing that the data must serve: one of each stands for all.
+    one = spec.model_copy(update={"seeds": 1})
+    trials = [*one.expand(), *(examples(one) if spec.search == "optuna" else ())]
     tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()
