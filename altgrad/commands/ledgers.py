@@ -15,6 +15,8 @@ def status(request: argparse.Namespace) -> int:
     headline, counts = monitor.status(request.out)
     print(headline)
     print_table(counts)
+    for line in monitor.notices(request.out):
+        print(line)
     return 0
 
 

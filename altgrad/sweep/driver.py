@@ -25,7 +25,9 @@ from ray import tune
 from altgrad.sweep.budget import Meter
 from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
 from altgrad.sweep.folder import cores
+from altgrad.sweep.groups import GroupWatch
 from altgrad.sweep.growth import Growth
+from altgrad.sweep.ledger import WAITING
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
@@ -34,7 +36,7 @@ from altgrad.sweep.queue import Pace, TrialQueue
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
 from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
-from altgrad.sweep.train_executor import DRIVER_CPUS, WorkerGroup, group_trainable
+from altgrad.sweep.train_executor import DRIVER_CPUS, GROUP, WorkerGroup, group_trainable
 from altgrad.sweep.wandb_mirror import Mirror
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -60,6 +62,8 @@ class Follower(tune.Callback):
         meter: Meter | None = None,
         mirror: Mirror | None = None,
     ) -> None:
+        self.groups: GroupWatch | None = None
+        """from when Ray is up"""
         self._growth, self._meter, self._mirror = growth, meter, mirror
         self._recorder = recorder
         self._progress = progress
@@ -74,12 +78,31 @@ class Follower(tune.Callback):
                         **info: Any) -> None:
         self._recorder.follow(trial_id_of(trial))
         self._progress.reached(trial_id_of(trial), int(result["step"]))
+        if self.groups is not None and GROUP in result:
+            self.groups.belongs(result[GROUP], trial_id_of(trial))
         if self._mirror is not None:
             self._mirror.follow(trial_id_of(trial))
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self.groups is not None:
+            self.groups.started(trial_id_of(trial))
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        running = [trial for trial in trials if trial.status == "RUNNING"]
         if self._meter is not None:
-            self._meter.tick(sum(trial.status == "RUNNING" for trial in trials))
+            self._meter.tick(len(running))
+        if self.groups is not None and self.groups.is_due():
+            self._look(self.groups, {trial_id_of(trial) for trial in running})
+
+    def _look(self, groups: GroupWatch, running: set[str]) -> None:
+        ledger = self._recorder.ledger
+        for group_id, line in groups.look(running).items():
+            ledger.note(group_id, line)
+            self._progress.note(line)
+        if groups.waiting != self._progress.lacks:
+            ledger.note(WAITING, groups.waiting)
+            self._progress.lacks = groups.waiting
+        self._progress.tick()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
@@ -182,6 +205,7 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     # A population hands checkpoints over between one-device trials.
     executor = "actor" if isinstance(race, Population) else options.chosen_executor(gpus)
     progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial")
+    follower.groups = GroupWatch(worker_group(options).resources() if executor == "train" else None)
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
@@ -208,6 +232,7 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     finally:
         if meter is not None:
             meter.save()
+        recorder.ledger.note(WAITING, None)
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
         if mirror is not None:
@@ -220,8 +245,12 @@ def trainable(executor: str, options: RunOptions, scratch: Path) -> Any:
     if executor == "actor":
         gpus = {"gpu": options.gpus_per_trial} if options.gpus_per_trial else {}
         return tune.with_resources(TrialActor, {"cpu": 1} | gpus)
-    group = WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
-    return tune.with_resources(group_trainable(group, scratch / "train"), {"cpu": DRIVER_CPUS})
+    return tune.with_resources(group_trainable(worker_group(options), scratch / "train"), {"cpu": DRIVER_CPUS})
+
+
+def worker_group(options: RunOptions) -> WorkerGroup:
+    """What a trial runs on under Ray Train."""
+    return WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
 
 
 def reach(address: str) -> None:

@@ -53,7 +53,10 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE TABLE IF NOT EXISTS mutations (
     trial_id TEXT NOT NULL, step INTEGER NOT NULL, field TEXT NOT NULL, before REAL, after REAL, source TEXT NOT NULL,
     applied INTEGER NOT NULL, PRIMARY KEY (trial_id, step, field));
+CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, message TEXT NOT NULL);
 """
+WAITING = "waiting"
+"""The subject of the notice that holds while a driver runs: what trials wait for."""
 
 
 class Ledger:
@@ -150,6 +153,18 @@ class Ledger:
             "SELECT trial_id,step,field,before,after,source,applied FROM mutations WHERE trial_id IN "
             f"({','.join('?' * len(trial_ids))}) ORDER BY step, rowid", trial_ids).fetchall()
         return [tuple(row[:6]) for row in found], {row[1] for row in found if not row[6]}
+
+    def note(self, subject: str, message: str | None) -> None:
+        """Enters what whoever looks after the sweep should know, in place of what was said of the subject; None:
+        nothing any more."""
+        if message is None:
+            self._connection.execute("DELETE FROM notices WHERE subject = ?", (subject,))
+        else:
+            self._connection.execute("INSERT OR REPLACE INTO notices VALUES (?,?,?)", (subject, time.time(), message))
+
+    def notices(self) -> dict[str, str]:
+        """Messages by subject, oldest first."""
+        return dict(self._connection.execute("SELECT subject, message FROM notices ORDER BY recorded"))
 
     def outcomes(self) -> dict[str, Outcome]:
         """Every recorded ending by trial id."""
