@@ -21,8 +21,10 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 
 from altgrad.sweep.budget import Meter
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
 from altgrad.sweep.folder import cores
 from altgrad.sweep.groups import GroupWatch
@@ -31,6 +33,7 @@ from altgrad.sweep.ledger import WAITING
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
+from altgrad.sweep.preflight import check_cluster, refusal
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.queue import Pace, TrialQueue
 from altgrad.sweep.recorder import Recorder
@@ -93,6 +96,7 @@ class Follower(tune.Callback):
             self._meter.tick(len(running))
         if self.groups is not None and self.groups.is_due():
             self._look(self.groups, {trial_id_of(trial) for trial in running})
+            _forget(trial for trial in trials if trial.status in ("TERMINATED", "ERROR"))
 
     def _look(self, groups: GroupWatch, running: set[str]) -> None:
         ledger = self._recorder.ledger
@@ -253,18 +257,28 @@ def worker_group(options: RunOptions) -> WorkerGroup:
     return WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
 
 
-def reach(address: str) -> None:
-    """Raises ConnectionError where no Ray cluster answers at `address`; stays connected to none."""
-    if address != "auto":
+def reach(options: RunOptions) -> list[str]:
+    """What is to be said of the cluster at the address, before anything is touched; stays connected to none.
+
+    Raises ConnectionError where no Ray cluster answers, SpecError where this sweep can't run on it.
+    """
+    if options.address != "auto":
         # Ray itself would knock for minutes at a port that nobody listens on.
-        host, _, port = address.rpartition(":")
+        host, _, port = options.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise ConnectionError(str(error)) from None
-        return
-    _start(address)
-    ray.shutdown()
+    try:
+        _start(options.address)
+        return list(check_cluster(options, worker_group(options).resources()))
+    except (RuntimeError, RayError) as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise SpecError(f"--address: {options.address!r}: {reason}") from None
+    finally:
+        ray.shutdown()
 
 
 def _start(address: str) -> str | None:
@@ -290,6 +304,13 @@ def _sigterm_stays_the_callers() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_term)
+
+
+def _forget(ended: Iterable[Any]) -> None:
+    """Tune holds statistics of every metric of every trial to the end of the sweep, which nobody reads: 20 KB each."""
+    for trial in ended:
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
 
 
 def _fault(trial: Any, folder: Path | None = None) -> Outcome:

@@ -115,10 +115,12 @@ def test_line_and_status_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert notices(tmp_path) == [f"waiting for resources: {world.watch.waiting}"]
         assert notices(tmp_path) == [], "it was true while the driver ran"
         trial.status = "TERMINATED"
+        trial.run_metadata = SimpleNamespace(metric_analysis={"step": {"max": 5}}, metric_n_steps={"step": {}})
         for now in (20.0, 60.0):
             world.now = now
             follower.on_step_end(0, [trial])
         assert world.removed == ["g"] and "outlived its trial" in notices(tmp_path)[0]
+        assert not trial.run_metadata.metric_analysis and not trial.run_metadata.metric_n_steps
 
 
 @pytest.mark.slow
