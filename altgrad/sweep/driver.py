@@ -272,8 +272,10 @@ def reach(options: RunOptions) -> list[str]:
     try:
         _start(options.address)
         return list(check_cluster(options, worker_group(options).resources()))
-    except (RuntimeError, RayError) as error:
-        reason = refusal(error)
+    except (RuntimeError, RayError, ConnectionError) as error:
+        # Where the cluster was to be found by itself, none may be there.
+        is_lost = isinstance(error, ConnectionError) and options.address == "auto"
+        reason = None if is_lost else refusal(error)
         if reason is None:
             raise
         raise SpecError(f"--address: {options.address!r}: {reason}") from None
