@@ -29,8 +29,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Any
 
 import pandas as pd
 
@@ -52,13 +54,16 @@ SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest"
 """For arms whose weights live on the grid, the plain arm that lives there too: only the step rule differs."""
 
 
+SIGNALS_OF_CELLS = ("flip_yield", "stall_ratio", "stable_rank", "bits_per_byte")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One format, arm and policy at its chosen learning rate.
 
     `losses` holds the finished seeds' validation losses in nats, `starts` their training losses at the first
     step, `stops` the failed seeds' signals and layers, `missing` the unresolved seeds; `signals` the finished
-    seeds' mean final flip_yield, stall_ratio, stable_rank, bits_per_byte.
+    seeds' mean final SIGNALS_OF_CELLS.
     """
 
     format: str
@@ -232,38 +237,47 @@ def build_study(trials: pd.DataFrame) -> Study:
 
 def build_cells(trials: pd.DataFrame) -> list[Cell]:
     """One cell per format, arm and policy, in the order of formats, each at its best parameters."""
+    # Plain records: a frame per choice takes most of the time of a large sweep's report.
+    groups: dict[tuple[Any, ...], dict[str, list[dict[Hashable, Any]]]] = {}
+    for record in trials.to_dict("records"):
+        choices = groups.setdefault((record["format"], record["optimizer"], record["policy"]), {})
+        choices.setdefault(record["options"], []).append(record)
     cells = []
-    for _, group in trials.groupby(["format", "optimizer", "policy"], sort=False):
-        choices = [_cell(choice) for _, choice in group.groupby("options", sort=False)]
-        best = min(choices, key=lambda cell: cell.rank)
-        cells.append(Cell(**(vars(best) | {"choices": len(choices)})))
+    for choices in groups.values():
+        found = [_cell(sorted(choice, key=itemgetter("seed"))) for choice in choices.values()]
+        cells.append(replace(min(found, key=lambda cell: cell.rank), choices=len(found)))
     return sorted(cells, key=lambda cell: (format_order(cell.format), cell.policy != MAIN_POLICY, cell.policy,
                                            arm_order(cell.arm)))
 
 
-def _cell(group: pd.DataFrame) -> Cell:
-    group = group.sort_values("seed")
-    finished, failed = group[group["state"] == FINISHED], group[group["state"] == FAILED]
-    missing = group[~group["state"].isin((FINISHED, FAILED))]
-    first = group.iloc[0]
-    signals = ("flip_yield", "stall_ratio", "stable_rank", "bits_per_byte")
+def _cell(trials: Sequence[Mapping[Hashable, Any]]) -> Cell:
+    """The cell of trials that differ in nothing but the seed, in its order."""
+    finished = [trial for trial in trials if trial["state"] == FINISHED]
+    failed = [trial for trial in trials if trial["state"] == FAILED]
+    first = trials[0]
     return Cell(
-        format=str(first["format"]), arm=str(first["optimizer"]), policy=str(first["policy"]),
+        format=first["format"], arm=first["optimizer"], policy=first["policy"],
         lr=float(first["lr"]), rung_clip=float(first["rung_clip"]), geometry=bool(first["geometry"]),
-        losses=dict(zip(map(int, finished["seed"]), map(float, finished["val_loss"]), strict=True)),
-        starts=dict(zip(map(int, finished["seed"]), map(float, finished["first_loss"]), strict=True)),
-        stops={int(row["seed"]): (row["signal"] or "val_loss", row["layer"]) for _, row in failed.iterrows()},
-        missing=tuple(int(seed) for seed in missing["seed"]),
-        outcomes={str(kind): int(count) for kind, count in group["outcome"].value_counts().items()},
-        signals={name: float(finished[name].mean()) for name in signals}, trial_ids=tuple(group["trial_id"]),
-        unit=UNITS[str(first["task"])], chosen_by=_chosen_by(finished))
+        losses={int(trial["seed"]): float(trial["val_loss"]) for trial in finished},
+        starts={int(trial["seed"]): float(trial["first_loss"]) for trial in finished},
+        stops={int(trial["seed"]): (trial["signal"] or "val_loss", trial["layer"]) for trial in failed},
+        missing=tuple(int(trial["seed"]) for trial in trials if trial["state"] not in (FINISHED, FAILED)),
+        outcomes=dict(Counter(trial["outcome"] for trial in trials).most_common()),
+        signals={name: mean_of_known(trial[name] for trial in finished) for name in SIGNALS_OF_CELLS},
+        trial_ids=tuple(trial["trial_id"] for trial in trials),
+        unit=UNITS[first["task"]], chosen_by=_chosen_by(finished))
 
 
-def _chosen_by(finished: pd.DataFrame) -> dict[int, float]:
+def mean_of_known(values: Iterable[float]) -> float:
+    """The mean of those that are numbers; NaN where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _chosen_by(finished: Sequence[Mapping[Hashable, Any]]) -> dict[int, float]:
     """A classifier's error on validation documents by seed: choosing by the test score would flatter the choice."""
-    if "val_f1_micro" not in finished or finished["val_f1_micro"].isna().any():
-        return {}
-    return dict(zip(map(int, finished["seed"]), 1 - finished["val_f1_micro"].astype(float), strict=True))
+    scores = {int(trial["seed"]): 1 - float(trial.get("val_f1_micro", math.nan)) for trial in finished}
+    return {} if any(map(math.isnan, scores.values())) else scores
 
 
 def find_reference(cells: Sequence[Cell]) -> Cell | None:

@@ -146,15 +146,16 @@ def _by_format(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict[str, pd.Series], str]:
     """The finite values by trial and step, as running means of a twentieth of them, and so in words."""
     kept = rows[rows["trial_id"].isin(set(trials["trial_id"])) & np.isfinite(rows[signal])]
-    groups = {str(trial_id): own.set_index("step")[signal] for trial_id, own in kept.groupby("trial_id")}
+    values = kept.set_index("step")[signal]
+    groups = {str(trial_id): own for trial_id, own in values.groupby(kept["trial_id"].to_numpy())}
     if not groups:
         return {}, ""
     spacing = int(min(np.diff(own.index).min(initial=own.index[0]) for own in groups.values()))
     window = max(1, int(kept["step"].max()) // 20 // spacing)
+    if window == 1:
+        return groups, "each step" if spacing == 1 else f"every {spacing} steps"
     means = {trial_id: own.rolling(window, min_periods=1).mean() for trial_id, own in groups.items()}
-    if window > 1:
-        return means, f"mean of {window * spacing} steps"
-    return means, "each step" if spacing == 1 else f"every {spacing} steps"
+    return means, f"mean of {window * spacing} steps"
 
 
 def _reference_curve(trials: pd.DataFrame, curves: Mapping[str, pd.Series]) -> pd.Series | None:

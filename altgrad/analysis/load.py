@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,10 @@ from typing import Any
 
 import pandas as pd
 
-from altgrad.quantization import NUMERICS_VERSION
+from altgrad import NUMERICS_VERSION
 from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked, is_current
+from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import TrainConfig
-from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain
 
@@ -77,8 +77,8 @@ def load(out_dir: Path) -> Records:
         known = {row["name"] for row in connection.execute("PRAGMA table_info(rows)")}
         # A ledger of an earlier version has no column for signals that came later.
         names = ", ".join(name if name in known else f"NULL AS {name}" for name in ROW_SIGNALS)
-        found = connection.execute(f"SELECT trial_id, step, {names} FROM rows ORDER BY trial_id, step")
-        rows = _rows_frame([tuple(row) for row in found])
+        connection.row_factory = None
+        rows = _rows_frame(connection.execute(f"SELECT trial_id, step, {names} FROM rows ORDER BY trial_id, step"))
     records = [_trial(entry, endings.get(entry["trial_id"]), evaluated) for entry in entries]
     if not records:
         return Records(pd.DataFrame(columns=list(RESULT_COLUMNS)), rows)
@@ -153,11 +153,16 @@ def results_table(trials: pd.DataFrame) -> pd.DataFrame:
     return trials.reindex(columns=list(RESULT_COLUMNS))
 
 
-def _rows_frame(values: list[tuple[Any, ...]]) -> pd.DataFrame:
-    frame = pd.DataFrame(values, columns=["trial_id", "step", *ROW_SIGNALS])
-    for name in ROW_SIGNALS:
-        frame[name] = frame[name].map(_number).astype(float)
-    return frame
+def _rows_frame(values: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
+    frame = pd.DataFrame.from_records(list(values), columns=["trial_id", "step", *ROW_SIGNALS])
+    return frame.assign(**{name: _floats(frame[name]) for name in ROW_SIGNALS})
+
+
+def _floats(column: pd.Series) -> pd.Series:
+    """NULL and 'nan' as NaN, 'inf' as an infinity."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column.astype(float)
+    return pd.to_numeric(column.where(column != "nan")).astype(float)
 
 
 def _number(value: Any) -> float:

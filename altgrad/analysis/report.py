@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
 from altgrad.analysis.cells import (
     ALPHA,
@@ -54,7 +55,6 @@ from altgrad.analysis.tables import (
     mutations_table,
     stops_table,
 )
-from altgrad.quantization import NUMERICS_VERSION
 from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
 
@@ -225,7 +225,7 @@ def _pictures(records: Records, study: Study, folder: Path) -> list[Picture]:
 def _chosen_ids(trials: pd.DataFrame, study: Study, policy: str) -> set[str]:
     """The trials of the policy's cells at their chosen parameters, and the reference's."""
     cells = [cell for cell in study.cells if cell.policy == policy or cell is study.reference]
-    return {trial_id for cell in cells for trial_id in cell.trial_ids if trial_id in set(trials["trial_id"])}
+    return {trial_id for cell in cells for trial_id in cell.trial_ids} & set(trials["trial_id"])
 
 
 def _policy_pictures(trials: pd.DataFrame, rows: pd.DataFrame, study: Study, policy: str, folder: Path,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
-from altgrad.analysis.cells import UNITS, Cell, Comparison, Study
+from altgrad.analysis.cells import UNITS, Cell, Comparison, Study, mean_of_known
 from altgrad.analysis.finding import stop_text
 from altgrad.analysis.load import FAILED, FINISHED
 from altgrad.analysis.stats import signed
@@ -67,14 +68,17 @@ def stops_table(trials: pd.DataFrame) -> Table:
 
 def choices_table(trials: pd.DataFrame, study: Study) -> Table:
     """Mean loss of every learning rate and rung clip that was run; a stopped seed shows as such."""
+    groups: dict[tuple[str, ...], list[dict[Hashable, Any]]] = {}
+    for trial in trials.to_dict("records"):
+        key = tuple(trial[name] for name in ("format", "optimizer", "policy", "options"))
+        groups.setdefault(key, []).append(trial)
     lines = []
-    keys = ["format", "optimizer", "policy", "options"]
-    for (name, arm, policy, _), group in trials.groupby(keys, sort=False):
-        first, stopped = group.iloc[0], int((group["state"] == FAILED).sum())
-        finished = group[group["state"] == FINISHED]["val_loss"]
-        loss = f"{stopped} of {len(group)} stopped" if stopped else number(finished.mean(), ".3f")
-        lines.append((str(name), str(arm), str(policy), number(first["lr"], "g"),
-                      number(first["rung_clip"], "g"), str(len(finished)), loss))
+    for (name, arm, policy, _), group in groups.items():
+        first, stopped = group[0], sum(trial["state"] == FAILED for trial in group)
+        finished = [trial["val_loss"] for trial in group if trial["state"] == FINISHED]
+        loss = f"{stopped} of {len(group)} stopped" if stopped else number(mean_of_known(finished), ".3f")
+        lines.append((name, arm, policy, number(first["lr"], "g"), number(first["rung_clip"], "g"),
+                      str(len(finished)), loss))
     return Table(("format", "arm", "policy", "lr", "rung clip", "finished", _measure(study)), lines,
                  frozenset({3, 4, 5, 6}))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import cast, get_args
 
 from altgrad.sweep.budget import Budget, flag_of
+from altgrad.sweep.complaints import SpecError, check_choice, nearest
 from altgrad.sweep.options import Executor, RunOptions
-from altgrad.sweep.resolve import SpecError, resolve
-from altgrad.sweep.spec import PRESETS, SweepSpec, check_choice, nearest
+from altgrad.sweep.resolve import resolve
+from altgrad.sweep.spec import PRESETS, SweepSpec
 from altgrad.sweep.wandb_mirror import mode_of
 from altgrad.training.config import MODELS
 from altgrad.training.data import NAMED
@@ -50,6 +52,15 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def default_address() -> str:
+    """`auto` where RAY_ADDRESS names a cluster, as in every Ray job, else `local`.
+
+    It may also hold the http:// address of a dashboard, for Ray's own tools.
+    """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    return "local" if address in ("", "local") or "://" in address else "auto"
+
+
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help=", ".join(PRESETS))
     parser.add_argument(
@@ -64,9 +75,8 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-trial", default="0", metavar="F", help="GPUs of each worker; .25: four share one")
     parser.add_argument("--interval-timeout", default="900", metavar="S", help=(
         "seconds after which a log interval counts as hung, and its trial starts again; 0 for never"))
-    parser.add_argument(
-        "--address", default="local", help="local, auto, or the HOST:PORT of a Ray cluster's head"
-    )
+    parser.add_argument("--address", default=default_address(), help=(
+        "local, auto, or the HOST:PORT of a Ray cluster's head; default local, in a Ray job auto"))
     parser.add_argument("--wandb", metavar="MODE", help="off, offline or online: mirror trials to W&B; default "
                         "WANDB_MODE, else online where WANDB_API_KEY is set, else offline")
     for name, (metavar, help) in BUDGET_FLAGS.items():

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import PACKAGES, cores, installed
 from altgrad.sweep.monitor import print_table
-from altgrad.sweep.resolve import SpecError
 
 
 def formats(request: argparse.Namespace) -> int:

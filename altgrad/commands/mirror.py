@@ -6,8 +6,8 @@ import argparse
 import os
 
 from altgrad.sweep import monitor
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import owned
-from altgrad.sweep.resolve import SpecError
 from altgrad.sweep.wandb_mirror import mode_of, rebuild
 
 

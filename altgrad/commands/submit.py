@@ -14,8 +14,8 @@ from pathlib import Path
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.sweeps import checked_data
 from altgrad.sweep import monitor
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.jobs import Job, sent_path
-from altgrad.sweep.resolve import SpecError
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.data import NAMED
 

@@ -1,55 +1,27 @@
-"""What is done with sweeps: plan, run, status, why, report. Each takes the parsed request and returns the exit code."""
+"""What is done with sweeps: plan and run. Each takes the parsed request and returns the exit code."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from altgrad.commands.flags import options_of, spec_of
+from altgrad.commands.interrupts import terminable
 from altgrad.sweep import monitor
+from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
 from altgrad.sweep.ledger import outdated_text
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.options import GROWING, RunOptions
 from altgrad.sweep.plan import estimate, power_line
 from altgrad.sweep.progress import duration
-from altgrad.sweep.resolve import SpecError
 from altgrad.sweep.run import SweepResult, preflight, run_sweep
 from altgrad.sweep.sampling import sample_count
-from altgrad.sweep.spec import SweepSpec, nearest
+from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: as an interrupt it unwinds everything in order."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While it lasts, SIGTERM interrupts the main thread and leaves as Terminated."""
-    came = False
-
-    def stop(number: int, frame: object) -> NoReturn:
-        nonlocal came
-        came = True
-        raise Terminated
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        # Inside Ray's calls any exception of a signal handler comes out as a bare KeyboardInterrupt.
-        if came:
-            raise Terminated from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:
@@ -81,7 +53,7 @@ def run(request: argparse.Namespace) -> int:
     options = options_of(request, spec)
     _checked_corpus(spec, options, request)
     try:
-        with _terminable():
+        with terminable():
             result = run_sweep(spec, options)
     except BrokenPipeError:
         raise
@@ -164,29 +136,3 @@ def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainC
     if spec.search == "optuna":
         more = (spec.num_samples or 0) * spec.seeds
         print(f"optuna samples up to {more} trials on the way; they are not in the estimate")
-
-
-def status(request: argparse.Namespace) -> int:
-    headline, counts = monitor.status(request.out)
-    print(headline)
-    print_table(counts)
-    return 0
-
-
-def why(request: argparse.Namespace) -> int:
-    table = monitor.why(request.out, request.trial)
-    if table:
-        print_table([monitor.WHY_COLUMNS, *table])
-    else:
-        print("no trial was stopped")
-    for line in monitor.mutations(request.out, request.trial):
-        print(line)
-    return 0
-
-
-def report(request: argparse.Namespace) -> int:
-    monitor.open_ledger(request.out).close()
-    from altgrad.analysis.report import write_report
-    finding = write_report(request.out)
-    print(f"{finding.headline}\n{finding.certainty}\nreport: {finding.path}")
-    return 0

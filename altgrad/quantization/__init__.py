@@ -4,6 +4,7 @@ them.
 Imports torch and pydantic; numba only when a kernel is first used, and only where it is installed.
 """
 
+from altgrad import NUMERICS_VERSION
 from altgrad.quantization.block_scaling import (
     BLOCK_FORMATS,
     BlockCodes,
@@ -104,9 +105,6 @@ from altgrad.quantization.tensor_stats import (
     update_statistics,
 )
 from altgrad.quantization.weight_grid import WeightGrid, weight_grid
-
-NUMERICS_VERSION = 2
-"""Raised whenever the same configuration would train to other numbers; it is part of a trial's identity."""
 
 __all__ = [
     "BLOCK_FORMATS",

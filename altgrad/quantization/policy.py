@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from functools import cache
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -116,6 +117,7 @@ POLICIES: dict[str, Callable[[str], tuple[LayerRule, ...]]] = {
 """Named policies: name to rules for a format."""
 
 
+@cache
 def named_policy(name: str, fmt: str) -> PrecisionPolicy:
     """The named policy for a format; FP32 converts nothing. ValueError for an unknown policy or format."""
     if name not in POLICIES:

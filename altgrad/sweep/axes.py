@@ -16,6 +16,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
@@ -189,7 +190,7 @@ def is_whole(path: str) -> bool:
 def accepts(arm: str, field: str, value: Any) -> bool:
     """Whether this arm's field takes the value: fields of one name may allow different words."""
     try:
-        _adapter(arm_fields(arm)[field]).validate_python(value)
+        _adapter_of_arm(arm, field).validate_python(value)
     except ValidationError:
         return False
     return True
@@ -257,6 +258,11 @@ def _field(path: str, arms: Sequence[str]) -> Any:
 def _adapter(info: Any) -> TypeAdapter[Any]:
     annotation: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
     return TypeAdapter(annotation)
+
+
+@cache
+def _adapter_of_arm(arm: str, field: str) -> TypeAdapter[Any]:
+    return _adapter(arm_fields(arm)[field])
 
 
 def _plain_types(annotation: Any) -> set[Any]:

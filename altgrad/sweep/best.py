@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from altgrad.sweep.axes import arm_fields
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.objectives import OBJECTIVES, value_of
-from altgrad.sweep.resolve import SUFFIXES, SpecError
+from altgrad.sweep.resolve import SUFFIXES
 from altgrad.sweep.spec import SweepSpec, is_reference
 from altgrad.training.config import ARMS, TrainConfig, has_own_lr_unit
 from altgrad.training.outcome import OutcomeKind

@@ -21,20 +21,25 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 
 from altgrad.sweep.budget import Meter
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
 from altgrad.sweep.folder import cores
+from altgrad.sweep.groups import GroupWatch
 from altgrad.sweep.growth import Growth
+from altgrad.sweep.ledger import WAITING
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
+from altgrad.sweep.preflight import check_cluster, refusal
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.queue import Pace, TrialQueue
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
 from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
-from altgrad.sweep.train_executor import DRIVER_CPUS, WorkerGroup, group_trainable
+from altgrad.sweep.train_executor import DRIVER_CPUS, GROUP, WorkerGroup, group_trainable
 from altgrad.sweep.wandb_mirror import Mirror
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -60,6 +65,8 @@ class Follower(tune.Callback):
         meter: Meter | None = None,
         mirror: Mirror | None = None,
     ) -> None:
+        self.groups: GroupWatch | None = None
+        """from when Ray is up"""
         self._growth, self._meter, self._mirror = growth, meter, mirror
         self._recorder = recorder
         self._progress = progress
@@ -74,12 +81,32 @@ class Follower(tune.Callback):
                         **info: Any) -> None:
         self._recorder.follow(trial_id_of(trial))
         self._progress.reached(trial_id_of(trial), int(result["step"]))
+        if self.groups is not None and GROUP in result:
+            self.groups.belongs(result[GROUP], trial_id_of(trial))
         if self._mirror is not None:
             self._mirror.follow(trial_id_of(trial))
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self.groups is not None:
+            self.groups.started(trial_id_of(trial))
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        running = [trial for trial in trials if trial.status == "RUNNING"]
         if self._meter is not None:
-            self._meter.tick(sum(trial.status == "RUNNING" for trial in trials))
+            self._meter.tick(len(running))
+        if self.groups is not None and self.groups.is_due():
+            self._look(self.groups, {trial_id_of(trial) for trial in running})
+            _forget(trial for trial in trials if trial.status in ("TERMINATED", "ERROR"))
+
+    def _look(self, groups: GroupWatch, running: set[str]) -> None:
+        ledger = self._recorder.ledger
+        for group_id, line in groups.look(running).items():
+            ledger.note(group_id, line)
+            self._progress.note(line)
+        if groups.waiting != self._progress.lacks:
+            ledger.note(WAITING, groups.waiting)
+            self._progress.lacks = groups.waiting
+        self._progress.tick()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
@@ -182,6 +209,7 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     # A population hands checkpoints over between one-device trials.
     executor = "actor" if isinstance(race, Population) else options.chosen_executor(gpus)
     progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial")
+    follower.groups = GroupWatch(worker_group(options).resources() if executor == "train" else None)
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
@@ -208,6 +236,7 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
     finally:
         if meter is not None:
             meter.save()
+        recorder.ledger.note(WAITING, None)
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
         if mirror is not None:
@@ -220,22 +249,38 @@ def trainable(executor: str, options: RunOptions, scratch: Path) -> Any:
     if executor == "actor":
         gpus = {"gpu": options.gpus_per_trial} if options.gpus_per_trial else {}
         return tune.with_resources(TrialActor, {"cpu": 1} | gpus)
-    group = WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
-    return tune.with_resources(group_trainable(group, scratch / "train"), {"cpu": DRIVER_CPUS})
+    return tune.with_resources(group_trainable(worker_group(options), scratch / "train"), {"cpu": DRIVER_CPUS})
 
 
-def reach(address: str) -> None:
-    """Raises ConnectionError where no Ray cluster answers at `address`; stays connected to none."""
-    if address != "auto":
+def worker_group(options: RunOptions) -> WorkerGroup:
+    """What a trial runs on under Ray Train."""
+    return WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
+
+
+def reach(options: RunOptions) -> list[str]:
+    """What is to be said of the cluster at the address, before anything is touched; stays connected to none.
+
+    Raises ConnectionError where no Ray cluster answers, SpecError where this sweep can't run on it.
+    """
+    if options.address != "auto":
         # Ray itself would knock for minutes at a port that nobody listens on.
-        host, _, port = address.rpartition(":")
+        host, _, port = options.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise ConnectionError(str(error)) from None
-        return
-    _start(address)
-    ray.shutdown()
+    try:
+        _start(options.address)
+        return list(check_cluster(options, worker_group(options).resources()))
+    except (RuntimeError, RayError, ConnectionError) as error:
+        # Where the cluster was to be found by itself, none may be there.
+        is_lost = isinstance(error, ConnectionError) and options.address == "auto"
+        reason = None if is_lost else refusal(error)
+        if reason is None:
+            raise
+        raise SpecError(f"--address: {options.address!r}: {reason}") from None
+    finally:
+        ray.shutdown()
 
 
 def _start(address: str) -> str | None:
@@ -261,6 +306,13 @@ def _sigterm_stays_the_callers() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_term)
+
+
+def _forget(ended: Iterable[Any]) -> None:
+    """Tune holds statistics of every metric of every trial to the end of the sweep, which nobody reads: 20 KB each."""
+    for trial in ended:
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
 
 
 def _fault(trial: Any, folder: Path | None = None) -> Outcome:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import altgrad
-from altgrad.quantization import NUMERICS_VERSION
+from altgrad import NUMERICS_VERSION
 
 LOCK = ".lock"
 PACKAGES = ("altgrad", "torch", "ray", "numba", "numpy", "pydantic", "pandas")

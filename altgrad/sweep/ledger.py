@@ -16,16 +16,17 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from altgrad.quantization import NUMERICS_VERSION
+from altgrad import NUMERICS_VERSION
 from altgrad.sweep.budget import Spend
-from altgrad.training.catalogue import SIGNALS
-from altgrad.training.config import TrainConfig
-from altgrad.training.guards import GuardRule
-from altgrad.training.metrics import CLASSIFICATION_SIGNALS
+from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from altgrad.training.config import TrainConfig
+    from altgrad.training.guards import GuardRule
 
 ROW_SIGNALS = (*SIGNALS, "bits_per_byte", "lr", "tokens_per_s", "clipped_tensors", "clip_factor",
                *CLASSIFICATION_SIGNALS)
@@ -52,7 +53,10 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE TABLE IF NOT EXISTS mutations (
     trial_id TEXT NOT NULL, step INTEGER NOT NULL, field TEXT NOT NULL, before REAL, after REAL, source TEXT NOT NULL,
     applied INTEGER NOT NULL, PRIMARY KEY (trial_id, step, field));
+CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, message TEXT NOT NULL);
 """
+WAITING = "waiting"
+"""The subject of the notice that holds while a driver runs: what trials wait for."""
 
 
 class Ledger:
@@ -150,6 +154,18 @@ class Ledger:
             f"({','.join('?' * len(trial_ids))}) ORDER BY step, rowid", trial_ids).fetchall()
         return [tuple(row[:6]) for row in found], {row[1] for row in found if not row[6]}
 
+    def note(self, subject: str, message: str | None) -> None:
+        """Enters what whoever looks after the sweep should know, in place of what was said of the subject; None:
+        nothing any more."""
+        if message is None:
+            self._connection.execute("DELETE FROM notices WHERE subject = ?", (subject,))
+        else:
+            self._connection.execute("INSERT OR REPLACE INTO notices VALUES (?,?,?)", (subject, time.time(), message))
+
+    def notices(self) -> dict[str, str]:
+        """Messages by subject, oldest first."""
+        return dict(self._connection.execute("SELECT subject, message FROM notices ORDER BY recorded"))
+
     def outcomes(self) -> dict[str, Outcome]:
         """Every recorded ending by trial id."""
         return self._endings("")
@@ -176,6 +192,7 @@ class Ledger:
 
     def configs(self, asked: Collection[str] | None = None) -> dict[str, TrainConfig]:
         """What trials of the current numerics were asked to be, by id, oldest first: all, or those asked for."""
+        from altgrad.training.config import TrainConfig
         outdated = self.outdated()
         found = self._connection.execute("SELECT trial_id, config FROM trials ORDER BY created, rowid")
         return {trial_id: TrainConfig.model_validate_json(config) for trial_id, config in found
@@ -224,6 +241,7 @@ def is_current(trial_id: str, config: str, data_sha256: str, numerics: int | Non
     """
     if numerics is not None:
         return numerics == NUMERICS_VERSION
+    from altgrad.training.config import TrainConfig
     try:
         return TrainConfig.model_validate_json(config).trial_id(data_sha256) == trial_id
     except ValueError:

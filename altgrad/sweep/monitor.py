@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.folder import FolderError, check_ledger, has_driver
-from altgrad.sweep.ledger import Ledger, outdated_text
+from altgrad.sweep.ledger import WAITING, Ledger, outdated_text
 from altgrad.sweep.progress import ending_name
-from altgrad.sweep.resolve import SpecError
-from altgrad.sweep.spec import nearest
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 WHY_COLUMNS = ("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")
@@ -34,6 +33,14 @@ def open_ledger(out: Path) -> Ledger:
         beside = [item.parent.name for item in out.absolute().parent.glob("*/ledger.sqlite")]
         raise SpecError(f"{out}: no sweep in this folder (no ledger.sqlite){nearest(out.name, beside)}")
     return Ledger(path)
+
+
+def notices(out: Path) -> list[str]:
+    """What the driver has said of the cluster, a line each: removed groups and, while it runs, what trials wait for."""
+    with open_ledger(out) as ledger:
+        found = ledger.notices()
+    waiting = found.pop(WAITING, None)
+    return [*found.values(), *([f"waiting for resources: {waiting}"] if waiting and has_driver(out) else [])]
 
 
 def status(out: Path) -> tuple[str, list[tuple[str, str]]]:

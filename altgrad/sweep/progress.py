@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from altgrad.training.config import TrainConfig
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -43,6 +44,8 @@ class Progress:
         """time and settled share at the first result"""
         self._last_line = time.monotonic()
         self._dashboard: str | None = None
+        self.lacks: str | None = None
+        """what trials wait for that can't start, in words"""
         self._live = None
         if sys.stdout.isatty() if live is None else live:
             from rich.live import Live
@@ -78,6 +81,10 @@ class Progress:
             self._base = time.monotonic(), self.settled_share()
         self._line_if_due()
 
+    def tick(self) -> None:
+        """Time goes by, even where nothing happens."""
+        self._line_if_due()
+
     def ended(self, trial_id: str, outcome: Outcome | None) -> None:
         """A trial has left the machine; without an outcome it was only interrupted."""
         self._running.pop(trial_id, None)
@@ -111,7 +118,8 @@ class Progress:
         eta = "measuring" if left is None else f"about {duration(left)} left"
         return (f"{self._before + len(self._ended)}/{self._before + self._planned} trials ended"
                 f"{f' ({endings})' if endings else ''}, {len(self._running)} running, "
-                f"{self._planned - len(self._ended) - len(self._running)} waiting; {eta}")
+                f"{self._planned - len(self._ended) - len(self._running)} waiting"
+                f"{f' (for resources: {self.lacks})' if self.lacks else ''}; {eta}")
 
     @property
     def _planned(self) -> int:
@@ -136,6 +144,8 @@ class Progress:
             trial = self._trials[trial_id]
             table.add_row("running", f"{step}/{trial.steps}",
                           f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}")
+        if self.lacks:
+            table.add_row("waiting", "for", self.lacks)
         left = self.seconds_left()
         table.add_row("left", "measuring" if left is None else duration(left),
                       f"dashboard {self._dashboard}" if self._dashboard else "starting Ray")

@@ -18,14 +18,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.presets import for_task
-from altgrad.sweep.spec import SweepSpec, nearest
+from altgrad.sweep.spec import SweepSpec
 
 SUFFIXES = (".yaml", ".yml", ".json")
-
-
-class SpecError(ValueError):
-    """A request that can't be met as it stands; the message is one line for the person who made it."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

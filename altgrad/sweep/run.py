@@ -66,7 +66,9 @@ class SweepResult:
 
 def preflight(spec: SweepSpec) -> Corpus | Documents:
     """The data, once they are known to serve the model. Raises ValueError."""
-    trials = [*spec.expand(), *(examples(spec) if spec.search == "optuna" else ())]
+    # Seeds differ in nothing that the data must serve: one of each stands for all.
+    one = spec.model_copy(update={"seeds": 1})
+    trials = [*one.expand(), *(examples(one) if spec.search == "optuna" else ())]
     tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()
@@ -77,8 +79,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     """Runs what the ledger in `options.out` lacks of the spec.
 
     Raises ValueError for unusable data and FolderError for an unusable folder, before anything is
-    changed; ConnectionError where no Ray cluster answers at the address. A trial's own failure raises
-    nothing: it is an outcome.
+    changed; ConnectionError where no Ray cluster answers at the address, SpecError where the sweep can't
+    run on it. A trial's own failure raises nothing: it is an outcome.
     """
     options.check(spec)
     corpus = preflight(spec)
@@ -92,7 +94,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     if options.address != "local" and _is_any_left(trials, options):
         _set_ray_environment()
         from altgrad.sweep.driver import reach
-        reach(options.address)
+        for note in reach(options):
+            print(note, flush=True)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
         provenance = {"spec": spec.model_dump(mode="json"), **manifest(),

@@ -19,7 +19,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
@@ -27,6 +26,7 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 from altgrad.quantization import FORMATS, POLICIES, get_format
 from altgrad.sweep import expansion
 from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
+from altgrad.sweep.complaints import check_choice, nearest
 from altgrad.sweep.exclusions import BASELINE, RULES, Exclusion
 from altgrad.sweep.objectives import OBJECTIVES
 from altgrad.training.config import (
@@ -323,19 +323,6 @@ def _checked(rule: Constraint, arms: tuple[str, ...]) -> Constraint:
 def is_reference(config: TrainConfig) -> bool:
     """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
     return config.format in (UNQUANTIZED, BASELINE) and (config.arm, config.policy) == ("adamw", "uniform")
-
-
-def check_choice(name: str, allowed: Any, what: str) -> str:
-    """The name if it is allowed, else a ValueError that says what is, and which is nearest."""
-    if name in allowed:
-        return name
-    raise ValueError(f"{name!r} is no {what}; allowed: {', '.join(allowed)}{nearest(name, allowed)}")
-
-
-def nearest(name: str, allowed: Any) -> str:
-    """'; nearest: …' for the closest allowed name, or nothing where none is close."""
-    close = get_close_matches(name, list(allowed), n=1, cutoff=0.4)
-    return f"; nearest: {close[0]}" if close else ""
 
 
 def _refuse_booleans(value: Any, path: str = "") -> None:

@@ -21,6 +21,8 @@ from altgrad.training.workers import Workers
 
 POLL_SECONDS = "0.2"
 DRIVER_CPUS = 0.01
+GROUP = "placement_group"
+"""In a result: the id of the group that the trial's workers live in."""
 WORKER_CPUS = 0.9
 """Less than a core: a driver holds a little too, and a full machine must still take the group."""
 
@@ -74,15 +76,16 @@ def work(request: Mapping[str, str]) -> None:
     """What each worker of a group does."""
     import torch
     from ray import train
+    from ray.util import get_current_placement_group
 
     from altgrad.sweep.executors import own_device
 
     torch.set_num_threads(1)
-    context = train.get_context()
+    context, group = train.get_context(), get_current_placement_group()
     run = TrialRun(request, Workers(context.get_world_rank(), context.get_world_size()), own_device())
     is_over = False
     while not is_over:
         result = run.step()
         # Tune takes "done" for its own word, and would end the group before it has ended itself.
         is_over = result.pop("done", False)
-        train.report(result)
+        train.report(result | ({} if group is None else {GROUP: group.id.hex()}))

@@ -26,10 +26,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from altgrad.sweep.spec import check_choice, is_reference
-from altgrad.training.catalogue import SIGNALS
+from altgrad.sweep.complaints import check_choice
+from altgrad.sweep.spec import is_reference
+from altgrad.training.catalogue import CLASSIFICATION_SCORES, SIGNALS
 from altgrad.training.config import TrainConfig
-from altgrad.training.metrics import CLASSIFICATION_SCORES
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import RowReader
 

@@ -28,6 +28,12 @@ from typing import Any, Literal
 Schedule = Literal["step", "check", "exact", "detail", "shadow", "reference", "evaluation"]
 RowRule = Literal["sum", "mean", "max", "own"]
 
+CLASSIFICATION_SCORES = ("f1_micro", "f1_macro", "precision", "recall", "subset_accuracy", "hamming_loss",
+                         "roc_auc_micro", "pr_auc_micro")
+CLASSIFICATION_SIGNALS = (*CLASSIFICATION_SCORES, "val_f1_micro", "threshold", "baseline_f1_micro", "samples_per_s",
+                          "eval_samples_per_s")
+"""What a classification's rows hold beside the signals of every task."""
+
 
 @dataclass(frozen=True)
 class Signal:

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from altgrad.quantization import NUMERICS_VERSION, get_format, named_policy
+from altgrad import NUMERICS_VERSION
+from altgrad.quantization import get_format, named_policy
 from altgrad.training.catalogue import check_signal
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 from altgrad.training.interventions import InterventionConfig

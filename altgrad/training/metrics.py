@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CLASSIFICATION_SCORES = ("f1_micro", "f1_macro", "precision", "recall", "subset_accuracy", "hamming_loss",
-                         "roc_auc_micro", "pr_auc_micro")
-CLASSIFICATION_SIGNALS = (*CLASSIFICATION_SCORES, "val_f1_micro", "threshold", "baseline_f1_micro", "samples_per_s",
-                          "eval_samples_per_s")
-"""What a classification's rows hold beside the signals of every task."""
+from altgrad.training.catalogue import CLASSIFICATION_SCORES
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

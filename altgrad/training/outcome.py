@@ -7,7 +7,7 @@ format: the trial goes on from its checkpoint. A `bug` is ours or the user's, an
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -62,7 +62,7 @@ class Outcome:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kind": str(self.kind)}
+        return vars(self) | {"kind": str(self.kind)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Outcome:

@@ -4,8 +4,14 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import altgrad.sweep
+import altgrad.training
+from altgrad import cli
+from altgrad.sweep import Ledger, SweepSpec
 
 PACKAGE = Path(__file__).parents[2] / "altgrad"
 FLOORS = ("quantization", "training", "sweep", "analysis", "commands", "cli")
@@ -52,6 +58,32 @@ def test_analysis_imports_no_training_loop():
     for path in SOURCES:
         if path.relative_to(PACKAGE).parts[0] == "analysis":
             assert not any(name.startswith("altgrad.training.trainer") for name in imported(path)), path
+
+
+@pytest.mark.parametrize("command", ["status", "why"])
+def test_a_ledger_is_read_without_what_trains(command: str, tmp_path: Path):
+    spec = SweepSpec(formats=("E5M2",), optimizers=("grid",), seeds=1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.add_trials(spec.trials("a" * 64), "a" * 64)
+    code = (f"import sys; from altgrad.cli import main; code = main([{command!r}, {str(tmp_path)!r}])\n"
+            f"print(code, [m for m in {(*HEAVY, 'torch', 'pandas', 'scipy', 'numba', 'numpy')!r} if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_every_command_has_its_function():
+    for words in (["plan"], ["run"], ["submit"]):
+        commands = next(action.choices for action in cli._parser(words)._actions if action.choices)
+        for parser in commands.values():
+            assert callable(cli.handler_of(parser.get_default("handler")))
+
+
+@pytest.mark.parametrize("package", [altgrad.training, altgrad.sweep])
+def test_every_name_of_a_lazy_package_is_there(package: ModuleType):
+    assert all(getattr(package, name).__module__.startswith(package.__name__)
+               for name in package.__all__ if not name.isupper())
+    assert all(hasattr(package, name) for name in package.__all__)
+    assert not hasattr(package, "Tranier")
 
 
 @pytest.mark.parametrize("module", ["altgrad", "altgrad.training", "altgrad.sweep", "altgrad.cli"])

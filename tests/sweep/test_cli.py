@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.cli import main, sweep_main
+from altgrad.cli import _parser, main, sweep_main
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.spec import PRESETS, SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -237,3 +237,16 @@ def test_formats_and_doctor_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "E5M2" in capsys.readouterr().out
     assert main(["doctor"]) == 0
     assert "kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("variable", "words", "address"), [
+    (None, [], "local"), ("10.0.0.1:6379", [], "auto"), ("10.0.0.1:6379", ["--address", "local"], "local"),
+    ("http://10.0.0.1:8265", [], "local"), ("local", [], "local"),
+])
+def test_in_a_ray_job_the_default_is_the_jobs_cluster(variable: str | None, words: list[str], address: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    words = ["run", *words]
+    assert _parser(words).parse_args(words).address == address

@@ -52,6 +52,8 @@ def test_two_workers_run_a_sweep_to_its_outcomes_and_leave_nothing_behind(tmp_pa
     with cluster() as address:
         options = RunOptions(out=tmp_path / "two", address=address, executor="train", workers_per_trial=2)
         result = run_sweep(spec, options)
+        with Ledger(result.out / "ledger.sqlite") as ledger:
+            assert ledger.notices() == {}, "no group was taken from a running trial"
         ray.init(address=address, log_to_driver=False)
         deadline = time.monotonic() + 30
         while set(placement_groups()) - {"REMOVED"} and time.monotonic() < deadline:

@@ -8,9 +8,9 @@ import torch
 
 from altgrad.quantization import quantized_parameters
 from altgrad.training import ARMS, TrainConfig, Trainer
+from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.classifier import build_classifier
 from altgrad.training.config import MODELS, ModelConfig
-from altgrad.training.metrics import CLASSIFICATION_SIGNALS
 from altgrad.training.model import build_model
 from altgrad.training.record import read_rows
 
