@@ -112,13 +112,16 @@ def activation_kurtosis(x: Tensor) -> Tensor:
 def gradient_statistics(grad: Tensor) -> GradientStatistics:
     """One step's gradient; ValueError without elements."""
     gradient = _elements(grad)
-    deviation, mean = torch.std_mean(gradient.double(), correction=0)
+    wide = gradient.double()
+    mean = wide.mean()
+    deviation = torch.linalg.vector_norm(wide - mean) / math.sqrt(wide.numel())
     return GradientStatistics(
-        l2=torch.linalg.vector_norm(gradient, dtype=torch.float64),
+        l2=torch.linalg.vector_norm(wide),
         linf=_amax(gradient),
         snr=mean.abs() / deviation,
-        zero=_share(gradient == 0),
-        nonfinite=_share(~torch.isfinite(gradient)),
+        zero=_zeros(gradient),
+        # Of all numbers only these differ from themselves.
+        nonfinite=torch.count_nonzero(gradient - gradient).double() / gradient.numel(),
     )
 
 
@@ -134,13 +137,18 @@ def moment_snr(mean: Tensor, mean_square: Tensor) -> Tensor:
     return (m.square().sum() / variance.sum()).sqrt()
 
 
+def _zeros(x: Tensor) -> Tensor:
+    """Share of the elements that are 0, 0-d float64."""
+    return (x.numel() - torch.count_nonzero(x)).double() / x.numel()
+
+
 def update_statistics(weight: Tensor, update: Tensor) -> UpdateStatistics:
     """An update against the weight it was made to; ValueError without elements or where the shapes differ."""
     x, delta = _elements(weight), _elements(update)
     if x.shape != delta.shape:
         raise ValueError(f"weight has the shape {tuple(x.shape)}, update {tuple(delta.shape)}")
     norms = [torch.linalg.vector_norm(values, dtype=torch.float64) for values in (delta, x)]
-    return UpdateStatistics(zero=_share(delta == 0), rms_ratio=norms[0] / norms[1])
+    return UpdateStatistics(zero=_zeros(delta), rms_ratio=norms[0] / norms[1])
 
 
 class DeadUnits:

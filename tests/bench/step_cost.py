@@ -5,7 +5,8 @@ Two ratios on a byte GPT of 4 layers and width 128, context 128, batch 16, one t
     observed / unobserved   a training step with all observers at their default schedule over the same step without
     trainer / plain loop    a float32 step of the one training loop, unobserved, over a loop of 30 lines in PyTorch
 
-Both sides of a ratio take turns, log interval by log interval, so that a neighbour on the machine slows them alike.
+Both sides of a ratio take turns, log interval by log interval, and processor time is taken: a neighbour on the machine
+slows them alike, or neither.
 Checks are of three kinds (plain, with details, with exact ranks too); each kind's median ratio counts as often as the
 schedule has it.
 """
@@ -67,15 +68,15 @@ def intervals(trainer: Trainer) -> Iterator[object]:
 
 
 def take_turns(sides: dict[str, Iterator[object]], count: int) -> list[dict[str, float]]:
-    """Seconds of each side for each of `count` intervals, after one that warms up."""
+    """Processor seconds of each side for each of `count` intervals, after one that warms up."""
     found = []
     for number in range(count):
         order = list(sides) if number % 2 else list(sides)[::-1]
         seconds = {}
         for name in order:
-            start = time.perf_counter()
+            start = time.process_time()
             next(sides[name])
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = time.process_time() - start
         found.append(seconds)
     return found
 
