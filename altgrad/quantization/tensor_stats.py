@@ -98,8 +98,12 @@ def range_statistics(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> R
 
 
 def overflow_share(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
-    """The `overflow` of `range_statistics` alone, in one pass: 0-d float64."""
-    return _share((_elements(x) / scale).abs() > _overflow_limit(get_format(fmt)))
+    """The `overflow` of `range_statistics` alone: 0-d float64. Where nothing can overflow a CPU takes only the amax."""
+    x, limit = _elements(x), _overflow_limit(get_format(fmt))
+    has_one_scale = not isinstance(scale, Tensor) or scale.numel() == 1
+    if x.device.type == "cpu" and has_one_scale and bool(_amax(x).float() / scale <= limit):
+        return torch.zeros((), dtype=torch.float64)
+    return _share((x / scale).abs() > limit)
 
 
 def activation_kurtosis(x: Tensor) -> Tensor:
@@ -258,4 +262,4 @@ def _amax(x: Tensor) -> Tensor:
 
 
 def _share(mask: Tensor) -> Tensor:
-    return mask.sum() / torch.full((), mask.numel(), dtype=torch.float64, device=mask.device)
+    return torch.count_nonzero(mask).double() / mask.numel()
