@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.kernels.dispatch import scalar
 from altgrad.quantization.ops import quantize
 
 Scale = float | Tensor
@@ -98,10 +99,11 @@ def range_statistics(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> R
 
 
 def overflow_share(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
-    """The `overflow` of `range_statistics` alone: 0-d float64. Where nothing can overflow a CPU takes only the amax."""
+    """The `overflow` of `range_statistics` alone: 0-d float64; on a CPU only the amax is taken where none can be."""
     x, limit = _elements(x), _overflow_limit(get_format(fmt))
     has_one_scale = not isinstance(scale, Tensor) or scale.numel() == 1
-    if x.device.type == "cpu" and has_one_scale and bool(_amax(x).float() / scale <= limit):
+    peak = scalar(_amax(x).float() / scale) if has_one_scale else None
+    if peak is not None and peak <= limit:
         return torch.zeros((), dtype=torch.float64)
     return _share((x / scale).abs() > limit)
 

@@ -236,10 +236,9 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
         has_exponent, end_index = numbers[HAS_EXPONENT] > 0, _I32(grid_words[MAX_INDEX])
         lr, beta1, beta2, eps = numbers[LR], _F32(numbers[BETA1]), _F32(numbers[BETA2]), _F32(numbers[EPS])
         rest1, rest2, step_length = _F32(1 - numbers[BETA1]), _F32(1 - numbers[BETA2]), _F32(lr)
-        shrink, limit = _F32(lr * numbers[DECAY]), _F32(lr * numbers[MAX_STIFFNESS])
-        clip, whole_clip = _F32(numbers[RUNG_CLIP]), _F32(math.floor(numbers[RUNG_CLIP]))
+        shrink, limit, clip = _F32(lr * numbers[DECAY]), _F32(lr * numbers[MAX_STIFFNESS]), _F32(numbers[RUNG_CLIP])
+        whole_clip, floor, full = _F32(math.floor(numbers[RUNG_CLIP])), _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
         rung_decay = _F32(numbers[DECAY]) if own_unit else _F32(numbers[DECAY] * lr)
-        floor, full = _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
         for position in range(chosen.size):
             line, row = table[chosen[position]], rows[chosen[position]]
             elements = line[ELEMENTS]
@@ -258,9 +257,8 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                 row[_SKIPPED] += 1
                 continue
             step[0] += _F32(1)
-            scale, mean = _F32(1), 1.0
+            scale, mean, largest, ordinal = _F32(1), 1.0, _U32(0), _I64(step[0])
             if needs_scale:
-                largest, ordinal = _U32(0), _I64(step[0])
                 measures = needs_mean and (ordinal <= MEAN_EVERY or ordinal % MEAN_EVERY == 0)
                 if measures or not (scale_cell.size or numbers[MASTER_SCALE] > 0 or numbers[IS_WIDE]):
                     largest = largest_cell[0] if largest_cell.size else largest_bits(weight)
