@@ -391,7 +391,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 
 
 def _state_of(parameter: Tensor) -> tuple[int, int]:
-    """Changes where others than the kernels have written or moved a parameter."""
+    """Changes where others than the kernels have written or moved a parameter; writing into `.data` goes unseen."""
     return parameter._version, parameter.data_ptr()
 
 

@@ -82,7 +82,7 @@ def test_compiled_step_equals_the_reference(arm, name, dtype, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("arm", ["grid", "grid_carry", "stochastic"])
+@pytest.mark.parametrize("arm", ["grid", "grid_carry", "stochastic", "adamw", "manifold"])
 def test_steps_that_count_less_equal_the_reference_too(arm, monkeypatch):
     compiled, compiled_counts = run(arm, "E4M3", torch.float32, 3)
     monkeypatch.setenv("ALTGRAD_KERNEL", "reference")
@@ -90,6 +90,26 @@ def test_steps_that_count_less_equal_the_reference_too(arm, monkeypatch):
     assert torch.equal(compiled_counts, reference_counts)
     for ours, theirs in zip(compiled, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("arm", ["adamw", "manifold"])
+def test_a_master_that_others_have_changed_is_counted_under_its_own_amax(arm, monkeypatch):
+    def changed_between_steps() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        weight, results = nn.Parameter(torch.randn(40, 30) * 0.02), []
+        optimizer = ARMS[arm]([weight], "E4M3")
+        optimizer.count_every = 1
+        for step in range(4):
+            weight.grad = torch.randn(40, 30) * 0.01
+            optimizer.step()
+            results += [weight.detach().clone(), optimizer.counted[0][1]]
+            with torch.no_grad():
+                weight.mul_(0.3) if step % 2 else weight.copy_(weight * 5)
+        return results
+
+    compiled = changed_between_steps()
+    monkeypatch.setenv("ALTGRAD_KERNEL", "reference")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(compiled, changed_between_steps(), strict=True))
 
 
 def test_the_comparison_can_fail(monkeypatch):
