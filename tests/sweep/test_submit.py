@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,8 +100,13 @@ def cluster() -> Iterator[str]:
     """A Ray of this test's own; yields where its dashboard is."""
     import ray
     from ray.cluster_utils import Cluster
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        # Jobs go through the node's agent, whose usual port another Ray on this machine may have.
+        port = found.getsockname()[1]
     started = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": True, "dashboard_port": 0})
+        "num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": True, "dashboard_port": 0,
+        "dashboard_agent_listen_port": port})
     try:
         yield f"http://{started.head_node.webui_url}"
     finally:
