@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import time
-import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -221,23 +220,20 @@ def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2
     plain = plain_step(batch, model)
     for name, policy, observe in cases:
         own = step_config(model, batch, format=name, policy=policy, optimizer=ARMS["adamw"].model_dump())
-        try:
-            trainer = Trainer(own, observe=observe, device="cuda")
-            turns = trainer.intervals()
+        trainer = Trainer(own, observe=observe, device="cuda")
+        turns = trainer.intervals()
+        next(turns)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(intervals):
             next(turns)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(intervals):
-                next(turns)
-            torch.cuda.synchronize()
-            ms = (time.perf_counter() - start) * 1e3 / (intervals * own.log_interval)
-            row = {"format": name, "policy": policy, "observed": observe, "ms": ms,
-                   "tokens_per_s": batch * model.block / ms * 1e3, "loss": trainer.rows[-1]["train_loss"]}
-            row["over_bf16"] = ms / rows[0]["ms"] if rows else 1.0
-            turns.close()
-            del trainer, turns
-        except Exception as error:
-            row = {"format": name, "policy": policy, "observed": observe, "error": f"{type(error).__name__}: {error}"}
+        torch.cuda.synchronize()
+        ms = (time.perf_counter() - start) * 1e3 / (intervals * own.log_interval)
+        row = {"format": name, "policy": policy, "observed": observe, "ms": ms,
+               "tokens_per_s": batch * model.block / ms * 1e3, "loss": trainer.rows[-1]["train_loss"]}
+        row["over_bf16"] = ms / rows[0]["ms"] if rows else 1.0
+        turns.close()
+        del trainer, turns
         rows.append(row)
         print(row, flush=True)
         torch.cuda.empty_cache()
@@ -261,10 +257,7 @@ def main() -> None:
     print(found["provenance"], flush=True)
     for name in asked.sections:
         started = time.perf_counter()
-        try:
-            found[name] = SECTIONS[name]()
-        except Exception:
-            found[name] = [{"error": traceback.format_exc()}]
+        found[name] = SECTIONS[name]()
         found["provenance"][f"{name}_seconds"] = time.perf_counter() - started
         asked.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     for name in asked.sections:
