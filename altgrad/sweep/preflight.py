@@ -73,9 +73,10 @@ def _check_task(address: str) -> None:
 
 def _check_state_api() -> None:
     from ray.util.state import list_placement_groups
+    from ray.util.state.exception import RayStateApiException
     try:
         list_placement_groups(limit=1, timeout=STATE_SECONDS)
-    except Exception as error:  # Ray raises what it has: of its own, of requests, of the operating system
+    except (RayStateApiException, RuntimeError, OSError) as error:  # no address of a dashboard, or none that answers
         reason = " ".join(str(error).split())[:120]
         raise SpecError("--executor: 'train' needs the cluster's State API, which frees the workers of stopped trials; "
                         f"the head's dashboard does not answer ({reason}); start the head with "

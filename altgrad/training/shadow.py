@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.training.observers.base import Layers, Moment, Observer, Readings, Subject
+from altgrad.training.tasks import device_of
 
 
 class ShadowObserver(Observer):
@@ -72,7 +73,7 @@ class ShadowObserver(Observer):
     def _shadow_gradients(self) -> dict[nn.Parameter, Tensor]:
         model = self._subject.model
         if self._shadow is None:
-            self._shadow = self._build().to(next(model.parameters()).device)
+            self._shadow = self._build().to(device_of(model))
         shadow = self._shadow.train(model.training)
         pairs = dict(zip(model.parameters(), shadow.parameters(), strict=True))
         for own, copy in pairs.items():

@@ -61,7 +61,7 @@ def test_all_three_products_use_the_quantized_numbers(weight, activation, gradie
 @pytest.mark.parametrize(("activation", "gradient"), [("BF16", "BF16"), ("E4M3", "E5M2"), (None, None)])
 def test_operands_carried_in_bfloat16_give_the_same_layer(weight, activation, gradient, monkeypatch):
     """As on a GPU: the same numbers but for the place of the scale, the output left in BF16."""
-    linear, results = nn.Linear(12, 7), []
+    linear, results, weights = nn.Linear(12, 7), [], []
     x, g = torch.randn(3, 5, 12, requires_grad=True), torch.randn(3, 5, 7).bfloat16().float()
     for devices in ({"cpu"}, set()):
         for module in ("products", "layers"):
@@ -73,10 +73,10 @@ def test_operands_carried_in_bfloat16_give_the_same_layer(weight, activation, gr
         assert y.dtype == (torch.bfloat16 if devices and activation else torch.float32)
         y.backward(g.to(y.dtype))
         results.append([t.float().clone() for t in (y, x.grad, linear.weight.grad, linear.bias.grad)])
-        results[-1].append(layer.quantized_weight())
+        weights.append(layer.quantized_weight())
+    assert torch.equal(*weights)
     for own, other in zip(*results, strict=True):
-        torch.testing.assert_close(own, other, rtol=0 if own.shape == linear.weight.shape and own is results[0][-1]
-                                   else 2.0**-7, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(own, other, rtol=2.0**-7, atol=1e-5)
 
 
 def test_weights_on_the_optimizers_grid_are_not_touched():

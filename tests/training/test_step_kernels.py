@@ -14,6 +14,7 @@ from altgrad.training.kernels import reference as step_reference
 pytest.importorskip("numba")
 
 DEVICE = "cpu"
+SMALL = 5
 SHAPE = (37, 61)  # neither a whole number of blocks nor of vectors
 ARMS = {
     "plain": lambda p, f: RoundedAdamW(p, lr=3e-3, format=None, weight_decay=0.1),
@@ -46,7 +47,7 @@ def run(arm: str, name: str, dtype: torch.dtype, count_every: int = 1):
     """Ten steps, the fourth with a NaN gradient, the last ones outwards to fill the grid."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter((torch.randn(SHAPE, generator=generator) * 0.02).to(DEVICE, dtype))
-    small = nn.Parameter(torch.randn(5, generator=generator).to(DEVICE, dtype))
+    small = nn.Parameter(torch.randn(SMALL, generator=generator).to(DEVICE, dtype))
     optimizer = ARMS[arm]([weight, small], name)
     optimizer.count_every = count_every
     counts = []

@@ -110,9 +110,8 @@ def _largest(x_pointer, cell, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _scale_of(cell, per_max, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`scale_of_amax` of the magnitude whose bits are in the cell."""
-    bits = tl.load(cell)
+def _scale_of(bits, per_max, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`scale_of_amax` of the magnitude with these int32 bits."""
     scale = tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True) * per_max, _LEAST), _MOST)
     if POWER_OF_TWO:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -152,7 +151,7 @@ def _round(  # type: ignore[no-untyped-def]
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
     if FROM_AMAX:
-        scale = _scale_of(cell, per_max, POWER_OF_TWO)
+        scale = _scale_of(tl.load(cell), per_max, POWER_OF_TWO)
         if tl.program_id(0) == 0:
             tl.store(scale_pointer, scale)
     else:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from altgrad.quantization.kernels import LARGEST_SCALE, NEAREST_U, SMALLEST_SCALE
-from altgrad.quantization.kernels.gpu import _load, _magnitude_code
+from altgrad.quantization.kernels import NEAREST_U
+from altgrad.quantization.kernels.gpu import _load, _magnitude_code, _scale_of
 from altgrad.training.kernels import FIXED, MEAN_EVERY
 
 COLUMNS = ("weight", "grad", "first", "second", "direction", "carry", "step", "scale", "streak", "mean", "largest",
@@ -33,7 +33,6 @@ INTEGERS, NUMBERS, COUNTS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(9)
 
 _ONE_BITS, _ONE_SHARE = tl.constexpr((127 + FIXED) << 23), tl.constexpr(2.0**-FIXED)
 _EVERY = tl.constexpr(MEAN_EVERY)
-_LEAST, _MOST = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 _NEAREST_U = tl.constexpr(NEAREST_U)
 
 
@@ -183,8 +182,7 @@ def _begin(table, integers, numbers, rows, per_max, master_scale, HAS_CELL: tl.c
     if HAS_CELL:
         scale = tl.load(_address(line, SCALE_CELL, tl.float32))
     elif FOLLOWS:
-        scale = tl.minimum(tl.maximum(largest * per_max, _LEAST), _MOST)
-        scale = tl.where((bits > 0) & (bits < 0x7F800000), scale, 1.0)
+        scale = _scale_of(bits.to(tl.int32), per_max, False)
     elif IS_FIXED:
         scale = largest * 0.0 + master_scale
         scale = tl.where(bits < 0x7F800000, scale, master_scale)
