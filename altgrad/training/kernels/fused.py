@@ -78,7 +78,8 @@ LR, BETA1, BETA2, EPS, DECAY, MAX_STIFFNESS, RUNG_CLIP, MASTER_SCALE, PER_MAX, M
 OFFSET, LOWEST, HIGHEST, MAX_INDEX, FIRST_NORMAL, TO_FIXED, MANTISSA_STEP = range(11, 18)
 """The words of a format behind those of the rounding loops."""
 
-PIECE = 1 << 14
+PIECE, LANES = 1 << 14, 16
+"""Elements of a piece at most, and of a cache line, at which pieces are cut."""
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
 _ABSOLUTE, _INFINITY = _U32(0x7FFFFFFF), _U32(0x7F800000)
@@ -130,6 +131,13 @@ def largest_bits(words):  # type: ignore[no-untyped-def]
         magnitude = _U32(_bits(_load(words[i])) & _ABSOLUTE)
         largest = magnitude if magnitude > largest else largest
     return largest
+
+
+@compiled
+def _look(word, line, begin, largest, position):  # type: ignore[no-untyped-def]
+    """Takes the rest of a tensor's gradient, from an element on, into the largest found of it."""
+    grad = carray(_pointer(line[GRAD]), line[ELEMENTS], word.dtype)
+    largest[position] = max(largest[position], largest_bits(grad[begin:]))
 
 
 @compiled
@@ -239,6 +247,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
         shrink, limit, clip = _F32(lr * numbers[DECAY]), _F32(lr * numbers[MAX_STIFFNESS]), _F32(numbers[RUNG_CLIP])
         whole_clip, floor, full = _F32(math.floor(numbers[RUNG_CLIP])), _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
         rung_decay = _F32(numbers[DECAY]) if own_unit else _F32(numbers[DECAY] * lr)
+        largest_grads, looker, looked = np.zeros(chosen.size, np.uint32), 0, 0
         for position in range(chosen.size):
             line, row = table[chosen[position]], rows[chosen[position]]
             elements = line[ELEMENTS]
@@ -253,7 +262,10 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
             largest_cell = carray(_pointer(line[LARGEST]), 1 if line[LARGEST] else 0, np.uint32)
             if largest_cell.size and not line[KNOWN]:
                 largest_cell[0] = largest_bits(weight)
-            if largest_bits(grad) >= _INFINITY:
+            while looker <= position:
+                _look(word, table[chosen[looker]], looked, largest_grads, looker)
+                looker, looked = looker + 1, 0
+            if largest_grads[position] >= _INFINITY:
                 row[_SKIPPED] += 1
                 continue
             step[0] += _F32(1)
@@ -280,14 +292,29 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
             bound = _F32(math.inf) if is_ulp else limit
             per_rung = _F32(lr) if own_unit else _F32(lr / mean)
             peak = _U32(0)
-            for begin in range(0, elements, PIECE):
+            begin = 0
+            while begin < elements:
+                end = min(begin + PIECE, elements)
+                # The gradients of a later tensor are looked at on the way.
+                while looker < chosen.size and table[chosen[looker]][ELEMENTS] - looked < LANES:
+                    _look(word, table[chosen[looker]], looked, largest_grads, looker)
+                    looker, looked = looker + 1, 0
+                is_ahead = looker < chosen.size
+                if is_ahead:
+                    later = table[chosen[looker]]
+                    ahead = carray(_pointer(later[GRAD]), later[ELEMENTS], word.dtype)[looked:]
+                    end = min(end, begin + ahead.size // LANES * LANES)
+                else:
+                    ahead = grad[begin:end]
+                largest_ahead = _U32(0)
                 flips, applied, travel, moves = _U32(0), _U32(0), _U32(0), _U32(0)
                 present, over, high, low = _U32(0), _U32(0), _U32(0), _U32(0)
                 # Whole pieces, so that no index could be negative, which LLVM would have to mind.
-                weights, grads = weight[begin : begin + PIECE], grad[begin : begin + PIECE]
-                firsts, seconds = first[begin : begin + PIECE], second[begin : begin + PIECE]
-                given, carries = direction[begin : begin + PIECE], carry[begin : begin + PIECE]
+                weights, grads, firsts, seconds = weight[begin:end], grad[begin:end], first[begin:end], second[begin:end]
+                given, carries = direction[begin:end], carry[begin:end]
                 for i in range(weights.size):
+                    magnitude = _U32(_bits(_load(ahead[i])) & _ABSOLUTE)
+                    largest_ahead = magnitude if magnitude > largest_ahead else largest_ahead
                     w, g = _load(weights[i]), _load(grads[i])
                     counter = _plus(_U32(begin), _U32(i))
                     if counts_all:
@@ -392,6 +419,10 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
                 row[_TRAVEL] += travel
                 row[_POSITION] += _I64(_I32(moves))
                 row[_EXPECTED] += whole_sum(high, low)
+                if is_ahead:
+                    largest_grads[looker] = max(largest_grads[looker], largest_ahead)
+                    looked += end - begin
+                begin = end
             if largest_cell.size:
                 largest_cell[0] = peak
             if rescales:
