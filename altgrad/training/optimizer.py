@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
@@ -262,6 +263,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.counted = []
         index, is_whole = 0, False
+        kernels: dict[Any, Kernel] = {}
         for group in self.param_groups:
             group["calls"] += 1
             batches: dict[Any, tuple[Plan, list[tuple[Tensor, Job]]]] = {}
@@ -269,7 +271,10 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     own, job = self._job(parameter, group, index, plan)
-                    key = kernel_for(job), job.weight.dtype, id(own)
+                    kind = job.weight.device, job.weight.dtype, job.grad.dtype, job.weight.numel() > 0
+                    if kind not in kernels:
+                        kernels[kind] = kernel_for(job)
+                    key = kernels[kind], job.weight.dtype, id(own)
                     batches.setdefault(key, (own, []))[1].append((parameter, job))
                 index += 1
             for (kernel, _, _), (own, members) in batches.items():
@@ -311,7 +316,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             weight=parameter.detach().contiguous(),
             grad=grad.contiguous(),
             step=state["step"],
-            seed=mix_seed(group["seed"], index),
+            seed=_seed_of(group["seed"], index),
             first=state.get("exp_avg"),
             second=state.get("exp_avg_sq"),
             carry=state.get("carry"),
@@ -330,11 +335,12 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
-        wanted = {"exp_avg": plan.moments != Moments.GIVEN, "exp_avg_sq": plan.moments == Moments.ADAM,
-                  "carry": plan.carry}  # fmt: skip
-        for name, is_wanted in wanted.items():
-            if is_wanted and name not in state:
-                state[name] = _zeros(parameter)
+        if "exp_avg" not in state and plan.moments != Moments.GIVEN:
+            state["exp_avg"] = _zeros(parameter)
+        if "exp_avg_sq" not in state and plan.moments == Moments.ADAM:
+            state["exp_avg_sq"] = _zeros(parameter)
+        if "carry" not in state and plan.carry:
+            state["carry"] = _zeros(parameter)
         if "mean_spacing" not in state and plan.needs_mean:
             state["mean_spacing"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
         if "overflow_streak" not in state and plan.rescales:
@@ -393,6 +399,12 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 def _state_of(parameter: Tensor) -> tuple[int, int]:
     """Changes where others than the kernels have written or moved a parameter; writing into `.data` goes unseen."""
     return parameter._version, parameter.data_ptr()
+
+
+@lru_cache(maxsize=4096)
+def _seed_of(seed: int, index: int) -> int:
+    """Of a parameter's draws."""
+    return mix_seed(seed, index)
 
 
 def _zeros(parameter: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 from torch import Tensor
 
@@ -122,14 +123,14 @@ class Plan:
         """The format's constants."""
         return None if self.fmt is None else grid_of(self.fmt)
 
-    @property
+    @cached_property
     def needs_mean(self) -> bool:
         """Whether the step is measured by the tensor's mean spacing."""
         if self.fmt is None or self.own_unit:
             return False
         return self.geometry == Geometry.RELATIVE or self.placement == Placement.RUNGS
 
-    @property
+    @cached_property
     def needs_scale(self) -> bool:
         """Whether the codes of the weights matter to this step."""
         is_resident = self.placement != Placement.MASTER
@@ -137,14 +138,14 @@ class Plan:
             is_resident or self.counting != Counting.NONE or self.geometry in (Geometry.RELATIVE, Geometry.ULP)
         )
 
-    @property
+    @cached_property
     def follows_amax(self) -> bool:
         """Whether the scale is that of a master's current amax: 8-bit formats and below without a fixed one."""
         if self.fmt is None or self.placement != Placement.MASTER:
             return False
         return self.needs_scale and self.master_scale is None and self.fmt.total_bits <= 8
 
-    @property
+    @cached_property
     def rescales(self) -> bool:
         """Whether sustained overflow doubles the scale: that of 8-bit formats and below; wider ones have scale 1."""
         return self.fmt is not None and self.placement != Placement.MASTER and self.fmt.total_bits <= 8

@@ -6,6 +6,7 @@ The environment variable ALTGRAD_KERNEL chooses for all of them, as it does for 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -30,4 +31,10 @@ def kernel_for(job: Job) -> Kernel:
             name = "cpu"
         elif triton_for(job.weight, 1.0) is not None:
             name = "gpu"
+    return _kernel(name)
+
+
+@cache
+def _kernel(name: str) -> Kernel:
+    # Imported when asked for: two of them need libraries that not every machine has.
     return cast(Kernel, importlib.import_module(f"altgrad.training.kernels.{name}"))
