@@ -19,7 +19,8 @@ from torch import Tensor
 
 from altgrad.quantization import get_format, ulp
 from altgrad.training.kernels import Counting, Moments, Placement, Plan
-from altgrad.training.optimizer import GridAwareOptimizer, StepResult
+from altgrad.training.optimizer import GridAwareOptimizer
+from altgrad.training.step_counts import StepResult
 
 
 class GridOptim(GridAwareOptimizer):

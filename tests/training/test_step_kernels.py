@@ -9,7 +9,9 @@ from torch import nn
 from altgrad.quantization import get_format
 from altgrad.quantization.kernels import grid_of
 from altgrad.training import GridOptim, ManifoldAdamW, RoundedAdamW, RoundedOptimizer
+from altgrad.training.kernels import Count
 from altgrad.training.kernels import reference as step_reference
+from altgrad.training.kernels.layout import PIECE
 
 pytest.importorskip("numba")
 
@@ -138,6 +140,47 @@ def test_threads_change_nothing(arm):
         torch.set_num_threads(before)
     assert torch.equal(results[0][1], results[1][1])
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+
+
+SIZES = (40, 5, 0, PIECE + 33, 16, 3, 2 * PIECE, 1, PIECE + 7, 100)
+"""Shorter and longer than the tensors beside them, than a piece and than a vector."""
+
+
+def stepped(bad: dict[int, int], value: float = float("nan")):
+    """Weights, moments and skips after two steps; in the second a gradient of each bad tensor has one bad element."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size, generator=generator) * 0.02) for size in SIZES]
+    optimizer = ARMS["grid"](parameters, "E4M3")
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step in range(2):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * 0.01
+            if step and index in bad:
+                parameter.grad[bad[index]] = value
+        optimizer.step()
+        before = before or [(p.detach().clone(), optimizer.state[p]["exp_avg"].clone()) for p in parameters]
+    after = [(p.detach(), optimizer.state[p]["exp_avg"]) for p in parameters]
+    (skips,) = (rows[:, Count.SKIPPED].tolist() for _, rows in optimizer.counted)
+    return before, after, skips
+
+
+def hard_places() -> list[dict[int, int]]:
+    """One bad element at the ends of tensors, pieces and vectors, and bad tensors in a row."""
+    single = [{index: place} for index, size in enumerate(SIZES)
+              for place in {0, 15, 16, size - 17, size - 1, PIECE - 1, PIECE} if 0 <= place < size]  # fmt: skip
+    return [*single, {0: 3, 1: 2}, {3: PIECE, 4: 0, 5: 2, 6: PIECE}, {8: 0, 9: 99}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_bad_gradient_skips_its_own_tensor_wherever_it_lies(value):
+    before, clean, skips = stepped({})
+    assert not any(skips)
+    for bad in hard_places():
+        _, after, skips = stepped(bad, value)
+        assert [index for index, skipped in enumerate(skips) if skipped] == sorted(bad)
+        for index, found in enumerate(after):
+            wanted = before[index] if index in bad else clean[index]
+            assert all(map(torch.equal, found, wanted)), (bad, index)
 
 
 def test_views_with_gaps_are_stepped_like_their_copies():

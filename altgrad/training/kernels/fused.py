@@ -3,7 +3,8 @@
 A loop per combination of choices, made and compiled when it is first asked for, and kept on disk. The tensors of a
 group come as addresses in a table, a row each, so that one call steps them all, however small they are. A tensor is
 first surveyed (is the gradient finite; the largest weight and the mean spacing where the step needs them), then
-stepped in pieces, small enough for counts in 32 bits.
+stepped in pieces, small enough for counts in 32 bits. While a piece is stepped, as many gradients of later tensors
+are looked at.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from typing import Any
 
 import numpy as np
 from numba import carray, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE
 from altgrad.quantization.kernels.compiled import compiled, inlined
 from altgrad.quantization.kernels.loops import (
     _bits,
@@ -45,6 +44,7 @@ from altgrad.training.kernels import (
     Moments,
     Placement,
 )  # fmt: skip
+from altgrad.training.kernels import layout as at
 from altgrad.training.kernels.elements import (
     HALF,
     LOW,
@@ -67,19 +67,7 @@ from altgrad.training.kernels.elements import (
     value_of,
     whole_sum,
 )  # fmt: skip
-
-WEIGHT, GRAD, FIRST, SECOND, DIRECTION, CARRY, STEP, SCALE, STREAK, MEAN, LARGEST, ELEMENTS, SEED, KNOWN = range(14)
-"""Columns of the table: addresses, the number of elements, the seed of the draws, whether the largest is known."""
-
-LR, BETA1, BETA2, EPS, DECAY, MAX_STIFFNESS, RUNG_CLIP, MASTER_SCALE, PER_MAX, MAX_VALUE, MIN_SPACING, \
-    HAS_EXPONENT, IS_WIDE = range(13)  # fmt: skip
-"""The numbers of a plan."""
-
-OFFSET, LOWEST, HIGHEST, MAX_INDEX, FIRST_NORMAL, TO_FIXED, MANTISSA_STEP = range(11, 18)
-"""The words of a format behind those of the rounding loops."""
-
-PIECE, LANES = 1 << 14, 16
-"""Elements of a piece at most, and of a cache line, at which pieces are cut."""
+from altgrad.training.kernels.survey import largest_bits, look, mean_of, pointer_to, scale_of
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
 _ABSOLUTE, _INFINITY = _U32(0x7FFFFFFF), _U32(0x7F800000)
@@ -89,16 +77,6 @@ _MASTER, _NEAREST, _RUNGS = int(Placement.MASTER), int(Placement.NEAREST), int(P
 _FLIPS, _APPLIED, _GRADIENT, _EXPECTED = int(Count.FLIPS), int(Count.APPLIED), int(Count.GRADIENT), int(Count.EXPECTED)
 _OVERFLOW, _RESCALED, _SKIPPED = int(Count.OVERFLOW), int(Count.RESCALED), int(Count.SKIPPED)
 _TRAVEL, _POSITION = int(Count.TRAVEL), int(Count.POSITION)
-
-
-@intrinsic
-def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
-    """The pointer of an address."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
 
 
 @intrinsic
@@ -114,83 +92,8 @@ def _wide_vectors(typingctx):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _number(bits):  # type: ignore[no-untyped-def]
-    return _F64(_float(_U32(bits)))
-
-
-@inlined
 def _scaled(x, scale, inverse, divides):  # type: ignore[no-untyped-def]
     return _F32(x / scale) if divides else _F32(x * inverse)
-
-
-@compiled
-def largest_bits(words):  # type: ignore[no-untyped-def]
-    """Bits of the largest magnitude; beyond infinity's where there is a NaN."""
-    largest = _U32(0)
-    for i in range(words.size):
-        magnitude = _U32(_bits(_load(words[i])) & _ABSOLUTE)
-        largest = magnitude if magnitude > largest else largest
-    return largest
-
-
-@compiled
-def _look(word, line, begin, largest, position):  # type: ignore[no-untyped-def]
-    """Takes the rest of a tensor's gradient, from an element on, into the largest found of it."""
-    grad = carray(_pointer(line[GRAD]), line[ELEMENTS], word.dtype)
-    largest[position] = max(largest[position], largest_bits(grad[begin:]))
-
-
-@compiled
-def _scale_of(numbers, largest, scale):  # type: ignore[no-untyped-def]
-    """The scale the weights are counted under: the optimizer's own, a fixed one, or that of the amax."""
-    if scale.size:
-        return scale[0]
-    if numbers[MASTER_SCALE] > 0:
-        return _F32(numbers[MASTER_SCALE])
-    if numbers[IS_WIDE] or largest == 0 or largest >= _INFINITY:
-        return _F32(1)
-    found = _F32(_float(largest) * _F32(numbers[PER_MAX]))
-    return min(max(found, _F32(SMALLEST_SCALE)), _F32(LARGEST_SCALE))
-
-
-@compiled
-def _sum_of_spacings(words, scale, grid_words, top):  # type: ignore[no-untyped-def]
-    scale, lowest, highest = _F32(scale), grid_words[LOWEST], grid_words[HIGHEST]
-    shift, high, low = _U32((127 + FIXED) << 23), _U32(0), _U32(0)
-    for i in range(words.size):
-        binade = _plus(binade_of(_F32(_load(words[i]) / scale), lowest, highest), shift)
-        word = _U32(_I32(_float(minus(binade, top) if binade > top else _U32(0))))
-        high, low = _plus(high, _right(word, _U32(HALF))), _plus(low, _U32(word & LOW))
-    return whole_sum(high, low)
-
-
-@compiled
-def _sum_of_gaps(words, scale, grid_words, top):  # type: ignore[no-untyped-def]
-    c, scale = _constants(grid_words), _F32(scale)
-    offset, lowest, max_index = grid_words[OFFSET], grid_words[LOWEST], grid_words[MAX_INDEX]
-    first_normal, step = grid_words[FIRST_NORMAL], _float(grid_words[MANTISSA_STEP])
-    inverse, to_fixed = _float(minus(_U32(0x7F000000), top)), _float(grid_words[TO_FIXED])
-    high, low = _U32(0), _U32(0)
-    for i in range(words.size):
-        size = size_of(index_of(_F32(_load(words[i]) / scale), c, offset, max_index))
-        gap = gap_at(size, c[0], offset, lowest, step, first_normal, max_index)
-        word = _U32(_I32(_F32(_F32(gap * inverse) * to_fixed)))
-        high, low = _plus(high, _right(word, _U32(HALF))), _plus(low, _U32(word & LOW))
-    return whole_sum(high, low)
-
-
-@compiled
-def _mean_of(words, scale, largest, in_gaps, grid_words):  # type: ignore[no-untyped-def]
-    """Mean spacing, or gap where the step is in rungs, in units of the scale."""
-    top = binade_of(_F32(_float(largest) / _F32(scale)), grid_words[LOWEST], grid_words[HIGHEST])
-    total = _I64(0)
-    for begin in range(0, words.size, PIECE):
-        piece = words[begin : begin + PIECE]
-        if in_gaps:
-            total += _sum_of_gaps(piece, scale, grid_words, top)
-        else:
-            total += _sum_of_spacings(piece, scale, grid_words, top)
-    return _F64(total) * 2.0**-FIXED / words.size * (_number(top) * _number(grid_words[MANTISSA_STEP]))
 
 
 @compiled
@@ -237,33 +140,35 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
     def run(word, table, chosen, numbers, grid_words, call, rows):  # type: ignore[no-untyped-def]
         _wide_vectors()
         c = _constants(grid_words)
-        offset, lowest, highest = grid_words[OFFSET], grid_words[LOWEST], grid_words[HIGHEST]
-        max_index, first_normal = grid_words[MAX_INDEX], grid_words[FIRST_NORMAL]
-        mantissa_step, to_fixed = _float(grid_words[MANTISSA_STEP]), _float(grid_words[TO_FIXED])
-        least, max_stiffness = _F32(numbers[MIN_SPACING]), _F32(numbers[MAX_STIFFNESS])
-        has_exponent, end_index = numbers[HAS_EXPONENT] > 0, _I32(grid_words[MAX_INDEX])
-        lr, beta1, beta2, eps = numbers[LR], _F32(numbers[BETA1]), _F32(numbers[BETA2]), _F32(numbers[EPS])
-        rest1, rest2, step_length = _F32(1 - numbers[BETA1]), _F32(1 - numbers[BETA2]), _F32(lr)
-        shrink, limit, clip = _F32(lr * numbers[DECAY]), _F32(lr * numbers[MAX_STIFFNESS]), _F32(numbers[RUNG_CLIP])
-        whole_clip, floor, full = _F32(math.floor(numbers[RUNG_CLIP])), _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
-        rung_decay = _F32(numbers[DECAY]) if own_unit else _F32(numbers[DECAY] * lr)
+        offset, lowest, highest = grid_words[at.OFFSET], grid_words[at.LOWEST], grid_words[at.HIGHEST]
+        max_index, first_normal = grid_words[at.MAX_INDEX], grid_words[at.FIRST_NORMAL]
+        mantissa_step, to_fixed = _float(grid_words[at.MANTISSA_STEP]), _float(grid_words[at.TO_FIXED])
+        least, max_stiffness = _F32(numbers[at.MIN_SPACING]), _F32(numbers[at.MAX_STIFFNESS])
+        has_exponent, end_index = numbers[at.HAS_EXPONENT] > 0, _I32(grid_words[at.MAX_INDEX])
+        lr, beta1, beta2, eps = numbers[at.LR], _F32(numbers[at.BETA1]), _F32(numbers[at.BETA2]), _F32(numbers[at.EPS])
+        rest1, rest2, step_length = _F32(1 - numbers[at.BETA1]), _F32(1 - numbers[at.BETA2]), _F32(lr)
+        shrink, limit = _F32(lr * numbers[at.DECAY]), _F32(lr * numbers[at.MAX_STIFFNESS])
+        clip = _F32(numbers[at.RUNG_CLIP])
+        whole_clip, floor, full = _F32(math.floor(numbers[at.RUNG_CLIP])), _F32(GRADIENT_FLOOR), _F32(2.0**FIXED)
+        rung_decay = _F32(numbers[at.DECAY]) if own_unit else _F32(numbers[at.DECAY] * lr)
         largest_grads, looker, looked = np.zeros(chosen.size, np.uint32), 0, 0
         for position in range(chosen.size):
             line, row = table[chosen[position]], rows[chosen[position]]
-            elements = line[ELEMENTS]
-            weight = carray(_pointer(line[WEIGHT]), elements, word.dtype)
-            grad = carray(_pointer(line[GRAD]), elements, word.dtype)
-            first = carray(_pointer(line[FIRST]), elements, np.float32)
-            second = carray(_pointer(line[SECOND]), elements, np.float32)
-            direction = carray(_pointer(line[DIRECTION]), elements, np.float32)
-            carry = carray(_pointer(line[CARRY]), elements if with_carry else 0, np.float32)
-            step, streak = carray(_pointer(line[STEP]), 1, np.float32), carray(_pointer(line[STREAK]), 1, np.int64)
-            scale_cell = carray(_pointer(line[SCALE]), 1 if line[SCALE] else 0, np.float32)
-            largest_cell = carray(_pointer(line[LARGEST]), 1 if line[LARGEST] else 0, np.uint32)
-            if largest_cell.size and not line[KNOWN]:
+            elements = line[at.ELEMENTS]
+            weight = carray(pointer_to(line[at.WEIGHT]), elements, word.dtype)
+            grad = carray(pointer_to(line[at.GRAD]), elements, word.dtype)
+            first = carray(pointer_to(line[at.FIRST]), elements, np.float32)
+            second = carray(pointer_to(line[at.SECOND]), elements, np.float32)
+            direction = carray(pointer_to(line[at.DIRECTION]), elements, np.float32)
+            carry = carray(pointer_to(line[at.CARRY]), elements if with_carry else 0, np.float32)
+            step = carray(pointer_to(line[at.STEP]), 1, np.float32)
+            streak = carray(pointer_to(line[at.STREAK]), 1, np.int64)
+            scale_cell = carray(pointer_to(line[at.SCALE]), 1 if line[at.SCALE] else 0, np.float32)
+            largest_cell = carray(pointer_to(line[at.LARGEST]), 1 if line[at.LARGEST] else 0, np.uint32)
+            if largest_cell.size and not line[at.KNOWN]:
                 largest_cell[0] = largest_bits(weight)
             while looker <= position:
-                _look(word, table[chosen[looker]], looked, largest_grads, looker)
+                look(word, table[chosen[looker]], looked, largest_grads, looker)
                 looker, looked = looker + 1, 0
             if largest_grads[position] >= _INFINITY:
                 row[_SKIPPED] += 1
@@ -272,46 +177,46 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
             scale, mean, largest, ordinal = _F32(1), 1.0, _U32(0), _I64(step[0])
             if needs_scale:
                 measures = needs_mean and (ordinal <= MEAN_EVERY or ordinal % MEAN_EVERY == 0)
-                if measures or not (scale_cell.size or numbers[MASTER_SCALE] > 0 or numbers[IS_WIDE]):
+                if measures or not (scale_cell.size or numbers[at.MASTER_SCALE] > 0 or numbers[at.IS_WIDE]):
                     largest = largest_cell[0] if largest_cell.size else largest_bits(weight)
-                scale = _scale_of(numbers, largest, scale_cell)
+                scale = scale_of(numbers, largest, scale_cell)
                 if needs_mean and elements:
-                    mean_cell = carray(_pointer(line[MEAN]), 1, np.float64)
+                    mean_cell = carray(pointer_to(line[at.MEAN]), 1, np.float64)
                     if measures:
-                        mean_cell[0] = _mean_of(weight, scale, largest, in_rungs, grid_words) * _F64(scale)
+                        mean_cell[0] = mean_of(weight, scale, largest, in_rungs, grid_words) * _F64(scale)
                     mean = mean_cell[0]
             inverse, scale_bits = _F32(1) / scale, _bits(scale)
-            end_value = _F32(numbers[MAX_VALUE] * _F64(scale))
-            seed = mixed(line[SEED], call)
+            end_value = _F32(numbers[at.MAX_VALUE] * _F64(scale))
+            seed = mixed(line[at.SEED], call)
             keys = splitmix64(seed)
             key, second_key = _U32(keys & np.uint64(0xFFFFFFFF)), _U32(keys >> np.uint64(32))
-            correction = 1.0 / (1.0 - power(numbers[BETA1], _I64(step[0])))
-            by_mean, by_root = _F32(correction), _F32(1.0 / math.sqrt(1.0 - power(numbers[BETA2], _I64(step[0]))))
-            repaid = _F32((1 - numbers[BETA1]) / (numbers[BETA1] * lr * correction)) if feedback else _F32(0)
+            correction = 1.0 / (1.0 - power(numbers[at.BETA1], _I64(step[0])))
+            by_mean, by_root = _F32(correction), _F32(1.0 / math.sqrt(1.0 - power(numbers[at.BETA2], _I64(step[0]))))
+            repaid = _F32((1 - numbers[at.BETA1]) / (numbers[at.BETA1] * lr * correction)) if feedback else _F32(0)
             length = _F32(lr * _F64(scale)) if is_ulp else _F32(lr * _F64(scale) / mean)
             bound = _F32(math.inf) if is_ulp else limit
             per_rung = _F32(lr) if own_unit else _F32(lr / mean)
             peak = _U32(0)
             begin = 0
             while begin < elements:
-                end = min(begin + PIECE, elements)
+                end = min(begin + at.PIECE, elements)
                 # The gradients of a later tensor are looked at on the way.
-                while looker < chosen.size and table[chosen[looker]][ELEMENTS] - looked < LANES:
-                    _look(word, table[chosen[looker]], looked, largest_grads, looker)
+                while looker < chosen.size and table[chosen[looker]][at.ELEMENTS] - looked < at.LANES:
+                    look(word, table[chosen[looker]], looked, largest_grads, looker)
                     looker, looked = looker + 1, 0
                 is_ahead = looker < chosen.size
                 if is_ahead:
                     later = table[chosen[looker]]
-                    ahead = carray(_pointer(later[GRAD]), later[ELEMENTS], word.dtype)[looked:]
-                    end = min(end, begin + ahead.size // LANES * LANES)
+                    ahead = carray(pointer_to(later[at.GRAD]), later[at.ELEMENTS], word.dtype)[looked:]
+                    end = min(end, begin + ahead.size // at.LANES * at.LANES)
                 else:
                     ahead = grad[begin:end]
                 largest_ahead = _U32(0)
                 flips, applied, travel, moves = _U32(0), _U32(0), _U32(0), _U32(0)
                 present, over, high, low = _U32(0), _U32(0), _U32(0), _U32(0)
                 # Whole pieces, so that no index could be negative, which LLVM would have to mind.
-                weights, grads, firsts, seconds = weight[begin:end], grad[begin:end], first[begin:end], second[begin:end]
-                given, carries = direction[begin:end], carry[begin:end]
+                weights, grads, given = weight[begin:end], grad[begin:end], direction[begin:end]
+                firsts, seconds, carries = first[begin:end], second[begin:end], carry[begin:end]
                 for i in range(weights.size):
                     magnitude = _U32(_bits(_load(ahead[i])) & _ABSOLUTE)
                     largest_ahead = magnitude if magnitude > largest_ahead else largest_ahead
