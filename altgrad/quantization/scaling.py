@@ -67,25 +67,30 @@ class ScaleRule(BaseModel):
         )  # fmt: skip
 
     def scale(
-        self, x: Tensor, fmt: str | FloatFormat, state: ScaleTracker | None = None, *, update: bool = True
+        self, x: Tensor, fmt: str | FloatFormat, state: ScaleTracker | None = None, *, update: bool = True,
+        largest: Tensor | None = None,
     ) -> Tensor:
         """The scale to quantize x with: float32 that broadcasts to x; 1 for formats wider than 8 bits.
 
         0-d if current or delayed, [..., 1] per channel, x's shape by block. A delayed rule takes the state of
-        this very tensor, and x joins its history unless `update` is off (evaluation).
+        this very tensor, and x joins its history unless `update` is off (evaluation). `largest`: x's `amax`, where
+        it is known.
         """
         fmt = get_format(fmt)
         if self.kind == "delayed":
             if state is None or state.fmt != fmt:
                 has = "none" if state is None else f"one for {state.fmt.name}"
                 raise ValueError(f"a delayed scale needs the state of new_state({fmt.name!r}), got {has}")
-            return state.update(x) if update else state.scale_for(x)
+            return state.update(x) if update else state.scale_for(x, largest)
         if fmt.total_bits > 8:
             return torch.ones((), device=x.device)
         if self.kind == "block":
             return block_scale(x, BlockFormat(fmt, self.block_scale_format, self.block_size))
         is_whole = self.kind == "current" or x.dim() == 0
-        largest = amax(x) if is_whole else channel_amax(x, tuple(range(x.dim() - 1)))
+        if not is_whole:
+            largest = channel_amax(x, tuple(range(x.dim() - 1)))
+        elif largest is None:
+            largest = amax(x)
         headroom = self.headroom * 2.0**self.margin
         return scale_of_amax(largest, fmt, power_of_two=self.power_of_two, headroom=headroom)
 
@@ -233,10 +238,10 @@ class ScaleTracker:
             self.history.push(largest)
         return scale
 
-    def scale_for(self, x: Tensor) -> Tensor:
-        """The scale for x from earlier steps, 0-d float32; from x itself on the first unless `shared`."""
+    def scale_for(self, x: Tensor, largest: Tensor | None = None) -> Tensor:
+        """The scale for x from earlier steps, 0-d float32; from x, or its known amax, on the first unless `shared`."""
         if self.history.is_empty and not self.shared:
-            return self._scale_of(amax(x))
+            return self._scale_of(amax(x) if largest is None else largest)
         return self._scale_of(self.history.amax().to(x.device))
 
     def scale(self) -> Tensor:

@@ -52,21 +52,42 @@ class SpectralNormTracker:
         self.products, self.cold_products = products, cold_products
         self._vectors: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def update(self, name: str, weight: Tensor) -> SpectralNorms:
         """Norms and stable rank of [out, ...], shapes and edge cases as in `ranks`; ValueError for another width."""
-        matrix = as_matrix(weight)
-        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-        fixed = _unit(hash_uniform((matrix.shape[1],), 0, matrix.device).to(matrix.dtype) - 0.5)
-        kept = self._vectors.get(name)
-        if kept is not None and kept.shape != fixed.shape:
-            raise ValueError(f"{name!r} had {kept.numel()} columns, now it has {fixed.numel()}")
-        kept = fixed if kept is None else kept.to(fixed)
-        frobenius = torch.linalg.vector_norm(matrix, dtype=torch.float64)
-        products = self.products if name in self._vectors else self.cold_products
-        share, vector = _longest_image(matrix, frobenius, kept + RESTART * fixed, products)
-        self._vectors[name] = torch.where(torch.isfinite(share), vector, kept)
-        return _norms(share, frobenius)
+        return self.update_all({name: weight})[name]
+
+    @torch.no_grad()
+    def update_all(self, weights: Mapping[str, Tensor]) -> dict[str, SpectralNorms]:
+        """`update` of all by name; matrices of one shape are searched together, for calls cost more than sums."""
+        groups: dict[object, dict[str, Tensor]] = {}
+        for name, weight in weights.items():
+            matrix = as_matrix(weight)
+            matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+            kept = self._vectors.get(name)
+            if kept is not None and kept.numel() != matrix.shape[1]:
+                raise ValueError(f"{name!r} had {kept.numel()} columns, now it has {matrix.shape[1]}")
+            kind = matrix.shape, matrix.dtype, matrix.device, kept is None
+            groups.setdefault(kind, {})[name] = matrix
+        found: dict[str, SpectralNorms] = {}
+        for group in groups.values():
+            found |= self._update_group(list(group), torch.stack(list(group.values())))
+        return {name: found[name] for name in weights}
+
+    def _update_group(self, names: list[str], matrices: Tensor) -> dict[str, SpectralNorms]:
+        """Of [count, out, in] matrices that are all known or all new."""
+        is_new = names[0] not in self._vectors
+        columns = matrices.shape[2]
+        fixed = _unit(hash_uniform((columns,), 0, matrices.device).to(matrices.dtype) - 0.5)
+        kept = fixed.expand(len(names), columns)
+        if not is_new:
+            kept = torch.stack([self._vectors[name].to(fixed) for name in names])
+        frobenius = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64)
+        products = self.cold_products if is_new else self.products
+        shares, vectors = _longest_images(matrices, frobenius, kept + RESTART * fixed, products)
+        vectors = torch.where(torch.isfinite(shares)[:, None], vectors, kept)
+        self._vectors |= dict(zip(names, vectors.unbind(), strict=True))
+        numbers = zip(*(number.unbind() for number in _norms(shares, frobenius)), strict=True)
+        return {name: SpectralNorms(*own) for name, own in zip(names, numbers, strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The kept vectors by name."""
@@ -92,7 +113,7 @@ class RankGauge:
 
     def measure(self, matrices: Mapping[str, Tensor]) -> dict[str, SpectralNorms]:
         """One check of all matrices by name; 0-d tensors, for whoever logs them to fetch."""
-        estimates = {name: self._tracker.update(name, weight) for name, weight in matrices.items()}
+        estimates = self._tracker.update_all(matrices)
         is_exact = self._checks % self.exact_every == 0
         self._checks += 1
         return {name: spectrum(weight) for name, weight in matrices.items()} if is_exact else estimates
@@ -107,41 +128,63 @@ class RankGauge:
         self._tracker.load_state_dict(state["vectors"])
 
 
-def _norms(share: Tensor, frobenius: Tensor) -> SpectralNorms:
-    """From the spectral over the Frobenius norm; the zero matrix and the non-finite one have laws of their own."""
+def _norms(shares: Tensor, frobenius: Tensor) -> list[Tensor]:
+    """Stable rank, spectral and Frobenius norm from the spectral norm's share in the latter, [count] each.
+
+    The zero matrix and the non-finite one have laws of their own.
+    """
     is_zero, is_finite = frobenius == 0, torch.isfinite(frobenius)
-    found = (torch.where(is_zero, 0.0, value) for value in (share**-2, share * frobenius, frobenius))
-    return SpectralNorms(*(torch.where(is_finite, value, math.nan) for value in found))
+    found = (torch.where(is_zero, 0.0, value) for value in (shares**-2, shares * frobenius, frobenius))
+    return [torch.where(is_finite, value, math.nan) for value in found]
 
 
-def _longest_image(matrix: Tensor, frobenius: Tensor, guess: Tensor, products: int) -> tuple[Tensor, Tensor]:
-    """Longest |W x| / |W|_F over unit vectors x in the span of guess, G guess, ...: float64, and that x."""
+def _longest_images(
+    matrices: Tensor, frobenius: Tensor, guesses: Tensor, products: int
+) -> tuple[Tensor, Tensor]:
+    """Longest |W x| / |W|_F over unit vectors x in the span of guess, G guess, ...: float64 [count], and these x.
+
+    `matrices` [count, out, in], `guesses` [count, in].
+    """
+    count, rows, columns = matrices.shape
     # Over the Frobenius norm every length is at most 1, so nothing overflows whatever the weight's scale.
-    length = torch.where(frobenius > 0, frobenius, 1.0).to(matrix.dtype)
-    basis = guess.new_zeros(products, matrix.shape[1])
-    images = guess.new_zeros(products, matrix.shape[0])
-    direction = _unit(guess)
+    length = torch.where(frobenius > 0, frobenius, 1.0).to(matrices.dtype)[:, None]
+    basis = guesses.new_zeros(count, products, columns)
+    images = guesses.new_zeros(count, products, rows)
+    directions = _unit(guesses)
     for i in range(products):
-        basis[i] = direction
-        images[i] = torch.mv(matrix, direction) / length
-        following, known = torch.mv(matrix.T, images[i]) / length, basis[: i + 1]
-        smallest = _EXHAUSTED * torch.linalg.vector_norm(following)
+        basis[:, i] = directions
+        images[:, i] = _times(matrices, directions) / length
+        following, known = _times(matrices.mT, images[:, i]) / length, basis[:, : i + 1]
+        smallest = _EXHAUSTED * torch.linalg.vector_norm(following, dim=1, keepdim=True)
         for _ in range(2):  # once leaves too much of the basis in float32
-            following = following - torch.mv(known.T, torch.mv(known, following))
-        direction = torch.where(torch.linalg.vector_norm(following) > smallest, _unit(following), 0.0)
-    value, weights = _top_eigenpair((images @ images.T).double())
-    return value.sqrt(), _unit(torch.mv(basis.T, weights.to(basis.dtype)))
+            following = following - _times(known.mT, _times(known, following))
+        is_new = torch.linalg.vector_norm(following, dim=1, keepdim=True) > smallest
+        directions = torch.where(is_new, _unit(following), 0.0)
+    values, weights = _top_eigenpairs((images @ images.mT).double())
+    return values.sqrt(), _unit(_times(basis.mT, weights.to(basis.dtype)))
 
 
-def _top_eigenpair(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a small positive semidefinite matrix, from its 2^14-th power: an eigensolver would wait for the device."""
-    power = gram / gram.trace()
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """[count, rows, columns] by [count, columns], as rows by transposed matrices: BLAS is twice as fast at that."""
+    return torch.bmm(vectors[:, None], matrices.mT)[:, 0]
+
+
+def _top_eigenpairs(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Of small positive semidefinite matrices, from their 2^14-th powers: an eigensolver would wait for the device."""
+    power = grams / _trace(grams)
     for _ in range(_SQUARINGS):
         power = power @ power
-        power = power / power.trace()
-    return (power * gram).sum(), power.index_select(1, power.diagonal().argmax().reshape(1)).flatten()
+        power = power / _trace(power)
+    longest = power.diagonal(dim1=1, dim2=2).argmax(dim=1)
+    vectors = power.gather(2, longest[:, None, None].expand(-1, power.shape[1], 1))[:, :, 0]
+    return (power * grams).sum(dim=(1, 2)), vectors
 
 
-def _unit(vector: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(vector)
-    return torch.where(norm > 0, vector / norm, vector)
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Along the last axis; the zero vector stays."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return torch.where(norms > 0, vectors / norms, vectors)

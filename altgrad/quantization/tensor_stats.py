@@ -81,28 +81,38 @@ class AmaxAverage(NamedTuple):
     jump: Tensor
 
 
-def range_statistics(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> RangeStatistics:
-    """How much of a tensor of any role a format covers under this scale; ValueError without elements."""
+def range_statistics(
+    x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, amax: Tensor | None = None
+) -> RangeStatistics:
+    """How much of a tensor of any role a format covers under this scale; ValueError without elements.
+
+    `amax`: max abs(x), 0-d, where it is known.
+    """
     fmt, x = get_format(fmt), _elements(x)
-    rounded, finite = quantize(x, fmt, scale), torch.isfinite(x)
+    amax = _amax(x) if amax is None else amax.double()
+    rounded, finite = quantize(x, fmt, scale), (x - x) == 0  # NaN differs from itself, and so does inf - inf
     largest = torch.as_tensor(scale, dtype=torch.float32, device=x.device) * fmt.max
-    signal = torch.where(finite, x, 0.0).double()
-    noise = torch.where(finite, x.double() - rounded.double(), 0.0)
+    # The difference of a number and its neighbour on the grid is exact.
+    power = [_length(torch.where(finite, values, 0.0)).square() for values in (x, x - rounded)]
+    at_ends = torch.count_nonzero(rounded == largest) + torch.count_nonzero(rounded == -largest)
     return RangeStatistics(
-        amax=_amax(x),
-        overflow=overflow_share(x, fmt, scale),
-        underflow=_share((x != 0) & (rounded == 0)),
-        saturation=_share(rounded.abs() == largest),
-        sqnr_db=10.0 * (signal.square().sum() / noise.square().sum()).log10(),
-        nonfinite=_share(~finite),
+        amax=amax,
+        overflow=overflow_share(x, fmt, scale, amax),
+        underflow=(torch.count_nonzero(x) - torch.count_nonzero(rounded)).double() / x.numel(),
+        saturation=at_ends.double() / x.numel(),
+        sqnr_db=10.0 * (power[0] / power[1]).log10(),
+        nonfinite=1.0 - _share(finite),
     )
 
 
-def overflow_share(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
+def overflow_share(
+    x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, amax: Tensor | None = None
+) -> Tensor:
     """The `overflow` of `range_statistics` alone: 0-d float64; on a CPU only the amax is taken where none can be."""
     x, limit = _elements(x), _overflow_limit(get_format(fmt))
     has_one_scale = not isinstance(scale, Tensor) or scale.numel() == 1
-    peak = scalar(_amax(x).float() / scale) if has_one_scale else None
+    amax = _amax(x) if amax is None and has_one_scale else amax
+    peak = None if amax is None or not has_one_scale else scalar(amax.float() / scale)
     if peak is not None and peak <= limit:
         return torch.zeros((), dtype=torch.float64)
     return _share((x / scale).abs() > limit)
@@ -121,14 +131,22 @@ def gradient_statistics(grad: Tensor) -> GradientStatistics:
     wide = gradient.double()
     mean = wide.mean()
     deviation = torch.linalg.vector_norm(wide - mean) / math.sqrt(wide.numel())
+    linf = _amax(gradient)
     return GradientStatistics(
         l2=torch.linalg.vector_norm(wide),
-        linf=_amax(gradient),
+        linf=linf,
         snr=mean.abs() / deviation,
         zero=_zeros(gradient),
-        # Of all numbers only these differ from themselves.
-        nonfinite=torch.count_nonzero(gradient - gradient).double() / gradient.numel(),
+        nonfinite=count_nonfinite(gradient, linf).double() / gradient.numel(),
     )
+
+
+def count_nonfinite(x: Tensor, amax: Tensor | None = None) -> Tensor:
+    """Elements that are NaN or infinite, 0-d int64; on a CPU only the amax is taken where there are none."""
+    peak = scalar(_amax(x) if amax is None else amax)
+    if peak is not None and math.isfinite(peak):
+        return torch.zeros((), dtype=torch.int64)
+    return torch.count_nonzero(x - x)  # of all numbers only these differ from themselves
 
 
 def moment_snr(mean: Tensor, mean_square: Tensor) -> Tensor:
@@ -141,6 +159,11 @@ def moment_snr(mean: Tensor, mean_square: Tensor) -> Tensor:
         raise ValueError(f"mean has the shape {tuple(m.shape)}, mean_square {tuple(v.shape)}")
     variance = (v - m.square()).clamp(min=0.0)
     return (m.square().sum() / variance.sum()).sqrt()
+
+
+def _length(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return length
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -211,16 +234,24 @@ class AmaxMovingAverage:
 
     def update(self, name: str, step: int, amax: Tensor) -> AmaxAverage:
         """Takes in one 0-d amax; ValueError where steps do not ascend."""
-        value = amax.detach().double()
-        elapsed = _elapsed(self._seen, name, step, first=0)
-        before = self._mean.get(name, torch.full_like(value, math.nan))
-        waiting = self._waiting.get(name, torch.zeros_like(value)) + elapsed
+        return self.update_all(step, {name: amax})[name]
+
+    def update_all(self, step: int, amaxes: Mapping[str, Tensor]) -> dict[str, AmaxAverage]:
+        """`update` of many by name, in the calls that one takes."""
+        if not amaxes:
+            return {}
+        values = torch.stack([amax.detach().double() for amax in amaxes.values()])
+        nothing, zero = values.new_full((), math.nan), values.new_zeros(())
+        elapsed = values.new_tensor([_elapsed(self._seen, name, step, first=0) for name in amaxes])
+        before = torch.stack([self._mean.get(name, nothing) for name in amaxes])
+        waiting = torch.stack([self._waiting.get(name, zero) for name in amaxes]) + elapsed
         kept = torch.exp(-waiting / self.smoothing)
-        moved = torch.where(before.isnan(), value, value + (before - value) * kept)
-        finite = torch.isfinite(value)
-        self._mean[name] = torch.where(finite, moved, before)
-        self._waiting[name] = torch.where(finite, 0.0, waiting)
-        return AmaxAverage(self._mean[name], value / before)
+        moved = torch.where(before.isnan(), values, values + (before - values) * kept)
+        finite = torch.isfinite(values)
+        means = torch.where(finite, moved, before).unbind()
+        self._mean |= dict(zip(amaxes, means, strict=True))
+        self._waiting |= dict(zip(amaxes, torch.where(finite, 0.0, waiting).unbind(), strict=True))
+        return dict(zip(amaxes, map(AmaxAverage, means, (values / before).unbind()), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Means, steps since each last moved, and the last step seen, by name."""

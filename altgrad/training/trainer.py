@@ -224,7 +224,7 @@ class Trainer:
         if self.observers is not None:
             self.observers.start_step(step, check=check)
         loss = self._backward(step)
-        outputs = loss.new_zeros(0) if self.observers is None else self.observers.end_forward(loss.device)
+        outputs = loss.new_zeros(0) if self.observers is None else self.observers.end_passes(loss.device)
         loss = self.workers.average(loss, self.model)
         if self.observers is not None:
             self.observers.before_update()
@@ -240,6 +240,8 @@ class Trainer:
         losses = []
         for share in self.workers.shares:
             loss = self.task.loss(self.model, step, share)
+            if self.observers is not None:
+                self.observers.end_forward(loss)
             pieces = self.workers.micro_batches
             (loss / pieces if pieces > 1 else loss).backward()
             losses.append(loss.detach())

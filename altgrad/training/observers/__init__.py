@@ -53,7 +53,7 @@ class Observers:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the modules whose outputs `end_forward` sums, in the order of execution."""
+        """Names of the modules whose outputs are summed, in the order of execution."""
         return self._outputs.names
 
     def start_step(self, step: int, *, check: bool) -> None:
@@ -69,9 +69,13 @@ class Observers:
         for observer in self._observers:
             observer.start_step(moment)
 
-    def end_forward(self, device: torch.device) -> Tensor:
-        """[modules] the sum of each module's output, finite where the output is."""
-        return self._outputs.end_forward(device)
+    def end_forward(self, loss: Tensor) -> None:
+        """After each forward pass of a step, before its backward pass, with its loss (0-d)."""
+        self._outputs.end_forward(loss)
+
+    def end_passes(self, device: torch.device) -> Tensor:
+        """After the step's last pass: [modules] the sum of each module's output, finite where the output is."""
+        return self._outputs.end_step(device)
 
     @torch.no_grad()
     def before_update(self) -> None:

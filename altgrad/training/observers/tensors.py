@@ -2,8 +2,8 @@
 
 At a check every role's amax, its moving average, and the share beyond the format's range; on the rarer schedule, what
 else the format makes of the tensor (underflow, saturation, SQNR), the kurtosis of what comes in, and the largest
-attention logit. At every step one sum over each module's output: where it is not finite, so is the output, and the
-first such module in the order of execution is where a run broke.
+attention logit. Of a step whose loss is not finite one sum over each module's output: where it is not finite, so is the
+output, and the first such module in the order of execution is where a run broke.
 
 Activations are looked at before the layer rounds them, under the scale that it will take; gradients as they arrive at
 the layer's output. A layer in block scales has no single scale, and only its amax is followed.
@@ -27,7 +27,9 @@ from altgrad.quantization import (
     overflow_share,
     range_statistics,
 )
+from altgrad.quantization.kernels.dispatch import scalar
 from altgrad.quantization.roles import RoleQuantizer
+from altgrad.quantization.scaling import amax
 from altgrad.training.model import Attention
 from altgrad.training.observers.base import Moment, Observer, Readings, Subject
 
@@ -39,6 +41,7 @@ class TensorObserver(Observer):
         self._layers = {name: m for name, m in subject.model.named_modules() if isinstance(m, QuantizedLinear)}
         self._average = AmaxMovingAverage()
         self._found: Readings = {}
+        self._largest: dict[tuple[str, str], Tensor] = {}
         self._moment = Moment(0, check=False, detail=False)
         self._open = False
         self._hooks: list[RemovableHandle] = []
@@ -62,7 +65,12 @@ class TensorObserver(Observer):
         self._open = False
 
     def collect(self) -> Readings:
-        found, self._found = self._found, {}
+        named = {f"{name}/{role}": largest for (name, role), largest in self._largest.items()}
+        averages = self._average.update_all(self._moment.step, named)
+        for (name, role), average in zip(self._largest, averages.values(), strict=True):
+            self._found[name, f"{role}_amax_mean"] = average.mean
+            self._found[name, f"{role}_amax_jump"] = average.jump
+        found, self._found, self._largest = self._found, {}, {}
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,24 +105,19 @@ class TensorObserver(Observer):
     ) -> None:
         if (name, f"{role}_amax") in self._found:
             return  # a layer that runs twice in a step is seen at its first run
-        low, high = torch.aminmax(x)
-        amax = torch.maximum(high, -low)
-        average = self._average.update(f"{name}/{role}", self._moment.step, amax)
-        self._found |= {
-            (name, f"{role}_amax"): amax,
-            (name, f"{role}_amax_mean"): average.mean,
-            (name, f"{role}_amax_jump"): average.jump,
-        }
+        largest = amax(x)
+        self._found[name, f"{role}_amax"] = self._largest[name, role] = largest
         if quantizer is None or quantizer.role.scale.kind == "block":
             return
-        scale = own_scale
+        scale, rule = own_scale, quantizer.role.scale
         if scale is None:
-            scale = quantizer.role.scale.scale(x, quantizer.fmt, quantizer.tracker, update=False)
-        self._found[name, f"{role}_overflow"] = overflow_share(x, quantizer.fmt, scale)
+            scale = rule.scale(x, quantizer.fmt, quantizer.tracker, update=False, largest=largest)
         if not self._moment.detail:
+            self._found[name, f"{role}_overflow"] = overflow_share(x, quantizer.fmt, scale, largest)
             return
-        covered = range_statistics(x, quantizer.fmt, scale)
+        covered = range_statistics(x, quantizer.fmt, scale, largest)
         self._found |= {
+            (name, f"{role}_overflow"): covered.overflow,
             (name, f"{role}_underflow"): covered.underflow,
             (name, f"{role}_saturation"): covered.saturation,
             (name, f"{role}_sqnr"): covered.sqnr_db,
@@ -122,10 +125,15 @@ class TensorObserver(Observer):
 
 
 class OutputSums:
-    """One sum per module and step, to find the first output that was not finite; modules in the order of execution."""
+    """One sum per module and step, to find the first output that was not finite; modules in the order of execution.
+
+    Only a step whose loss is not finite asks for them. On a CPU, where the loss can be read without waiting, they are
+    made of those steps alone; elsewhere at every step, as the outputs come.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.names: list[str] = []
+        self._waiting: list[tuple[str, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._open = False
         self._fixed = False
@@ -144,16 +152,30 @@ class OutputSums:
         """Before the forward pass of a training step."""
         self._sums, self._open = {}, True
 
-    def end_forward(self, device: torch.device) -> Tensor:
-        """[modules] sums of the step, in the order of `names`, which the first step fixes."""
-        self._open, self._fixed = False, True
+    def end_forward(self, loss: Tensor) -> None:
+        """After each forward pass of the step, before its backward pass, with its loss (0-d)."""
+        waiting, self._waiting, self._fixed = self._waiting, [], True
+        known = scalar(loss.detach())
+        if known is None or not math.isfinite(known):
+            for name, y in waiting:
+                self._add(name, y)
+
+    def end_step(self, device: torch.device) -> Tensor:
+        """[modules] sums of the step, 0 where nobody asked, in the order of `names`, which the first step fixes."""
+        self._open = False
         zero = torch.zeros((), device=device)
         return torch.stack([self._sums.get(name, zero) for name in self.names]) if self.names else zero[None][:0]
 
     def _take(self, name: str, _: nn.Module, inputs: Any, y: Any) -> None:
         if not self._open or not isinstance(y, Tensor) or not y.is_floating_point():
             return
-        if not self._fixed and name not in self._sums:
+        if not self._fixed and name not in self.names:
             self.names.append(name)
-        total = y.detach().sum(dtype=torch.float32)
+        if y.device.type == "cpu":
+            self._waiting.append((name, y.detach()))
+        else:
+            self._add(name, y.detach())
+
+    def _add(self, name: str, y: Tensor) -> None:
+        total = y.sum(dtype=torch.float32)
         self._sums[name] = self._sums[name] + total if name in self._sums else total

@@ -14,6 +14,7 @@ from altgrad.quantization import (
     codes_in_use,
     compute_scale,
     compute_stiffness_field,
+    count_nonfinite,
     grid_alignment_statistics,
     weight_grid,
 )
@@ -100,7 +101,7 @@ class NonfiniteObserver(Observer):
 
     def collect(self) -> Readings:
         return {
-            (name, "_nonfinite"): (~torch.isfinite(parameter.detach())).sum()
+            (name, "_nonfinite"): count_nonfinite(parameter.detach())
             for name, parameter in self._parameters.items()
         }
 
