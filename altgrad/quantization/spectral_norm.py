@@ -34,6 +34,9 @@ WARM_PRODUCTS = 8
 COLD_PRODUCTS = 32
 RESTART = 1e-2
 """Length of the fixed vector added to the kept one, of length 1."""
+_SMALL = 1 << 18
+"""Elements up to which matrices are searched together: copying larger ones would cost more than their calls."""
+_SAFE = 1e-12, 1e18
 _SQUARINGS = 14
 _EXHAUSTED = 1e-5
 """A new direction shorter than this part of what it was before the known ones were taken out is rounding."""
@@ -58,7 +61,7 @@ class SpectralNormTracker:
 
     @torch.no_grad()
     def update_all(self, weights: Mapping[str, Tensor]) -> dict[str, SpectralNorms]:
-        """`update` of all by name; matrices of one shape are searched together, for calls cost more than sums."""
+        """`update` of all by name; small matrices of one shape are searched together."""
         groups: dict[object, dict[str, Tensor]] = {}
         for name, weight in weights.items():
             matrix = as_matrix(weight)
@@ -66,11 +69,14 @@ class SpectralNormTracker:
             kept = self._vectors.get(name)
             if kept is not None and kept.numel() != matrix.shape[1]:
                 raise ValueError(f"{name!r} had {kept.numel()} columns, now it has {matrix.shape[1]}")
-            kind = matrix.shape, matrix.dtype, matrix.device, kept is None
+            alone = name if matrix.numel() > _SMALL else None
+            kind = matrix.shape, matrix.dtype, matrix.device, kept is None, alone
             groups.setdefault(kind, {})[name] = matrix
         found: dict[str, SpectralNorms] = {}
         for group in groups.values():
-            found |= self._update_group(list(group), torch.stack(list(group.values())))
+            matrices = list(group.values())
+            together = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+            found |= self._update_group(list(group), together)
         return {name: found[name] for name in weights}
 
     def _update_group(self, names: list[str], matrices: Tensor) -> dict[str, SpectralNorms]:
@@ -81,7 +87,7 @@ class SpectralNormTracker:
         kept = fixed.expand(len(names), columns)
         if not is_new:
             kept = torch.stack([self._vectors[name].to(fixed) for name in names])
-        frobenius = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64)
+        frobenius = _frobenius(matrices)
         products = self.cold_products if is_new else self.products
         shares, vectors = _longest_images(matrices, frobenius, kept + RESTART * fixed, products)
         vectors = torch.where(torch.isfinite(shares)[:, None], vectors, kept)
@@ -126,6 +132,20 @@ class RankGauge:
         """Goes on exactly where `state_dict` was taken."""
         self._checks = int(state["checks"])
         self._tracker.load_state_dict(state["vectors"])
+
+
+def _frobenius(matrices: Tensor) -> Tensor:
+    """Of [count, out, in]: float64 [count], to float32's rounding where its squares neither overflow nor vanish.
+
+    Only a CPU can be asked where that is without waiting; elsewhere all is float64.
+    """
+    if matrices.device.type == "cpu":
+        rows = torch.linalg.vector_norm(matrices, dim=2).double()
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        if bool(((lengths > _SAFE[0]) & (lengths < _SAFE[1])).all()):
+            return lengths
+    exact: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64)
+    return exact
 
 
 def _norms(shares: Tensor, frobenius: Tensor) -> list[Tensor]:
