@@ -169,6 +169,24 @@ def test_a_broken_check_leaves_the_vector_alone(bad):
     assert vars(disturbed.update("a", weight)) == vars(calm.update("a", weight))
 
 
+def test_matrices_searched_together_do_not_disturb_each_other():
+    weights = {"a": torch.randn(48, 64), "zero": torch.zeros(48, 64), "b": torch.randn(48, 64),
+               "other": torch.randn(8, 3), "nan": torch.full((48, 64), math.nan),
+               "tiny": torch.randn(48, 64) * 1e-30, "rank 1": torch.ones(48, 64),
+               "large": torch.randn(600, 500)}  # fmt: skip
+    together = SpectralNormTracker()
+    for check in range(3):
+        found = together.update_all(weights)
+        assert list(found) == list(weights)
+        weights |= {"late": torch.randn(48, 64)} if check == 0 else {}
+    for name, weight in weights.items():
+        alone = SpectralNormTracker()
+        for _ in range(2 if name == "late" else 3):
+            expected = alone.update(name, weight)
+        for number, value in vars(found[name]).items():
+            assert value.item() == pytest.approx(getattr(expected, number).item(), rel=1e-4, nan_ok=True), name
+
+
 def test_a_tracker_refuses_another_shape():
     tracker = SpectralNormTracker()
     tracker.update("a", torch.randn(3, 4))

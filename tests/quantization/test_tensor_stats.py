@@ -13,9 +13,11 @@ from altgrad.quantization import (
     DeadUnits,
     activation_kurtosis,
     compute_scale,
+    count_nonfinite,
     get_format,
     gradient_statistics,
     moment_snr,
+    overflow_share,
     range_statistics,
     update_statistics,
 )
@@ -176,3 +178,32 @@ def test_a_nan_never_poisons_the_average():
         resumed.update("a", 70, torch.tensor(1.0))
     with pytest.raises(ValueError, match="smoothing"):
         AmaxMovingAverage(0)
+
+
+def test_averages_taken_together_are_those_taken_one_by_one():
+    together, alone = AmaxMovingAverage(smoothing=20), AmaxMovingAverage(smoothing=20)
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2, 5, 30):
+        names = ["a", "b", "broken"] + (["late"] if step > 2 else [])
+        amaxes = dict(zip(names, torch.rand(len(names), generator=generator).unbind(), strict=True))
+        amaxes["broken"] = torch.tensor(math.nan if step == 2 else 3.0)
+        found = together.update_all(step, amaxes)
+        for name, amax in amaxes.items():
+            for both in zip(found[name], alone.update(name, step, amax), strict=True):
+                assert both[0].item() == pytest.approx(both[1].item(), rel=1e-12, nan_ok=True)
+    assert together.update_all(31, {}) == {}
+    with pytest.raises(ValueError, match="steps must ascend"):
+        together.update_all(30, {"a": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize(("values", "count"), [([1.0, 0.0], 0), ([math.nan, 1.0, -math.inf], 2), ([3e38, -3e38], 0)])
+def test_what_is_not_finite_is_counted(values, count):
+    x = torch.tensor(values)
+    assert count_nonfinite(x).item() == count and count_nonfinite(x, x.abs().max()).item() == count
+
+
+def test_a_known_amax_changes_nothing():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 300
+    statistics = (range_statistics(x, "E4M3", 0.5, amax) for amax in (x.abs().max(), None))
+    assert all(map(torch.equal, *statistics))
+    assert overflow_share(x, "E4M3", 0.5, x.abs().max()) == overflow_share(x, "E4M3", 0.5) > 0

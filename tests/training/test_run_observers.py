@@ -13,6 +13,7 @@ from altgrad.quantization import quantize
 from altgrad.training import ARMS, TrainConfig, Trainer
 from altgrad.training.catalogue import SIGNALS, as_table, over_layers
 from altgrad.training.observers import GradientNormScore
+from altgrad.training.observers.tensors import OutputSums
 from altgrad.training.reference import ReferenceCurve
 
 LAYER = "transformer.h.0.mlp.c_fc"
@@ -184,3 +185,23 @@ def test_a_norm_that_is_not_finite_scores_nothing_and_spoils_nothing():
     assert all(math.isnan(score) for score in scores[:10]) and max(scores[10:]) < 2.5
     assert poisoned.update(5.0) > 10
     assert abs(poisoned.update(1.0)) < 1.5
+
+
+def test_outputs_are_summed_where_the_loss_asks_for_it():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    sums, device = OutputSums(model), torch.device("cpu")
+
+    def step(*inputs: float) -> list[bool]:
+        sums.start_step()
+        for value in inputs:
+            sums.end_forward(model(torch.full((1, 3), value)).sum())
+        return torch.isfinite(sums.end_step(device)).tolist()
+
+    assert step(1.0) == [True, True, True] and sums.names == ["0", "1", "2"]
+    assert sums.end_step(device).tolist() == [0.0, 0.0, 0.0]
+    assert step(math.nan, 1.0) == step(1.0, math.nan) == [False, False, False]
+    with torch.no_grad():
+        model[2].bias[0] = math.inf
+    assert step(1.0) == [True, True, False]
+    sums.close()
+    assert step(1.0) == [True, True, True]
