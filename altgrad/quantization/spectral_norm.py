@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad.quantization.kernels.dispatch import scalar
 from altgrad.quantization.ops import hash_uniform
 from altgrad.quantization.ranks import SpectralNorms, as_matrix, spectrum
 
@@ -65,7 +66,6 @@ class SpectralNormTracker:
         groups: dict[object, dict[str, Tensor]] = {}
         for name, weight in weights.items():
             matrix = as_matrix(weight)
-            matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
             kept = self._vectors.get(name)
             if kept is not None and kept.numel() != matrix.shape[1]:
                 raise ValueError(f"{name!r} had {kept.numel()} columns, now it has {matrix.shape[1]}")
@@ -74,7 +74,7 @@ class SpectralNormTracker:
             groups.setdefault(kind, {})[name] = matrix
         found: dict[str, SpectralNorms] = {}
         for group in groups.values():
-            matrices = list(group.values())
+            matrices = [m if m.dtype == torch.float64 else m.float() for m in group.values()]
             together = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
             found |= self._update_group(list(group), together)
         return {name: found[name] for name in weights}
@@ -142,7 +142,8 @@ def _frobenius(matrices: Tensor) -> Tensor:
     if matrices.device.type == "cpu":
         rows = torch.linalg.vector_norm(matrices, dim=2).double()
         lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
-        if bool(((lengths > _SAFE[0]) & (lengths < _SAFE[1])).all()):
+        least, most = scalar(lengths.min()), scalar(lengths.max())
+        if least is not None and most is not None and _SAFE[0] < least and most < _SAFE[1]:
             return lengths
     exact: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64)
     return exact

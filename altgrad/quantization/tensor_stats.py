@@ -92,7 +92,7 @@ def range_statistics(
     amax = _amax(x) if amax is None else amax.double()
     rounded, finite = quantize(x, fmt, scale), (x - x) == 0  # NaN differs from itself, and so does inf - inf
     largest = torch.as_tensor(scale, dtype=torch.float32, device=x.device) * fmt.max
-    # The difference of a number and its neighbour on the grid is exact.
+    # The difference of a number and its neighbour on the grid is exact; beyond the range it is rounded.
     power = [_length(torch.where(finite, values, 0.0)).square() for values in (x, x - rounded)]
     at_ends = torch.count_nonzero(rounded == largest) + torch.count_nonzero(rounded == -largest)
     return RangeStatistics(
@@ -143,6 +143,8 @@ def gradient_statistics(grad: Tensor) -> GradientStatistics:
 
 def count_nonfinite(x: Tensor, amax: Tensor | None = None) -> Tensor:
     """Elements that are NaN or infinite, 0-d int64; on a CPU only the amax is taken where there are none."""
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
     peak = scalar(_amax(x) if amax is None else amax)
     if peak is not None and math.isfinite(peak):
         return torch.zeros((), dtype=torch.int64)
@@ -202,7 +204,7 @@ class DeadUnits:
         elapsed = _elapsed(self._seen, name, step, first=1)
         gradient = _elements(grad)
         size = gradient.abs().flatten(1).amax(1) if gradient.dim() > 1 else gradient.abs().flatten()
-        before = self._silent.get(name, torch.zeros(size.shape, dtype=torch.int64, device=size.device))
+        before = self._silent.get(name, torch.zeros(size.shape, dtype=torch.int64)).to(size.device)
         counted = torch.where(size < self.threshold, before + elapsed, 0)
         self._silent[name] = torch.where(size.isnan(), before, counted)
         return _share(self._silent[name] >= self.steps)
@@ -242,9 +244,10 @@ class AmaxMovingAverage:
             return {}
         values = torch.stack([amax.detach().double() for amax in amaxes.values()])
         nothing, zero = values.new_full((), math.nan), values.new_zeros(())
-        elapsed = values.new_tensor([_elapsed(self._seen, name, step, first=0) for name in amaxes])
-        before = torch.stack([self._mean.get(name, nothing) for name in amaxes])
-        waiting = torch.stack([self._waiting.get(name, zero) for name in amaxes]) + elapsed
+        # A restored state lies on the CPU.
+        before = torch.stack([self._mean.get(name, nothing).to(values.device) for name in amaxes])
+        elapsed = {name: _elapsed(self._seen, name, step, first=0) for name in amaxes}
+        waiting = torch.stack([self._waiting.get(name, zero).to(values.device) + n for name, n in elapsed.items()])
         kept = torch.exp(-waiting / self.smoothing)
         moved = torch.where(before.isnan(), values, values + (before - values) * kept)
         finite = torch.isfinite(values)

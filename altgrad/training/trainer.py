@@ -210,10 +210,10 @@ class Trainer:
     def _broken_layer(
         self, loss: float, outputs: list[float], norms: list[float], names: list[str]
     ) -> str | None:
-        """Where it broke: the first module whose output did, else the gradient nearest to its cause, or the loss."""
+        """Where it broke: with the loss, the first module whose output did; else the gradient nearest to its cause."""
         modules = [] if self.observers is None else self.observers.modules
         broken = [name for name, value in zip(modules, outputs, strict=True) if not math.isfinite(value)]
-        if broken or not math.isfinite(loss):
+        if not math.isfinite(loss):
             return broken[0] if broken else None
         # Gradients flow backwards: of the broken layers, the last is the nearest to the cause.
         late = [name for name, value in zip(names, norms, strict=True) if not math.isfinite(value)]
@@ -239,6 +239,8 @@ class Trainer:
         """This worker's share of the batch, forward and backward; its mean loss, 0-d."""
         losses = []
         for share in self.workers.shares:
+            if self.observers is not None:
+                self.observers.start_forward()
             loss = self.task.loss(self.model, step, share)
             if self.observers is not None:
                 self.observers.end_forward(loss)

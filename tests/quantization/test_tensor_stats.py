@@ -196,10 +196,10 @@ def test_averages_taken_together_are_those_taken_one_by_one():
         together.update_all(30, {"a": torch.tensor(1.0)})
 
 
-@pytest.mark.parametrize(("values", "count"), [([1.0, 0.0], 0), ([math.nan, 1.0, -math.inf], 2), ([3e38, -3e38], 0)])
+@pytest.mark.parametrize(("values", "count"), [([1.0, 0.0], 0), ([math.nan, 1.0, -math.inf], 2), ([3e38], 0), ([], 0)])
 def test_what_is_not_finite_is_counted(values, count):
     x = torch.tensor(values)
-    assert count_nonfinite(x).item() == count and count_nonfinite(x, x.abs().max()).item() == count
+    assert count_nonfinite(x).item() == count and (not values or count_nonfinite(x, x.abs().max()).item() == count)
 
 
 def test_a_known_amax_changes_nothing():

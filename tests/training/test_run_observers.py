@@ -194,6 +194,7 @@ def test_outputs_are_summed_where_the_loss_asks_for_it():
     def step(*inputs: float) -> list[bool]:
         sums.start_step()
         for value in inputs:
+            sums.start_forward()
             sums.end_forward(model(torch.full((1, 3), value)).sum())
         return torch.isfinite(sums.end_step(device)).tolist()
 
@@ -203,5 +204,8 @@ def test_outputs_are_summed_where_the_loss_asks_for_it():
     with torch.no_grad():
         model[2].bias[0] = math.inf
     assert step(1.0) == [True, True, False]
+    sums.start_step()
+    model(torch.full((1, 3), math.nan))  # not in a forward pass of the step
+    assert torch.isfinite(sums.end_step(device)).all()
     sums.close()
     assert step(1.0) == [True, True, True]

@@ -69,6 +69,10 @@ class Observers:
         for observer in self._observers:
             observer.start_step(moment)
 
+    def start_forward(self) -> None:
+        """Before each forward pass of a step."""
+        self._outputs.start_forward()
+
     def end_forward(self, loss: Tensor) -> None:
         """After each forward pass of a step, before its backward pass, with its loss (0-d)."""
         self._outputs.end_forward(loss)

@@ -127,13 +127,14 @@ class TensorObserver(Observer):
 class OutputSums:
     """One sum per module and step, to find the first output that was not finite; modules in the order of execution.
 
-    Only a step whose loss is not finite asks for them. On a CPU, where the loss can be read without waiting, they are
-    made of those steps alone; elsewhere at every step, as the outputs come.
+    Only a step whose loss is not finite asks for them. On a CPU, where the loss can be read without waiting, outputs
+    are kept to the end of the forward pass and summed only then; elsewhere at every step, as they come. Outputs that
+    were written to in place since are left out, and so is what runs outside a forward pass, such as a recomputation.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.names: list[str] = []
-        self._waiting: list[tuple[str, Tensor]] = []
+        self._waiting: list[tuple[str, Tensor, int]] = []
         self._sums: dict[str, Tensor] = {}
         self._open = False
         self._fixed = False
@@ -147,22 +148,28 @@ class OutputSums:
         """Takes the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+        self._waiting = []
 
     def start_step(self) -> None:
-        """Before the forward pass of a training step."""
-        self._sums, self._open = {}, True
+        """Before the first forward pass of a training step."""
+        self._sums, self._waiting = {}, []
+
+    def start_forward(self) -> None:
+        """Before each forward pass of the step."""
+        self._open = True
 
     def end_forward(self, loss: Tensor) -> None:
-        """After each forward pass of the step, before its backward pass, with its loss (0-d)."""
-        waiting, self._waiting, self._fixed = self._waiting, [], True
+        """After it and before its backward pass, with its loss (0-d)."""
+        waiting, self._waiting = self._waiting, []
+        self._open, self._fixed = False, True
         known = scalar(loss.detach())
         if known is None or not math.isfinite(known):
-            for name, y in waiting:
-                self._add(name, y)
+            for name, y, version in waiting:
+                if y._version == version:
+                    self._add(name, y)
 
     def end_step(self, device: torch.device) -> Tensor:
         """[modules] sums of the step, 0 where nobody asked, in the order of `names`, which the first step fixes."""
-        self._open = False
         zero = torch.zeros((), device=device)
         return torch.stack([self._sums.get(name, zero) for name in self.names]) if self.names else zero[None][:0]
 
@@ -172,7 +179,7 @@ class OutputSums:
         if not self._fixed and name not in self.names:
             self.names.append(name)
         if y.device.type == "cpu":
-            self._waiting.append((name, y.detach()))
+            self._waiting.append((name, y.detach(), y._version))
         else:
             self._add(name, y.detach())
 
