@@ -38,6 +38,7 @@ RESTART = 1e-2
 _SMALL = 1 << 18
 """Elements up to which matrices are searched together: copying larger ones would cost more than their calls."""
 _SAFE = 1e-12, 1e18
+"""Lengths between which float32's squares neither overflow nor vanish."""
 _SQUARINGS = 14
 _EXHAUSTED = 1e-5
 """A new direction shorter than this part of what it was before the known ones were taken out is rounding."""

@@ -44,3 +44,9 @@ def test_the_encoder_learns_the_domains_about_as_well_as_tfidf_does(scores: dict
 def test_the_encoder_knows_rare_domains_about_as_well_as_it_did(scores: dict[str, tuple[float, float]]):
     # Four seeds gave .471 to .483 (docs/bench/classify.md); differences under .03 are noise.
     assert scores["encoder"][1] >= 0.45
+
+
+@pytest.mark.xfail(reason="the mean of four seeds is .477, .003 below the goal of .48; seed 0 gave .483 on one "
+                          "processor and may not on another: docs/bench/classify.md", strict=False)
+def test_the_encoder_reaches_the_goal_for_rare_domains(scores: dict[str, tuple[float, float]]):
+    assert scores["encoder"][1] >= 0.48
