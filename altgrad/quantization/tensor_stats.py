@@ -145,9 +145,10 @@ def count_nonfinite(x: Tensor, amax: Tensor | None = None) -> Tensor:
     """Elements that are NaN or infinite, 0-d int64; on a CPU only the amax is taken where there are none."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    peak = scalar(_amax(x) if amax is None else amax)
-    if peak is not None and math.isfinite(peak):
-        return torch.zeros((), dtype=torch.int64)
+    if x.device.type == "cpu":
+        peak = scalar(_amax(x) if amax is None else amax)
+        if peak is not None and math.isfinite(peak):
+            return torch.zeros((), dtype=torch.int64)
     return torch.count_nonzero(x - x)  # of all numbers only these differ from themselves
 
 
@@ -204,7 +205,8 @@ class DeadUnits:
         elapsed = _elapsed(self._seen, name, step, first=1)
         gradient = _elements(grad)
         size = gradient.abs().flatten(1).amax(1) if gradient.dim() > 1 else gradient.abs().flatten()
-        before = self._silent.get(name, torch.zeros(size.shape, dtype=torch.int64)).to(size.device)
+        before = self._silent[name] if name in self._silent else torch.zeros_like(size, dtype=torch.int64)
+        before = before.to(size.device)  # a restored state lies on the CPU
         counted = torch.where(size < self.threshold, before + elapsed, 0)
         self._silent[name] = torch.where(size.isnan(), before, counted)
         return _share(self._silent[name] >= self.steps)
