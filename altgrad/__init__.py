@@ -7,5 +7,5 @@ Importing this package loads none of ray, wandb, datasets or matplotlib.
 
 __version__ = "0.1.0"
 
-NUMERICS_VERSION = 2
-"""Raised whenever the same configuration would train to other numbers; it is part of a trial's identity."""
+NUMERICS_VERSION = 3
+"""Raised whenever the same configuration would train to other numbers, or be scored by others; it is part of a trial's identity."""

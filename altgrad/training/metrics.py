@@ -65,8 +65,8 @@ def best_threshold(targets: np.ndarray, chances: np.ndarray) -> tuple[float, flo
 def classification_scores(targets: np.ndarray, chances: np.ndarray, threshold: float) -> dict[str, float]:
     """CLASSIFICATION_SCORES by scikit-learn; arrays [documents, labels], precision and recall are micro averages.
 
-    A label that is never right counts 0 in f1_macro. Everything is NaN where a chance is no number, and the areas
-    are where the targets are all alike.
+    Everything is NaN where a chance is no number; the areas are where the targets are all alike, and f1_macro where
+    there are none.
     """
     from sklearn import metrics
 
@@ -78,7 +78,7 @@ def classification_scores(targets: np.ndarray, chances: np.ndarray, threshold: f
     mixed = 0 < truth.sum() < truth.size
     return {
         "f1_micro": float(f1),
-        "f1_macro": float(metrics.f1_score(truth, given, average="macro", zero_division=0)),
+        "f1_macro": f1_macro(truth, given),
         "precision": float(precision),
         "recall": float(recall),
         "subset_accuracy": float(metrics.accuracy_score(truth, given)),
@@ -86,6 +86,21 @@ def classification_scores(targets: np.ndarray, chances: np.ndarray, threshold: f
         "roc_auc_micro": float(metrics.roc_auc_score(truth.ravel(), chances.ravel())) if mixed else math.nan,
         "pr_auc_micro": float(metrics.average_precision_score(truth.ravel(), chances.ravel())) if mixed else math.nan,
     }
+
+
+def f1_macro(truth: np.ndarray, given: np.ndarray) -> float:
+    """Mean F1 of the labels that some document has, 0 for one that is never right; arrays [documents, labels].
+
+    Other labels have no F1: no model can be right about them here, so they would cap every method alike. Leaving out
+    by `truth` alone averages all models over the same labels. NaN where no document has a label.
+    """
+    from sklearn import metrics
+
+    is_present = truth.any(axis=0)
+    if not is_present.any():
+        return math.nan
+    of_label = metrics.f1_score(truth[:, is_present], given[:, is_present], average=None, zero_division=0)
+    return float(np.mean(of_label))
 
 
 def baseline_f1(frequencies: np.ndarray, val_targets: np.ndarray, targets: np.ndarray) -> float:

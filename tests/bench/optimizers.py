@@ -1,9 +1,10 @@
 """What a step of each arm costs, × torch's fused AdamW on the same tensors: `python tests/bench/optimizers.py`.
 
 The tensors are those of a byte GPT of 10.8 M parameters (6 blocks, 384 wide), with one gradient each. Every arm is
-stepped as it comes (counting all at every eighth step; GridOptim flips and updates at each), counting all at every
-step, and without telemetry, each between two steps of the baseline, on one thread unless asked otherwise; of the
-quieter half of the rounds the median is kept. Ratios carry over between machines where milliseconds do not.
+stepped counting flips and updates at every step, as it comes (counting all at every eighth step; GridOptim flips and
+updates at each), counting all at every step, and without telemetry, each between two steps of the baseline, on one
+thread unless asked otherwise; of the quieter half of the rounds the median is kept. Ratios carry over between machines
+where milliseconds do not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quantize import provenance
 
 from altgrad.training import GridOptim, ManifoldAdamW, RoundedAdamW, RoundedOptimizer
-from altgrad.training.kernels import MEAN_EVERY
+from altgrad.training.kernels import MEAN_EVERY, Counting
 from altgrad.training.optimizer import COUNT_EVERY, GridAwareOptimizer
 
 SAVED = Path(__file__).parents[2] / "docs" / "bench" / "optimizers.md"
@@ -68,8 +69,17 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - start
 
 
-SETTINGS = {"as it comes": (True, COUNT_EVERY), "all at every step": (True, 1), "no telemetry": (False, 1)}
-"""`telemetry` and `count_every` of the columns."""
+SETTINGS = {"flips and updates": (True, 0), "as it comes": (True, COUNT_EVERY), "all at every step": (True, 1),
+            "no telemetry": (False, 1)}  # fmt: skip
+"""`telemetry` and `count_every` of the columns; 0 stands for flips and updates alone, at every step."""
+
+
+def choose(own: GridAwareOptimizer, telemetry: bool, count_every: int) -> None:
+    """Makes an arm count so from now on."""
+    own.telemetry, own.count_every = telemetry, count_every or COUNT_EVERY
+    vars(own).pop("_counting", None)
+    if not count_every:
+        own._counting = lambda group: Counting.MOVES
 
 
 def ratios(make: Callable, rounds: int, shape: tuple[int, int]) -> list[float]:
@@ -85,8 +95,9 @@ def ratios(make: Callable, rounds: int, shape: tuple[int, int]) -> list[float]:
         own.step(), baseline.step()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
     for _ in range(rounds):
-        for name, (own.telemetry, own.count_every) in SETTINGS.items():
+        for name, setting in SETTINGS.items():
             times = []
+            choose(own, *setting)
             for _ in range(MEAN_EVERY):
                 before, mine, after = seconds(baseline.step), seconds(own.step), seconds(baseline.step)
                 times.append((before + mine + after, 2 * mine / (before + after)))
@@ -99,7 +110,7 @@ def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     lines = ["| arm | " + " | ".join(SETTINGS) + " | telemetry adds, as it comes / at every step |",
-             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     try:
         for name in names:
             lines.append(_line(name, rounds, shape))
@@ -117,10 +128,10 @@ def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -
 
 
 def _line(name: str, rounds: int, shape: tuple[int, int]) -> str:
-    usual, always, bare = ratios(ARMS[name], rounds, shape)
+    moves, usual, always, bare = ratios(ARMS[name], rounds, shape)
     if "torch" in name:
-        return f"| {name} | – | – | {bare:.2f} | – |"
-    return (f"| {name} | {usual:.2f} | {always:.2f} | {bare:.2f} | {100 * (usual / bare - 1):+.0f} % / "
+        return f"| {name} | – | – | – | {bare:.2f} | – |"
+    return (f"| {name} | {moves:.2f} | {usual:.2f} | {always:.2f} | {bare:.2f} | {100 * (usual / bare - 1):+.0f} % / "
             f"{100 * (always / bare - 1):+.0f} % |")  # fmt: skip
 
 

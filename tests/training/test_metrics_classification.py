@@ -22,11 +22,24 @@ def test_scores_of_an_example_counted_by_hand():
     # Given: (0,0) hit, (0,1) false, (1,1) hit, (3,0) false, (3,1) hit; missed: (1,0).
     assert (found["precision"], found["recall"]) == (pytest.approx(3 / 5), pytest.approx(3 / 4))
     assert found["f1_micro"] == pytest.approx(2 * 3 / (5 + 4))
-    assert found["f1_macro"] == pytest.approx((2 * 1 / (2 + 2) + 2 * 2 / (3 + 2) + 0) / 3)
+    # No document has the third label.
+    assert found["f1_macro"] == pytest.approx((2 * 1 / (2 + 2) + 2 * 2 / (3 + 2)) / 2)
     assert found["subset_accuracy"] == 1 / 4 and found["hamming_loss"] == pytest.approx(3 / 12)
     pairs = [(a > b) + 0.5 * (a == b) for a in CHANCES[TRUTH == 1] for b in CHANCES[TRUTH == 0]]
     assert found["roc_auc_micro"] == pytest.approx(np.mean(pairs))
     assert 0 < found["pr_auc_micro"] < 1 and set(found) == set(CLASSIFICATION_SCORES)
+
+
+def test_macro_f1_is_over_the_labels_that_some_document_has():
+    truth = np.array([[1, 1, 0], [1, 0, 0]], dtype=np.float32)
+    of_first, never_right = 2 * 2 / (2 + 2), 0.0
+    nothing_false = np.array([[1, 0, 0], [1, 0, 0]], dtype=np.float32)
+    falsely_third = np.array([[1, 0, 1], [1, 0, 0]], dtype=np.float32)
+    for chances in (nothing_false, falsely_third):
+        found = classification_scores(truth, chances, 0.5)
+        assert found["f1_macro"] == pytest.approx((of_first + never_right) / 2)
+    # A label given falsely is not lost: it counts among all decisions.
+    assert found["f1_micro"] == pytest.approx(2 * 2 / (3 + 3))
 
 
 def test_the_best_threshold_is_the_best_of_all():
@@ -46,7 +59,8 @@ def test_numbers_that_are_none_stay_so():
     assert math.isnan(best_threshold(TRUTH, broken)[1])
     nothing = np.zeros_like(TRUTH)
     assert best_threshold(nothing, CHANCES) == (0.5, 0.0)
-    assert math.isnan(classification_scores(nothing, CHANCES, 0.5)["roc_auc_micro"])
+    undefined = classification_scores(nothing, CHANCES, 0.5)
+    assert math.isnan(undefined["roc_auc_micro"]) and math.isnan(undefined["f1_macro"])
 
 
 def test_the_baseline_gives_the_commonest_labels():
