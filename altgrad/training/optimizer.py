@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -110,7 +109,8 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         self.count_every = COUNT_EVERY
         self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        self._kept: dict[int, _Kept] = {}
+        self._versions: dict[Tensor, int] = {}
+        self._largest: dict[Tensor, tuple[tuple[int, int], Tensor]] = {}
         check_arguments(defaults)
         super().__init__(params, {"calls": 0} | defaults)
 
@@ -118,7 +118,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         """After copying, unpickling and loading: torch keeps groups and state only."""
         super().__setstate__(state)
         for name, value in (("telemetry", True), ("count_every", COUNT_EVERY), ("counted", []), ("_whole", []),
-                            ("_kept", {})):
+                            ("_versions", {}), ("_largest", {})):
             self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         scale = weight_grid(parameter).scale
         assert scale is not None
         parameter.copy_(quantize(parameter.float(), group["format"], scale))
-        self._kept_of(parameter).written = _state_of(parameter)
+        self._versions[parameter] = parameter._version
 
     @staticmethod
     def _check_holds(parameter: Tensor, fmt: FloatFormat, scale: float) -> None:
@@ -215,12 +215,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     own, job = self._job(parameter, group, index, plan)
-                    if job.kind not in kernels:
-                        kernels[job.kind] = kernel_for(job)
-                    key = kernels[job.kind], job.kind[1], id(own)
-                    if key not in batches:
-                        batches[key] = own, []
-                    batches[key][1].append((parameter, job))
+                    kind = job.weight.device, job.weight.dtype, job.grad.dtype, job.weight.numel() > 0
+                    if kind not in kernels:
+                        kernels[kind] = kernel_for(job)
+                    key = kernels[kind], job.weight.dtype, id(own)
+                    batches.setdefault(key, (own, []))[1].append((parameter, job))
                 index += 1
             for (kernel, _, _), (own, members) in batches.items():
                 self._step_batch(kernel, own, members, group["calls"])
@@ -232,15 +231,17 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _step_batch(
         self, kernel: Kernel, plan: Plan, members: list[tuple[Tensor, Job]], call: int
     ) -> None:
-        jobs = [job for _, job in members]
-        rows = torch.zeros(len(jobs), len(Count), dtype=torch.int64, device=jobs[0].weight.device)
-        kernel.step_tensors(jobs, plan, call, rows)
+        device = members[0][0].device
+        rows = torch.zeros(len(members), len(Count), dtype=torch.int64, device=device)
+        kernel.step_tensors([job for _, job in members], plan, call, rows)
         for parameter, job in members:
-            if not parameter.is_contiguous():
+            if job.weight.data_ptr() != parameter.data_ptr():
                 parameter.copy_(job.weight)
-            self._kept[id(parameter)].written = _state_of(parameter)
-            # A kept job must not keep a gradient alive.
-            job.grad, job.direction = _NOTHING, None
+            self._versions[parameter] = parameter._version
+            if job.largest is None:
+                self._largest.pop(parameter, None)
+            else:
+                self._largest[parameter] = _state_of(parameter), job.largest
         self.counted.append((tuple(parameter for parameter, _ in members), rows))
 
     def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
@@ -250,46 +251,16 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if grad.is_sparse:
             raise ValueError(f"the gradient of parameter {index} {tuple(parameter.shape)} is sparse; dense ones are "
                              "needed (nn.Embedding(sparse=False))")  # fmt: skip
-        kept = self._kept_of(parameter)
-        present = _state_of(parameter)
-        if plan.placement != Placement.MASTER and (kept.written is None or kept.written[0] != present[0]):
+        if self._is_resident(group) and plan.fmt and self._versions.get(parameter) != parameter._version:
             # Written by others since our last step: loaded weights need not lie on the grid.
             self._grid_scale(parameter, self.state[parameter])
             self._snap(parameter, group)
-        job, seed = kept.job, _seed_of(group["seed"], index)
-        if job is None or job.seed != seed or kept.made_of != self._made_of(parameter, plan):
-            job = kept.job = self._new_job(parameter, grad, seed, plan)
-            # A weight that is no contiguous tensor is stepped in a copy, which is a new one each time.
-            kept.made_of = self._made_of(parameter, plan) if parameter.is_contiguous() else ()
-        job.grad = grad.contiguous()
-        if not plan.follows_amax:
-            job.largest = None
-        elif job.largest is None:
-            job.largest = torch.zeros((), dtype=torch.int32, device=parameter.device)
-            job.knows_largest = False
-        else:
-            job.knows_largest = kept.written == present
-        return plan, job
-
-    def _kept_of(self, parameter: Tensor) -> _Kept:
-        kept = self._kept.get(id(parameter))
-        if kept is None:
-            kept = self._kept[id(parameter)] = _Kept(parameter)
-        return kept
-
-    def _made_of(self, parameter: Any, plan: Plan) -> tuple[object, ...]:
-        """Changes where a job of this parameter would have other tensors."""
-        scale = weight_grid(parameter).scale if plan.fmt is not None else None
-        state = self.state[parameter].values()
-        return plan.kept_state, parameter.data_ptr(), parameter.is_contiguous(), id(scale), *map(id, state)
-
-    def _new_job(self, parameter: Tensor, grad: Tensor, seed: int, plan: Plan) -> Job:
         state = self._state(parameter, plan)
         job = Job(
             weight=parameter.detach().contiguous(),
-            grad=grad,
+            grad=grad.contiguous(),
             step=state["step"],
-            seed=seed,
+            seed=_seed_of(group["seed"], index),
             first=state.get("exp_avg"),
             second=state.get("exp_avg_sq"),
             carry=state.get("carry"),
@@ -297,7 +268,12 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         )
         if plan.fmt is not None and plan.placement != Placement.MASTER:
             job.scale, job.streak = self._grid_scale(parameter, state), state.get("overflow_streak")
-        return job
+        if plan.follows_amax:
+            written, job.largest = self._largest.get(parameter, (None, None))
+            job.knows_largest = written == _state_of(parameter)
+            if job.largest is None or job.largest.device != parameter.device:
+                job.largest = torch.zeros((), dtype=torch.int32, device=parameter.device)
+        return plan, job
 
     def _state(self, parameter: Tensor, plan: Plan) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -362,20 +338,6 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 self.state[parameter][name] = value
                 if name == "grid_scale":
                     weight_grid(parameter).scale = value
-
-
-@dataclass
-class _Kept:
-    """What is kept of a parameter from step to step: its state as the kernels left it, and its job, for as long as that
-    is made of the same tensors. It holds the parameter, so that no other gets its id."""
-
-    parameter: Tensor
-    written: tuple[int, int] | None = None
-    job: Job | None = None
-    made_of: tuple[object, ...] = ()
-
-
-_NOTHING = torch.empty(0)
 
 
 def _state_of(parameter: Tensor) -> tuple[int, int]:

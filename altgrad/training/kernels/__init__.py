@@ -18,7 +18,7 @@ here waits for a GPU: the step count, the scale and the overflow streak are 0-d 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from altgrad.quantization import FloatFormat
 from altgrad.quantization.kernels import Grid, grid_of
-from altgrad.training.kernels.layout import DIRECTION, GRAD, KNOWN, LARGEST
 
 GRADIENT_FLOOR = 1e-10
 """A gradient above this magnitude counts as a non-zero one."""
@@ -125,11 +124,6 @@ class Plan:
         return None if self.fmt is None else grid_of(self.fmt)
 
     @cached_property
-    def kept_state(self) -> tuple[object, ...]:
-        """The choices that decide which tensors a job has beside weight, gradient, direction and largest."""
-        return self.fmt, self.moments, self.placement, self.carry, self.needs_mean, self.rescales
-
-    @cached_property
     def needs_mean(self) -> bool:
         """Whether the step is measured by the tensor's mean spacing."""
         if self.fmt is None or self.own_unit:
@@ -182,32 +176,6 @@ class Job:
     mean: Tensor | None = None
     largest: Tensor | None = None
     knows_largest: bool = False
-    _line: list[int] | None = field(default=None, init=False, repr=False)
-    _kind: tuple[object, ...] | None = field(default=None, init=False, repr=False)
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What decides which kernel takes the job: device, dtypes of weight and gradient, whether it has elements."""
-        if self._kind is None or self._kind[2] != self.grad.dtype:
-            self._kind = self.weight.device, self.weight.dtype, self.grad.dtype, self.weight.numel() > 0
-        return self._kind
-
-    def line(self) -> list[int]:
-        """What a compiled kernel needs to find the job, by the columns of `layout`; 0 stands for no tensor.
-
-        A job may serve many steps: its gradient, direction and largest may change, the others are looked at once.
-        """
-        if self._line is None:
-            tensors = (self.weight, None, self.first, self.second, None, self.carry, self.step, self.scale, self.streak,
-                       self.mean, None)  # fmt: skip
-            seed = self.seed if self.seed < 1 << 63 else self.seed - (1 << 64)
-            self._line = [*(0 if t is None else t.data_ptr() for t in tensors), self.weight.numel(), seed, 0]
-        line = self._line
-        line[GRAD] = self.grad.data_ptr()
-        line[DIRECTION] = 0 if self.direction is None else self.direction.data_ptr()
-        line[LARGEST] = 0 if self.largest is None else self.largest.data_ptr()
-        line[KNOWN] = int(self.knows_largest)
-        return line
 
 
 def measures_mean(step: int) -> bool:

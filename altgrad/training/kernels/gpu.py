@@ -335,7 +335,7 @@ def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]
     """
     lines, begin = [], 0
     for job in jobs:
-        lines.append((*job.line(), begin))
+        lines.append(_line(job, begin))
         begin += -(-job.weight.numel() // BLOCK)
     key = (tuple(lines), device)
     if key not in _kept_tables:
@@ -346,6 +346,14 @@ def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]
         is_aligned = all(line[place] % 16 == 0 for line in lines for place in (*range(6), ELEMENTS.value))
         _kept_tables[key] = (_sent(torch.tensor(lines), device), _sent(owner, device), is_aligned)
     return _kept_tables[key]
+
+
+def _line(job: Job, begin: int) -> tuple[int, ...]:
+    tensors = (job.weight, job.grad, job.first, job.second, job.direction, job.carry, job.step, job.scale, job.streak,
+               job.mean, job.largest)  # fmt: skip
+    seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
+    addresses = (0 if t is None else t.data_ptr() for t in tensors)
+    return *addresses, job.weight.numel(), seed, int(job.knows_largest), begin
 
 
 def _bits(number: float) -> int:
