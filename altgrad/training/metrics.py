@@ -74,7 +74,8 @@ def classification_scores(targets: np.ndarray, chances: np.ndarray, threshold: f
         return dict.fromkeys(CLASSIFICATION_SCORES, math.nan)
     truth = targets.astype(np.int8)
     given = (chances >= threshold).astype(np.int8)
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(truth, given, average="micro", zero_division=0)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        _multilabel(truth), _multilabel(given), average="micro", zero_division=0)
     mixed = 0 < truth.sum() < truth.size
     return {
         "f1_micro": float(f1),
@@ -99,8 +100,13 @@ def f1_macro(truth: np.ndarray, given: np.ndarray) -> float:
     is_present = truth.any(axis=0)
     if not is_present.any():
         return math.nan
-    of_label = metrics.f1_score(truth[:, is_present], given[:, is_present], average=None, zero_division=0)
-    return float(np.mean(of_label))
+    of_label = metrics.f1_score(_multilabel(truth), _multilabel(given), average=None, zero_division=0)
+    return float(of_label[:-1][is_present].mean())
+
+
+def _multilabel(columns: np.ndarray) -> np.ndarray:
+    """With a last column of zeros: a single one scikit-learn takes for a binary problem and scores "no" as well."""
+    return np.pad(columns, ((0, 0), (0, 1)))
 
 
 def baseline_f1(frequencies: np.ndarray, val_targets: np.ndarray, targets: np.ndarray) -> float:

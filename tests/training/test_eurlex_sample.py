@@ -26,26 +26,27 @@ def bench() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def scores() -> dict[str, tuple[float, float]]:
-    """F1 micro and macro on test by method, fitted on training and validation documents where it is fitted twice."""
+def scores() -> dict[str, tuple[float, float, float]]:
+    """F1 micro, macro and macro over all labels on test, by method; fitted on training and validation documents where
+    it is fitted twice."""
     classify, field = bench(), "labels_l1"
     encoder = classify.bench_encoder(SAMPLE, field, seed=0)["train+dev"]
     return {"encoder": encoder, "commonest": classify.bench_baseline(SAMPLE, field),
             "tfidf": classify.bench_tfidf(SAMPLE, field)["train+dev"]}
 
 
-def test_the_encoder_learns_the_domains_about_as_well_as_tfidf_does(scores: dict[str, tuple[float, float]]):
-    (micro, macro), commonest, tfidf = scores["encoder"], scores["commonest"], scores["tfidf"]
+def test_the_encoder_learns_the_domains_about_as_well_as_tfidf_does(scores: dict[str, tuple[float, float, float]]):
+    (micro, macro, _), commonest, tfidf = scores["encoder"], scores["commonest"], scores["tfidf"]
     assert micro >= 0.68
     assert micro > commonest[0] and macro > commonest[1]
     assert micro >= tfidf[0] - 0.06 and macro >= tfidf[1] - 0.06
 
 
-def test_the_encoder_knows_the_rare_domains_too(scores: dict[str, tuple[float, float]]):
+def test_the_encoder_knows_the_rare_domains_too(scores: dict[str, tuple[float, float, float]]):
     # Four seeds gave .494 to .507 (docs/bench/classify.md).
     assert scores["encoder"][1] >= 0.48
 
 
-def test_the_commonest_labels_score_what_is_known_of_them(scores: dict[str, tuple[float, float]]):
+def test_the_commonest_labels_score_what_is_known_of_them(scores: dict[str, tuple[float, float, float]]):
     # The yardstick of the goals, .564 and .138: the four commonest domains for every document.
-    assert scores["commonest"] == pytest.approx((0.5645, 0.1381), abs=5e-5)
+    assert scores["commonest"][:2] == pytest.approx((0.5645, 0.1381), abs=5e-5)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import sklearn.metrics
 
 from altgrad.training.metrics import (
     CLASSIFICATION_SCORES,
@@ -38,8 +39,21 @@ def test_macro_f1_is_over_the_labels_that_some_document_has():
     for chances in (nothing_false, falsely_third):
         found = classification_scores(truth, chances, 0.5)
         assert found["f1_macro"] == pytest.approx((of_first + never_right) / 2)
+    single = np.array([[1], [0], [0], [0]], dtype=np.float32)
+    given = np.array([[1], [1], [0], [0]], dtype=np.float32)
+    for absent in (0, 1):
+        beside = [np.pad(each, ((0, 0), (0, absent))) for each in (single, given)]
+        found = classification_scores(*beside, 0.5)
+        assert found["f1_macro"] == found["f1_micro"] == pytest.approx(2 * 1 / (1 + 2))
     # A label given falsely is not lost: it counts among all decisions.
     assert found["f1_micro"] == pytest.approx(2 * 2 / (3 + 3))
+
+
+def test_macro_f1_is_scikit_learns_where_every_label_is_present():
+    generator = np.random.default_rng(1)
+    truth, chances = generator.random((60, 9)) < 0.3, generator.random((60, 9))
+    expected = sklearn.metrics.f1_score(truth, chances >= 0.4, average="macro")
+    assert classification_scores(truth, chances, 0.4)["f1_macro"] == pytest.approx(expected)
 
 
 def test_the_best_threshold_is_the_best_of_all():
