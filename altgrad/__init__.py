@@ -8,5 +8,4 @@ Importing this package loads none of ray, wandb, datasets or matplotlib.
 __version__ = "0.1.0"
 
 NUMERICS_VERSION = 3
-"""Raised whenever the same configuration would train to other numbers, or be scored by them; it is part of a trial's
-identity."""
+"""Raised when the same configuration would give other weights, losses or scores; it is part of a trial's identity."""

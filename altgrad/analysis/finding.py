@@ -181,11 +181,10 @@ def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_Form
     subject = (f"{_all(len(verdicts))} 8-bit formats train {within}" if len(trains) == len(verdicts) > 1
                else f"{names} {verb} {within}")
     comparison = study.comparison(best.best)
-    at = " on test documents" if best.best.chosen_by else ""
+    # A classifier is chosen on other documents than its distance is measured on.
+    chosen, at = ("on validation documents", " on test documents") if best.best.chosen_by else ("measured", "")
     distance = f": {interval_text(comparison)} from BF16{at}" if comparison and comparison.paired else ""
-    # The best is chosen by validation documents where its distance is that on test documents.
-    place = "on validation documents" if best.best.chosen_by else "measured"
-    leader = f"best {place} {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
+    leader = f"best {chosen} {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
     return f"{subject}; {leader}{distance}."
 
 

@@ -43,8 +43,9 @@ def test_the_encoder_learns_the_domains_about_as_well_as_tfidf_does(scores: dict
 
 
 def test_the_encoder_knows_the_rare_domains_too(scores: dict[str, tuple[float, float, float]]):
-    # Four seeds gave .494 to .507 (docs/bench/classify.md).
+    # Four seeds gave .494 to .507, and .471 to .483 over all labels (docs/bench/classify.md).
     assert scores["encoder"][1] >= 0.48
+    assert scores["encoder"][2] >= 0.45
 
 
 def test_the_commonest_labels_score_what_is_known_of_them(scores: dict[str, tuple[float, float, float]]):

@@ -39,14 +39,19 @@ def test_macro_f1_is_over_the_labels_that_some_document_has():
     for chances in (nothing_false, falsely_third):
         found = classification_scores(truth, chances, 0.5)
         assert found["f1_macro"] == pytest.approx((of_first + never_right) / 2)
+    # A label given falsely is not lost: it counts among all decisions.
+    assert found["f1_micro"] == pytest.approx(2 * 2 / (3 + 3))
+    assert classification_scores(truth, nothing_false, 0.5)["f1_micro"] == pytest.approx(2 * 2 / (3 + 2))
+
+
+def test_a_single_label_is_scored_as_one_of_many_would_be():
     single = np.array([[1], [0], [0], [0]], dtype=np.float32)
     given = np.array([[1], [1], [0], [0]], dtype=np.float32)
     for absent in (0, 1):
         beside = [np.pad(each, ((0, 0), (0, absent))) for each in (single, given)]
         found = classification_scores(*beside, 0.5)
         assert found["f1_macro"] == found["f1_micro"] == pytest.approx(2 * 1 / (1 + 2))
-    # A label given falsely is not lost: it counts among all decisions.
-    assert found["f1_micro"] == pytest.approx(2 * 2 / (3 + 3))
+        assert (found["precision"], found["recall"]) == (pytest.approx(1 / 2), 1)
 
 
 def test_macro_f1_is_scikit_learns_where_every_label_is_present():
