@@ -20,6 +20,7 @@ cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rs
 
 lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

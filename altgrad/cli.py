@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
     """The command line of a sweep file: `spec` as it stands, changed by flags. Returns the exit code."""
     from altgrad.commands.flags import add_sweep_flags
+
     parser = Parser(description=f"Runs the sweep {spec.name!r}.", allow_abbrev=False)
     add_sweep_flags(parser)
     parser.set_defaults(handler="sweeps.run", base=spec, file=None)
@@ -80,8 +81,9 @@ def _complain(message: str) -> int:
 def _unknown_argument(parser: Parser, request: argparse.Namespace, word: str) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
-    known = sorted(f for action in getattr(request, "parser", parser)._actions for f in action.option_strings
-                   if f.startswith("--"))
+    known = sorted(
+        f for action in getattr(request, "parser", parser)._actions for f in action.option_strings if f.startswith("--")
+    )
     flag = word.split("=")[0]
     return f"unknown flag {flag}; allowed: {', '.join(known)}{nearest(flag, known)}"
 
@@ -95,8 +97,9 @@ def handler_of(place: str) -> Callable[[argparse.Namespace], int]:
 
 def _parser(words: Sequence[str]) -> Parser:
     """The parser for a command line; the flags of a sweep are there where its first word asks for them."""
-    parser = Parser(prog="altgrad", allow_abbrev=False,
-                    description="Which 8-bit floating-point format can a model be trained in?")
+    parser = Parser(
+        prog="altgrad", allow_abbrev=False, description="Which 8-bit floating-point format can a model be trained in?"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, handler: str, help: str) -> Parser:
@@ -106,15 +109,16 @@ def _parser(words: Sequence[str]) -> Parser:
 
     asked = next(iter(words), None)
     for name, file, help in (
-            ("plan", "YAML or JSON", "what a sweep would run, and what it leaves out and why"),
-            ("run", "YAML or JSON", "run what a sweep's ledger lacks, then write its report"),
-            ("submit", "YAML, JSON or Python",
-             "run a sweep as a job of the Ray cluster whose dashboard is at --address")):
+        ("plan", "YAML or JSON", "what a sweep would run, and what it leaves out and why"),
+        ("run", "YAML or JSON", "run what a sweep's ledger lacks, then write its report"),
+        ("submit", "YAML, JSON or Python", "run a sweep as a job of the Ray cluster whose dashboard is at --address"),
+    ):
         added = command(name, "submit.submit" if name == "submit" else f"sweeps.{name}", help)
         if name == asked:
             _add_sweep(added, file)
     if asked == "submit":
         from altgrad.commands.submit import default_address
+
         commands.choices["submit"].set_defaults(address=default_address())
     for name, help in (("status", "how far a sweep is"), ("report", "write a sweep's report from its ledger")):
         command(name, f"ledgers.{name}", help).add_argument("out", type=Path, help="the sweep's folder")
@@ -133,14 +137,16 @@ def _parser(words: Sequence[str]) -> Parser:
     matrix.add_argument("--check", action="store_true", help="write nothing; exit 1 where the file differs")
     command("doctor", "machine.doctor", "versions, kernels and cores of this machine")
     added = command("cluster", "cluster.cluster", "doctor, status, cost and gc of a GPU cluster on RunPod")
-    added.add_argument("words", nargs=argparse.REMAINDER, metavar="doctor | status | cost | gc",
-                       help="and the cluster's YAML file")
+    added.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="doctor | status | cost | gc", help="and the cluster's YAML file"
+    )
     return parser
 
 
 def _add_sweep(parser: Parser, file: str) -> None:
     from altgrad.commands.flags import add_sweep_flags
     from altgrad.sweep.spec import PRESETS
+
     parser.add_argument("file", nargs="?", type=Path, help=f"a sweep as {file}")
     parser.set_defaults(base=PRESETS["quick"])
     add_sweep_flags(parser)

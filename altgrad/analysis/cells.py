@@ -49,8 +49,12 @@ UNITS = {"lm": "nats", "classify": "in 1 − F1 micro"}
 MEASURES = {UNITS["lm"]: "loss", UNITS["classify"]: "error"}
 """What a report calls them."""
 LEARNED_SHARE, LEARNED_NATS = 0.10, 0.5
-SAME_RESIDENCE = {"manifold_sr": "adamw_sr", "manifold_nearest": "adamw_nearest",
-                  "grid": "adamw_sr", "grid_literal": "adamw_sr"}
+SAME_RESIDENCE = {
+    "manifold_sr": "adamw_sr",
+    "manifold_nearest": "adamw_nearest",
+    "grid": "adamw_sr",
+    "grid_literal": "adamw_sr",
+}
 """For arms whose weights live on the grid, the plain arm that lives there too: only the step rule differs."""
 
 
@@ -231,8 +235,15 @@ def build_study(trials: pd.DataFrame) -> Study:
     compared, correction = _with_adjusted(compared, sound)
     judged = {} if reference is None or not sound else {key_of(cell): judge(cell, reference) for cell in cells}
     geometry, geometry_correction = _with_adjusted(geometry_comparisons(cells), sound)
-    return Study(cells, reference, {key_of(item.cell): item for item in compared}, judged, geometry,
-                 correction, geometry_correction)
+    return Study(
+        cells,
+        reference,
+        {key_of(item.cell): item for item in compared},
+        judged,
+        geometry,
+        correction,
+        geometry_correction,
+    )
 
 
 def build_cells(trials: pd.DataFrame) -> list[Cell]:
@@ -246,8 +257,10 @@ def build_cells(trials: pd.DataFrame) -> list[Cell]:
     for choices in groups.values():
         found = [_cell(sorted(choice, key=itemgetter("seed"))) for choice in choices.values()]
         cells.append(replace(min(found, key=lambda cell: cell.rank), choices=len(found)))
-    return sorted(cells, key=lambda cell: (format_order(cell.format), cell.policy != MAIN_POLICY, cell.policy,
-                                           arm_order(cell.arm)))
+    return sorted(
+        cells,
+        key=lambda cell: (format_order(cell.format), cell.policy != MAIN_POLICY, cell.policy, arm_order(cell.arm)),
+    )
 
 
 def _cell(trials: Sequence[Mapping[Hashable, Any]]) -> Cell:
@@ -256,8 +269,12 @@ def _cell(trials: Sequence[Mapping[Hashable, Any]]) -> Cell:
     failed = [trial for trial in trials if trial["state"] == FAILED]
     first = trials[0]
     return Cell(
-        format=first["format"], arm=first["optimizer"], policy=first["policy"],
-        lr=float(first["lr"]), rung_clip=float(first["rung_clip"]), geometry=bool(first["geometry"]),
+        format=first["format"],
+        arm=first["optimizer"],
+        policy=first["policy"],
+        lr=float(first["lr"]),
+        rung_clip=float(first["rung_clip"]),
+        geometry=bool(first["geometry"]),
         losses={int(trial["seed"]): float(trial["val_loss"]) for trial in finished},
         starts={int(trial["seed"]): float(trial["first_loss"]) for trial in finished},
         stops={int(trial["seed"]): (trial["signal"] or "val_loss", trial["layer"]) for trial in failed},
@@ -265,7 +282,9 @@ def _cell(trials: Sequence[Mapping[Hashable, Any]]) -> Cell:
         outcomes=dict(Counter(trial["outcome"] for trial in trials).most_common()),
         signals={name: mean_of_known(trial[name] for trial in finished) for name in SIGNALS_OF_CELLS},
         trial_ids=tuple(trial["trial_id"] for trial in trials),
-        unit=UNITS[first["task"]], chosen_by=_chosen_by(finished))
+        unit=UNITS[first["task"]],
+        chosen_by=_chosen_by(finished),
+    )
 
 
 def mean_of_known(values: Iterable[float]) -> float:
@@ -282,8 +301,7 @@ def _chosen_by(finished: Sequence[Mapping[Hashable, Any]]) -> dict[int, float]:
 
 def find_reference(cells: Sequence[Cell]) -> Cell | None:
     """The BF16 AdamW cell, of policy `uniform` where there are several; None where no seed of it finished."""
-    found = [cell for cell in cells
-             if (cell.format, cell.arm) == (REFERENCE_FORMAT, REFERENCE_ARM) and cell.losses]
+    found = [cell for cell in cells if (cell.format, cell.arm) == (REFERENCE_FORMAT, REFERENCE_ARM) and cell.losses]
     return min(found, key=lambda cell: (cell.policy != MAIN_POLICY, cell.policy)) if found else None
 
 
@@ -298,8 +316,7 @@ def judge(cell: Cell, reference: Cell, margin: float = MARGIN) -> Judgement:
     """Whether the cell trains within `margin` of the reference's loss; see the module."""
     common = sorted(set(cell.losses) & set(reference.losses))
     excesses = [cell.losses[seed] / reference.losses[seed] - 1 for seed in common]
-    trained = [excess <= margin and cell.seed_learned(seed)
-               for seed, excess in zip(common, excesses, strict=True)]
+    trained = [excess <= margin and cell.seed_learned(seed) for seed, excess in zip(common, excesses, strict=True)]
     mean = sum(excesses) / len(excesses) if excesses else math.nan
     enough = cell.n >= 2 and not cell.missing and len(common) == len(cell.losses)
     if not cell.n:
@@ -332,10 +349,16 @@ def twin_control(cells: Sequence[Cell]) -> tuple[int, float] | None:
     The literal gradient mode is exempt, its stiffness differs by definition.
     """
     by_key = {key_of(cell): cell for cell in cells}
-    found = [abs(loss - twin.losses[seed]) for (name, arm, policy), cell in by_key.items()
-             if name == "E0M7" and arm != "manifold_gradient"
-             and (twin := by_key.get(("E1M6", arm, policy))) is not None
-             and (twin.lr == cell.lr) for seed, loss in cell.losses.items() if seed in twin.losses]
+    found = [
+        abs(loss - twin.losses[seed])
+        for (name, arm, policy), cell in by_key.items()
+        if name == "E0M7"
+        and arm != "manifold_gradient"
+        and (twin := by_key.get(("E1M6", arm, policy))) is not None
+        and (twin.lr == cell.lr)
+        for seed, loss in cell.losses.items()
+        if seed in twin.losses
+    ]
     return (len(found), max(found)) if found else None
 
 
@@ -343,5 +366,4 @@ def _with_adjusted(compared: Sequence[Comparison], sound: bool) -> tuple[list[Co
     tested = [item for item in compared if item.paired]
     p_values, method = adjust([dict(item.differences) for item in tested])
     adjusted = dict(zip(map(id, tested), p_values, strict=True))
-    return [replace(item, p_adjusted=adjusted.get(id(item), math.nan), sound=sound)
-            for item in compared], method
+    return [replace(item, p_adjusted=adjusted.get(id(item), math.nan), sound=sound) for item in compared], method

@@ -64,12 +64,16 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     curves, averaged = _curves(trials, rows, "train_loss")
     found = trials[(trials["format"] == REFERENCE_FORMAT) & (trials["optimizer"] == REFERENCE_ARM)]
     found = found[found["trial_id"].isin(set(curves))]
-    references = {seed: curves[trial_id]
-                  for seed, trial_id in zip(found["seed"], found["trial_id"], strict=True)}
-    others = trials[~trials["trial_id"].isin(set(found["trial_id"])) & trials["seed"].isin(set(references))
-                    & trials["trial_id"].isin(set(curves))]
-    excess = {trial_id: (curves[trial_id] - references[seed]).dropna()
-              for seed, trial_id in zip(others["seed"], others["trial_id"], strict=True)}
+    references = {seed: curves[trial_id] for seed, trial_id in zip(found["seed"], found["trial_id"], strict=True)}
+    others = trials[
+        ~trials["trial_id"].isin(set(found["trial_id"]))
+        & trials["seed"].isin(set(references))
+        & trials["trial_id"].isin(set(curves))
+    ]
+    excess = {
+        trial_id: (curves[trial_id] - references[seed]).dropna()
+        for seed, trial_id in zip(others["seed"], others["trial_id"], strict=True)
+    }
     excess = {trial_id: curve for trial_id, curve in excess.items() if len(curve)}
     if not excess:
         return False
@@ -81,8 +85,11 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         axes.plot([0, last], [0, 0], color="black", lw=1.4, ls=(0, (4, 2)), zorder=4)
-        return [label for name, members in _by_format(others[others["optimizer"] == arm])
-                for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")]
+        return [
+            label
+            for name, members in _by_format(others[others["optimizer"] == arm])
+            for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")
+        ]
 
     _draw_panels(others, path, f"training loss minus BF16's, nats ({averaged})", limits, last, panel)
     return True
@@ -103,15 +110,24 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             axes.fill_between([0, last], 0, limit, color="#B00020", alpha=0.07, lw=0)
             axes.plot([0, last], [limit, limit], color="#B00020", lw=1.2, ls=":")
             axes.text(0, limit, f" stalled below {limit:g}", color="#B00020", fontsize=8, va="bottom")
-        return [label for name, members in _by_format(measured[measured["optimizer"] == arm])
-                for label in _draw_format(axes, name, members, curves, top)]
+        return [
+            label
+            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for label in _draw_format(axes, name, members, curves, top)
+        ]
 
     _draw_panels(measured, path, f"flip yield ({averaged})", (0.0, top), last, panel)
     return True
 
 
-def _draw_panels(trials: pd.DataFrame, path: Path, ylabel: str, limits: tuple[float, float], last: int,
-                 panel: Callable[[Axes, str], list[Label]]) -> None:
+def _draw_panels(
+    trials: pd.DataFrame,
+    path: Path,
+    ylabel: str,
+    limits: tuple[float, float],
+    last: int,
+    panel: Callable[[Axes, str], list[Label]],
+) -> None:
     """One panel per arm, two to a row, axes shared; `panel` draws one and returns the names of its lines."""
     arms = sorted(trials["optimizer"].unique(), key=arm_order)
     columns = min(2, len(arms))
@@ -125,7 +141,7 @@ def _draw_panels(trials: pd.DataFrame, path: Path, ylabel: str, limits: tuple[fl
             axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
             axes.tick_params(labelbottom=True)
             _label_ends(axes, last, labels, LINE / inner)
-        for axes in grid.flat[len(arms):]:
+        for axes in grid.flat[len(arms) :]:
             axes.set_visible(False)
         figure.supylabel(ylabel, fontsize=10)
 
@@ -164,8 +180,9 @@ def _reference_curve(trials: pd.DataFrame, curves: Mapping[str, pd.Series]) -> p
     return pd.concat(own, axis=1).mean(axis=1) if own else None
 
 
-def _draw_format(axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[str, pd.Series],
-                 top: float, form: str = ".2f") -> list[Label]:
+def _draw_format(
+    axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[str, pd.Series], top: float, form: str = ".2f"
+) -> list[Label]:
     """Draws the seeds' range and mean, and each stopped run alone with a cross; returns the lines' names."""
     colour = colour_of(name)
     known = members[members["trial_id"].isin(set(curves))]
@@ -176,8 +193,7 @@ def _draw_format(axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[s
         curve = curves[trial_id]
         end = min(float(curve.iloc[-1]), top)
         axes.plot(curve.index, curve, color=colour, lw=1.1, alpha=0.8)
-        axes.plot(curve.index[-1], end, "X", color=colour, ms=8, mec="white", mew=0.7, clip_on=False,
-                  zorder=5)
+        axes.plot(curve.index[-1], end, "X", color=colour, ms=8, mec="white", mew=0.7, clip_on=False, zorder=5)
         labels = [(end, f"× {name} at {step:.0f}", colour, False)]
     if running:
         table = pd.concat(running, axis=1).sort_index()
@@ -188,8 +204,7 @@ def _draw_format(axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[s
     return labels
 
 
-def _loss_limits(curves: Mapping[str, pd.Series], reference: pd.Series | None,
-                 last: int) -> tuple[float, float]:
+def _loss_limits(curves: Mapping[str, pd.Series], reference: pd.Series | None, last: int) -> tuple[float, float]:
     """From below the least loss to a little above the ends of the runs, but no higher than 1.35 times the
     reference's end.
 
@@ -215,10 +230,16 @@ def _label_ends(axes: Axes, last: int, labels: Sequence[Label], gap: float) -> N
     places = spread(shares, gap, 1.0)
     for (_, text, colour, reaches), share, place in zip(ordered, shares, places, strict=True):
         if reaches:
-            axes.plot([last * 1.005, last * 1.045], [share, place], color=colour, lw=0.7, alpha=0.7,
-                      clip_on=False, transform=blend)
-        axes.text(last * 1.055, place, text, color=colour, fontsize=8, va="center", clip_on=False,
-                  transform=blend)
+            axes.plot(
+                [last * 1.005, last * 1.045],
+                [share, place],
+                color=colour,
+                lw=0.7,
+                alpha=0.7,
+                clip_on=False,
+                transform=blend,
+            )
+        axes.text(last * 1.055, place, text, color=colour, fontsize=8, va="center", clip_on=False, transform=blend)
 
 
 def spread(values: Sequence[float], gap: float, high: float) -> list[float]:

@@ -32,15 +32,26 @@ DPI = 130
 WIDTH = 9.0
 LINEAR = 0.02
 """Half-width of the linear part of a symmetric logarithmic axis, nats."""
-BY_EXPONENT = ("#332288", "#0072B2", "#56B4E9", "#009E73", "#8A8A1E", "#E69F00", "#D55E00", "#882255",
-               "#AA4499")
+BY_EXPONENT = ("#332288", "#0072B2", "#56B4E9", "#009E73", "#8A8A1E", "#E69F00", "#D55E00", "#882255", "#AA4499")
 NEUTRAL = {"BF16": "#000000", "FP16": "#5A5A5A", "FP32": "#8C8C8C"}
 STYLE: dict[str, Any] = {
-    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6, "axes.axisbelow": True, "xtick.color": "#444444", "ytick.color": "#444444",
-    "figure.facecolor": "white", "savefig.facecolor": "white", "hatch.linewidth": 0.6,
-    "hatch.color": "#BBBBBB"}
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "hatch.linewidth": 0.6,
+    "hatch.color": "#BBBBBB",
+}
 
 
 def colour_of(name: str) -> str:
@@ -65,8 +76,11 @@ def heat_map(study: Study, policy: str, path: Path) -> bool:
         return False
     names = sorted({name for name, _ in cells}, key=format_order)
     arms = sorted({arm for _, arm in cells}, key=arm_order)
-    shown = {key: item.paired for key, cell in cells.items()
-             if (item := study.comparison(cell)) is not None and item.paired is not None}
+    shown = {
+        key: item.paired
+        for key, cell in cells.items()
+        if (item := study.comparison(cell)) is not None and item.paired is not None
+    }
     largest = max((abs(value.mean) for value in shown.values()), default=0.1)
     norm = SymLogNorm(linthresh=LINEAR, vmin=-max(largest, 0.1), vmax=max(largest, 0.1), base=10)
     palette = matplotlib.colormaps["PuOr_r"]
@@ -78,14 +92,22 @@ def heat_map(study: Study, policy: str, path: Path) -> bool:
                 pair = shown.get((name, arm))
                 colour = palette(0.5 + 0.8 * (float(norm(pair.mean)) - 0.5)) if pair else "white"
                 stopped = cell is not None and bool(cell.stops)
-                axes.add_patch(Rectangle((column, row), 1, 1, facecolor="#EEEEEE" if stopped else colour,
-                                         edgecolor="white", lw=2))
+                axes.add_patch(
+                    Rectangle((column, row), 1, 1, facecolor="#EEEEEE" if stopped else colour, edgecolor="white", lw=2)
+                )
                 if stopped:
                     axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", lw=0))
                 dark = pair is not None and _is_dark(colour)
-                axes.text(column + 0.5, row + 0.5, _cell_text(study, cell), ha="center", va="center",
-                          fontsize=9 if len(arms) <= 5 else 7.5, color="white" if dark else "#111111",
-                          bbox={"facecolor": "#EEEEEE", "edgecolor": "none", "pad": 1.5} if stopped else None)
+                axes.text(
+                    column + 0.5,
+                    row + 0.5,
+                    _cell_text(study, cell),
+                    ha="center",
+                    va="center",
+                    fontsize=9 if len(arms) <= 5 else 7.5,
+                    color="white" if dark else "#111111",
+                    bbox={"facecolor": "#EEEEEE", "edgecolor": "none", "pad": 1.5} if stopped else None,
+                )
         axes.set(xlim=(0, len(arms)), ylim=(len(names), 0), title=f"{_measured(study)} minus BF16 AdamW's")
         axes.set_xticks(np.arange(len(arms)) + 0.5, [arm.replace("_", "\n", 1) for arm in arms])
         axes.set_yticks(np.arange(len(names)) + 0.5, names)
@@ -111,12 +133,10 @@ def stop_reasons(trials: pd.DataFrame, path: Path) -> bool:
         left = np.zeros(len(names))
         for index, signal in enumerate(counts.columns):
             width = counts[signal].to_numpy()
-            axes.barh(names, width, left=left, color=colours[index % len(colours)], height=0.72,
-                      label=str(signal))
+            axes.barh(names, width, left=left, color=colours[index % len(colours)], height=0.72, label=str(signal))
             left += width
         for row, name in enumerate(names):
-            axes.text(totals[name], row, f"  {int(left[row])} of {totals[name]} stopped", va="center",
-                      fontsize=9)
+            axes.text(totals[name], row, f"  {int(left[row])} of {totals[name]} stopped", va="center", fontsize=9)
         axes.set(xlabel="runs (grey: finished)", xlim=(0, max(1, totals.max()) * 1.25))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.invert_yaxis()

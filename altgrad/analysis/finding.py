@@ -65,8 +65,12 @@ def find(study: Study, results: int, trials: int, unevaluated: int = 0) -> Findi
         return Finding(headline, certainty, results, trials)
     verdicts = _format_verdicts(study, cells)
     gain = best_gain(study, policy)
-    parts = [_training_part(study, cells, verdicts), _failing_part(study, verdicts),
-             _failing_arms_part(study, cells, verdicts), _gain_part(gain, study, policy)]
+    parts = [
+        _training_part(study, cells, verdicts),
+        _failing_part(study, verdicts),
+        _failing_arms_part(study, cells, verdicts),
+        _gain_part(gain, study, policy),
+    ]
     if policy != MAIN_POLICY:
         parts[0] = f"Under policy {policy}: {parts[0]}"
     headline = " ".join(part for part in parts if part)
@@ -90,9 +94,13 @@ def best_gain(study: Study, policy: str) -> Comparison | None:
 
 def twins(study: Study, gain: Comparison) -> list[str]:
     """The formats in which the same arm gains exactly the same: E0M7 and E1M6 are one grid up to a scale."""
-    return [item.cell.format for item in _gains(study, gain.cell.policy)
-            if item.cell.arm == gain.cell.arm and item.kind == gain.kind
-            and (item is gain or (item.paired and dict(item.differences) == dict(gain.differences)))]
+    return [
+        item.cell.format
+        for item in _gains(study, gain.cell.policy)
+        if item.cell.arm == gain.cell.arm
+        and item.kind == gain.kind
+        and (item is gain or (item.paired and dict(item.differences) == dict(gain.differences)))
+    ]
 
 
 def is_largest_decided(study: Study, gain: Comparison) -> bool:
@@ -115,8 +123,14 @@ def is_largest_decided(study: Study, gain: Comparison) -> bool:
 
 
 def _gains(study: Study, policy: str) -> list[Comparison]:
-    return [item for item in study.geometry if item.other.arm == REFERENCE_ARM and item.cell.policy == policy
-            and is_eight_bit(item.cell.format) and item.cell.learned]
+    return [
+        item
+        for item in study.geometry
+        if item.other.arm == REFERENCE_ARM
+        and item.cell.policy == policy
+        and is_eight_bit(item.cell.format)
+        and item.cell.learned
+    ]
 
 
 def _order(item: Comparison) -> tuple[bool, float]:
@@ -166,20 +180,31 @@ def _format_verdicts(study: Study, cells: Sequence[Cell]) -> list[_FormatVerdict
 def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
     assert study.reference is not None
     if not verdicts:
-        others = [f", {cell.format} at {_nats(cell.losses.values())}" for cell in study.cells
-                  if cell is not study.reference and cell.arm == REFERENCE_ARM and cell.losses and not cell.stops]
-        return (f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
-                f"{study.unit}{''.join(others)}.")
+        others = [
+            f", {cell.format} at {_nats(cell.losses.values())}"
+            for cell in study.cells
+            if cell is not study.reference and cell.arm == REFERENCE_ARM and cell.losses and not cell.stops
+        ]
+        return (
+            f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
+            f"{study.unit}{''.join(others)}."
+        )
     trains = [item for item in verdicts if item.verdict == "trains"]
     within = f"within {MARGIN:.0%} of BF16's {study.measure} ({_reference_loss(study)} {study.unit})"
     if not trains:
-        return (f"None of the {_count(len(verdicts))} 8-bit formats trains {within}." if len(verdicts) > 1
-                else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}.")
+        return (
+            f"None of the {_count(len(verdicts))} 8-bit formats trains {within}."
+            if len(verdicts) > 1
+            else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}."
+        )
     best = min(trains, key=lambda item: item.best.rank)
     names = _listed(item.format for item in trains)
     verb = "trains" if len(trains) == 1 else "train"
-    subject = (f"{_all(len(verdicts))} 8-bit formats train {within}" if len(trains) == len(verdicts) > 1
-               else f"{names} {verb} {within}")
+    subject = (
+        f"{_all(len(verdicts))} 8-bit formats train {within}"
+        if len(trains) == len(verdicts) > 1
+        else f"{names} {verb} {within}"
+    )
     comparison = study.comparison(best.best)
     # A classifier is chosen on other documents than its distance is measured on.
     chosen, at = ("on validation documents", " on test documents") if best.best.chosen_by else ("measured", "")
@@ -228,15 +253,23 @@ def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
         names = _listed(dict.fromkeys(item.cell.format for item in rescued))
         arms = _listed(dict.fromkeys(item.cell.arm for item in rescued))
         verb = "finishes" if len({item.cell.arm for item in rescued}) == 1 else "finish"
-        return (f"Geometry-aware steps gain most in {names}, where AdamW is stopped by "
-                f"{stop_text(gain.other)} and {arms} {verb}.")
+        return (
+            f"Geometry-aware steps gain most in {names}, where AdamW is stopped by "
+            f"{stop_text(gain.other)} and {arms} {verb}."
+        )
     assert gain.paired is not None
     name = f"{_listed(twins(study, gain))} with {gain.cell.arm}"
     if gain.paired.mean >= 0:
-        return ("Geometry-aware steps gain nothing over AdamW in any 8-bit format "
-                f"(at best {name}: {interval_text(gain)}).")
-    control = [item.paired.mean for item in study.geometry if item.paired and item.cell.format == "BF16"
-               and (item.cell.arm, item.other.arm) == (gain.cell.arm, REFERENCE_ARM)]
+        return (
+            f"Geometry-aware steps gain nothing over AdamW in any 8-bit format (at best {name}: {interval_text(gain)})."
+        )
+    control = [
+        item.paired.mean
+        for item in study.geometry
+        if item.paired
+        and item.cell.format == "BF16"
+        and (item.cell.arm, item.other.arm) == (gain.cell.arm, REFERENCE_ARM)
+    ]
     beside = f"; the same arm in BF16: {signed(control[0])}" if control else ""
     return f"The largest gain of geometry-aware steps over AdamW is {name}: {interval_text(gain)}{beside}."
 
@@ -245,8 +278,10 @@ def _missing_text(results: int, trials: int, unevaluated: int) -> list[str]:
     parts = [] if results == trials else [f"Incomplete: {results} of {trials} trials have a result."]
     if unevaluated:
         who = "1 trial was" if unevaluated == 1 else f"{unevaluated} trials were"
-        parts.append(f"{who} trained past the steps asked for without an evaluation there, so nothing is known of "
-                     "them at this length: ask for the length they were trained to, or start afresh.")
+        parts.append(
+            f"{who} trained past the steps asked for without an evaluation there, so nothing is known of "
+            "them at this length: ask for the length they were trained to, or start afresh."
+        )
     return parts
 
 
@@ -264,9 +299,11 @@ def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Compariso
     parts = []
     seeds = min((cell.n for cell in study.cells if cell.n), default=0)
     count = f"{seeds} seed{'s' if seeds != 1 else ''}"
-    decided = [f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}"
-               for verdict in ("trains", "fails")
-               if (names := [item.format for item in verdicts if item.decided and item.verdict == verdict])]
+    decided = [
+        f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}"
+        for verdict in ("trains", "fails")
+        if (names := [item.format for item in verdicts if item.decided and item.verdict == verdict])
+    ]
     if decided:
         parts.append(f"Decided ({count}): {_listed(decided)}.")
     if open_ := [item.format for item in verdicts if not item.decided]:
@@ -291,8 +328,10 @@ def _gain_certainty(study: Study, gain: Comparison) -> str:
 def _unlearned(reference: Cell) -> str:
     count = sum(not reference.seed_learned(seed) for seed in reference.losses)
     seeds = "" if count == len(reference.losses) else f" in {count} of {len(reference.losses)} seeds"
-    return (f"The reference, BF16 AdamW, did not learn{seeds} ({_course_text(reference)}), so nothing can be said "
-            "of any format.")
+    return (
+        f"The reference, BF16 AdamW, did not learn{seeds} ({_course_text(reference)}), so nothing can be said "
+        "of any format."
+    )
 
 
 def _course_text(cell: Cell) -> str:
@@ -306,8 +345,10 @@ def _course_text(cell: Cell) -> str:
 def _without_reference(study: Study, cells: Sequence[Cell]) -> str:
     if not cells and (others := [cell for cell in study.cells if cell.losses and not cell.stops]):
         best = min(others, key=lambda cell: cell.rank)
-        return (f"No 8-bit format and no BF16 AdamW reference was run; {best.format} with {best.arm} ends at "
-                f"{_nats(best.losses.values())} {best.unit}.")
+        return (
+            f"No 8-bit format and no BF16 AdamW reference was run; {best.format} with {best.arm} ends at "
+            f"{_nats(best.losses.values())} {best.unit}."
+        )
     finished = [cell for cell in cells if cell.losses and not cell.stops]
     stopped = [cell for cell in cells if cell.stops and not cell.losses]
     parts = ["No BF16 AdamW reference has finished, so no format can be said to train or to fail."]

@@ -41,9 +41,29 @@ from altgrad.training.record import from_plain
 PENDING = "pending"
 FINISHED, FAILED, UNRESOLVED = "finished", "failed", "unresolved"
 FINAL_SIGNALS = ("flip_yield", "stall_ratio", "stable_rank", *CLASSIFICATION_SIGNALS)
-RESULT_COLUMNS = ("trial_id", "task", "format", "optimizer", "policy", "lr", "rung_clip", "seed", "outcome",
-                  "signal", "layer", "step", "value", "limit", "message", "train_loss", "val_loss",
-                  "bits_per_byte", "seconds", *FINAL_SIGNALS, "numerics")
+RESULT_COLUMNS = (
+    "trial_id",
+    "task",
+    "format",
+    "optimizer",
+    "policy",
+    "lr",
+    "rung_clip",
+    "seed",
+    "outcome",
+    "signal",
+    "layer",
+    "step",
+    "value",
+    "limit",
+    "message",
+    "train_loss",
+    "val_loss",
+    "bits_per_byte",
+    "seconds",
+    *FINAL_SIGNALS,
+    "numerics",
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,9 @@ def load(out_dir: Path) -> Records:
         connection.row_factory = sqlite3.Row
         entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
         endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
-        evaluations = connection.execute("SELECT trial_id, step, train_loss, val_loss, bits_per_byte FROM rows "
-                                         "WHERE val_loss IS NOT NULL")
+        evaluations = connection.execute(
+            "SELECT trial_id, step, train_loss, val_loss, bits_per_byte FROM rows WHERE val_loss IS NOT NULL"
+        )
         evaluated = {(row["trial_id"], row["step"]): row for row in evaluations}
         known = {row["name"] for row in connection.execute("PRAGMA table_info(rows)")}
         # A ledger of an earlier version has no column for signals that came later.
@@ -139,7 +160,8 @@ def mutations(out_dir: Path, trial_ids: Sequence[str]) -> list[tuple[str, int, s
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'mutations'").fetchone():
             return []  # a ledger of an earlier version
         found = connection.execute(
-            "SELECT trial_id, step, field, before, after, source FROM mutations ORDER BY step, rowid").fetchall()
+            "SELECT trial_id, step, field, before, after, source FROM mutations ORDER BY step, rowid"
+        ).fetchall()
     return [row for row in found if row[0] in set(trial_ids)]
 
 
@@ -170,8 +192,9 @@ def _number(value: Any) -> float:
     return math.nan if plain is None else float(plain)
 
 
-def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None,
-           evaluated: Mapping[tuple[str, int], sqlite3.Row]) -> dict[str, Any]:
+def _trial(
+    entry: sqlite3.Row, ending: sqlite3.Row | None, evaluated: Mapping[tuple[str, int], sqlite3.Row]
+) -> dict[str, Any]:
     config = TrainConfig.model_validate_json(entry["config"])
     row = evaluated.get((entry["trial_id"], config.steps))
     at_step = None if row is None else {name: from_plain(row[name]) for name in row.keys()}  # noqa: SIM118
@@ -179,17 +202,31 @@ def _trial(entry: sqlite3.Row, ending: sqlite3.Row | None,
     known = {} if outcome is None else outcome.to_dict()
     numerics = _numerics(entry)
     return {
-        "trial_id": entry["trial_id"], "task": config.task, "format": config.format, "optimizer": config.arm,
-        "policy": config.policy, "lr": config.optimizer.lr,
-        "rung_clip": getattr(config.optimizer, "rung_clip", math.nan), "seed": config.seed,
-        "outcome": PENDING if outcome is None else str(outcome.kind), "signal": known.get("signal") or "",
-        "layer": known.get("layer") or "", "step": known.get("step", math.nan),
-        "value": _number(known.get("value")), "limit": _number(known.get("limit")),
-        "message": known.get("message") or "", "train_loss": _number(known.get("train_loss")),
-        "val_loss": _number(known.get("val_loss")), "bits_per_byte": _number(known.get("bits_per_byte")),
-        "seconds": _number(known.get("seconds")), "state": _state(outcome),
-        "options": config.optimizer.model_dump_json(), "geometry": config.use_manifold_aware,
-        "setting": _setting(config, entry["data_sha256"], numerics), "steps": config.steps, "created": entry["created"],
+        "trial_id": entry["trial_id"],
+        "task": config.task,
+        "format": config.format,
+        "optimizer": config.arm,
+        "policy": config.policy,
+        "lr": config.optimizer.lr,
+        "rung_clip": getattr(config.optimizer, "rung_clip", math.nan),
+        "seed": config.seed,
+        "outcome": PENDING if outcome is None else str(outcome.kind),
+        "signal": known.get("signal") or "",
+        "layer": known.get("layer") or "",
+        "step": known.get("step", math.nan),
+        "value": _number(known.get("value")),
+        "limit": _number(known.get("limit")),
+        "message": known.get("message") or "",
+        "train_loss": _number(known.get("train_loss")),
+        "val_loss": _number(known.get("val_loss")),
+        "bits_per_byte": _number(known.get("bits_per_byte")),
+        "seconds": _number(known.get("seconds")),
+        "state": _state(outcome),
+        "options": config.optimizer.model_dump_json(),
+        "geometry": config.use_manifold_aware,
+        "setting": _setting(config, entry["data_sha256"], numerics),
+        "steps": config.steps,
+        "created": entry["created"],
         "numerics": numerics,
     }
 

@@ -23,16 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
-from altgrad.analysis.cells import (
-    ALPHA,
-    LEARNED_NATS,
-    LEARNED_SHARE,
-    MARGIN,
-    UNITS,
-    Study,
-    build_study,
-    twin_control,
-)
+from altgrad.analysis.cells import ALPHA, LEARNED_NATS, LEARNED_SHARE, MARGIN, UNITS, Study, build_study, twin_control
 from altgrad.analysis.finding import Finding, find
 from altgrad.analysis.load import (
     UNRESOLVED,
@@ -47,14 +38,7 @@ from altgrad.analysis.load import (
 )
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
 from altgrad.analysis.stats import p_floor
-from altgrad.analysis.tables import (
-    DASH,
-    cells_table,
-    choices_table,
-    geometry_table,
-    mutations_table,
-    stops_table,
-)
+from altgrad.analysis.tables import DASH, cells_table, choices_table, geometry_table, mutations_table, stops_table
 from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
 
@@ -143,8 +127,10 @@ def _write(folder: Path, records: Records, shown: Shown) -> Finding:
     exchanged = [item for item in shown.mutations if item[0] in ours]
     context["mutations"] = mutations_table(exchanged) if exchanged else None
     context["learning_rates"] = choices_table(measured, study) if any(c.choices > 1 for c in study.cells) else None
-    context |= {"scores": scores_table(records.trials, study),
-                "geometry_scores": geometry_scores_table(records.trials, study)}
+    context |= {
+        "scores": scores_table(records.trials, study),
+        "geometry_scores": geometry_scores_table(records.trials, study),
+    }
     context["pictures"] = _pictures(records, study, folder / "figures")
     for name in ("report.html", "report.md"):
         (folder / name).write_text(_render(f"{name}.jinja", context), encoding="utf-8")
@@ -153,8 +139,13 @@ def _write(folder: Path, records: Records, shown: Shown) -> Finding:
 
 def _render(template: str, context: Mapping[str, Any]) -> str:
     loader = PackageLoader("altgrad.analysis", "templates")
-    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                              autoescape=template.startswith("report.html"))
+    environment = Environment(
+        loader=loader,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=template.startswith("report.html"),
+    )
     return environment.get_template(template).render(context)
 
 
@@ -163,17 +154,27 @@ def _manifest(out_dir: Path) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def _context(name: str, manifest: Mapping[str, Any] | None, records: Records, study: Study,
-             finding: Finding) -> dict[str, Any]:
+def _context(
+    name: str, manifest: Mapping[str, Any] | None, records: Records, study: Study, finding: Finding
+) -> dict[str, Any]:
     trials = records.trials
     seeds = max((cell.n for cell in study.cells), default=0)
     return {
-        "name": name, "finding": finding, "margin": f"{MARGIN:.0%}",
-        **_words(study), "outside": _outside_text(records),
-        "cells": cells_table(study), "geometry": geometry_table(study), "stops": stops_table(trials),
-        "counts": trials["outcome"].value_counts().to_dict(), "seeds": seeds,
-        "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH, "alpha": ALPHA, "correction": study.correction,
-        "geometry_correction": study.geometry_correction, "control": twin_control(study.cells),
+        "name": name,
+        "finding": finding,
+        "margin": f"{MARGIN:.0%}",
+        **_words(study),
+        "outside": _outside_text(records),
+        "cells": cells_table(study),
+        "geometry": geometry_table(study),
+        "stops": stops_table(trials),
+        "counts": trials["outcome"].value_counts().to_dict(),
+        "seeds": seeds,
+        "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH,
+        "alpha": ALPHA,
+        "correction": study.correction,
+        "geometry_correction": study.geometry_correction,
+        "control": twin_control(study.cells),
         "hours": trials["seconds"].sum() / 3600,
         "provenance": None if manifest is None else _flat(manifest),
     }
@@ -184,12 +185,15 @@ def _words(study: Study) -> dict[str, str]:
     found = {"measure": study.measure, "unit": study.unit}
     if study.unit == UNITS["lm"]:
         return found | {
-            "mean": "Mean validation loss", "choice": "least mean validation loss",
-            "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats below the training loss of its first step"}
+            "mean": "Mean validation loss",
+            "choice": "least mean validation loss",
+            "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats below the training loss of its first step",
+        }
     return found | {
         "mean": "Mean error on test documents, 1 − F1 micro,",
         "choice": "greatest mean F1 micro on validation documents",
-        "learned": f"{LEARNED_SHARE:.0%} below the error of giving every document the commonest labels"}
+        "learned": f"{LEARNED_SHARE:.0%} below the error of giving every document the commonest labels",
+    }
 
 
 def _outside_text(records: Records) -> str:
@@ -198,8 +202,11 @@ def _outside_text(records: Records) -> str:
     if own := int((records.trials["numerics"] != NUMERICS_VERSION).sum()):
         texts.append(f"{own} trials of this sweep were computed by an older numerics version than this installation's.")
     if count:
-        who = "1 other trial of earlier sweeps in this folder is" if count == 1 else (
-            f"{count} other trials of earlier sweeps in this folder are")
+        who = (
+            "1 other trial of earlier sweeps in this folder is"
+            if count == 1
+            else (f"{count} other trials of earlier sweeps in this folder are")
+        )
         texts.append(f"{who} left out; results.csv lists every trial.")
     return " ".join(texts)
 
@@ -228,44 +235,55 @@ def _chosen_ids(trials: pd.DataFrame, study: Study, policy: str) -> set[str]:
     return {trial_id for cell in cells for trial_id in cell.trial_ids} & set(trials["trial_id"])
 
 
-def _policy_pictures(trials: pd.DataFrame, rows: pd.DataFrame, study: Study, policy: str, folder: Path,
-                     suffix: str, title: str) -> list[Picture]:
+def _policy_pictures(
+    trials: pd.DataFrame, rows: pd.DataFrame, study: Study, policy: str, folder: Path, suffix: str, title: str
+) -> list[Picture]:
     def drawn(name: str, draw: Callable[[Path], bool]) -> Path | None:
         path = folder / f"{name}{suffix}.png"
         return path if draw(path) else None
 
     return [
-        Picture(f"Distance from BF16{title}",
-                "What formats are judged by, minus BF16 AdamW's at the same seed, mean and half the 95 % interval. "
-                "Purple is lower than BF16, orange higher; hatched cells had runs stopped and have no mean.",
-                "There is no BF16 AdamW reference to measure from.",
-                drawn("heat_map", lambda path: figures.heat_map(study, policy, path))),
-        Picture(f"Loss by format{title}",
-                "One panel per arm. Bands span the seeds; the dashed line is BF16 AdamW; a cross is where a "
-                "guard stopped a run. The axis is cut to where runs differ.",
-                "No training loss is recorded yet.",
-                drawn("loss_curves", lambda path: curves.loss_curves(trials, rows, path))),
-        Picture(f"Distance from BF16 while training{title}",
-                "Training loss minus BF16 AdamW's at the same step and seed (the dashed line at zero). The "
-                "batches are the same, so their noise cancels. Linear within ±0.02 nats, logarithmic beyond.",
-                "There is no BF16 AdamW run with the same seed to measure from.",
-                drawn("excess_curves", lambda path: curves.excess_curves(trials, rows, path))),
-        Picture(f"Stops by reason{title}", "Runs that a guard ended, by the signal that ended them.",
-                "No run was stopped by a guard.",
-                drawn("stop_reasons", lambda path: figures.stop_reasons(trials, path))),
-        Picture(f"Flip yield{title}",
-                "Code changes that happened over code changes expected of the steps taken. Near 1 the steps "
-                "reach the weights; near 0 rounding swallows them.",
-                "No flip yield is recorded: nothing was quantized.",
-                drawn("flip_yield", lambda path: curves.flip_yields(trials, rows, path))),
+        Picture(
+            f"Distance from BF16{title}",
+            "What formats are judged by, minus BF16 AdamW's at the same seed, mean and half the 95 % interval. "
+            "Purple is lower than BF16, orange higher; hatched cells had runs stopped and have no mean.",
+            "There is no BF16 AdamW reference to measure from.",
+            drawn("heat_map", lambda path: figures.heat_map(study, policy, path)),
+        ),
+        Picture(
+            f"Loss by format{title}",
+            "One panel per arm. Bands span the seeds; the dashed line is BF16 AdamW; a cross is where a "
+            "guard stopped a run. The axis is cut to where runs differ.",
+            "No training loss is recorded yet.",
+            drawn("loss_curves", lambda path: curves.loss_curves(trials, rows, path)),
+        ),
+        Picture(
+            f"Distance from BF16 while training{title}",
+            "Training loss minus BF16 AdamW's at the same step and seed (the dashed line at zero). The "
+            "batches are the same, so their noise cancels. Linear within ±0.02 nats, logarithmic beyond.",
+            "There is no BF16 AdamW run with the same seed to measure from.",
+            drawn("excess_curves", lambda path: curves.excess_curves(trials, rows, path)),
+        ),
+        Picture(
+            f"Stops by reason{title}",
+            "Runs that a guard ended, by the signal that ended them.",
+            "No run was stopped by a guard.",
+            drawn("stop_reasons", lambda path: figures.stop_reasons(trials, path)),
+        ),
+        Picture(
+            f"Flip yield{title}",
+            "Code changes that happened over code changes expected of the steps taken. Near 1 the steps "
+            "reach the weights; near 0 rounding swallows them.",
+            "No flip yield is recorded: nothing was quantized.",
+            drawn("flip_yield", lambda path: curves.flip_yields(trials, rows, path)),
+        ),
     ]
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """A nested value as dotted names and texts."""
     if isinstance(value, Mapping):
-        return [pair for key, item in value.items()
-                for pair in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
+        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return [(prefix, json.dumps(item)) for item in value]
     return [(prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]

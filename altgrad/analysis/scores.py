@@ -19,9 +19,17 @@ from altgrad.analysis.load import FINISHED
 from altgrad.analysis.stats import paired, signed, t_interval
 from altgrad.analysis.tables import DASH, Table, number, slim
 
-SHOWN = {"f1_micro": "F1 micro", "f1_macro": "F1 macro", "precision": "precision", "recall": "recall",
-         "subset_accuracy": "subset accuracy", "hamming_loss": "hamming loss", "roc_auc_micro": "ROC-AUC micro",
-         "pr_auc_micro": "PR-AUC micro", "samples_per_s": "samples/s"}
+SHOWN = {
+    "f1_micro": "F1 micro",
+    "f1_macro": "F1 macro",
+    "precision": "precision",
+    "recall": "recall",
+    "subset_accuracy": "subset accuracy",
+    "hamming_loss": "hamming loss",
+    "roc_auc_micro": "ROC-AUC micro",
+    "pr_auc_micro": "PR-AUC micro",
+    "samples_per_s": "samples/s",
+}
 COMPARED = ("f1_micro", "f1_macro")
 
 

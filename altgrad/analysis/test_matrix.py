@@ -67,8 +67,9 @@ def layer_types() -> tuple[LayerType, ...]:
     model, table = _converted("uniform")
     owners = {id(weight): name for name, (weight, _) in quantized_parameters(model).items()}
     weights = {row.name: owners.get(id(model.get_parameter(f"{row.name}.weight")), row.name) for row in table}
-    return tuple(LayerType(row.name, row.kind, weights[row.name], None if row.converted else row.reason)
-                 for row in table)
+    return tuple(
+        LayerType(row.name, row.kind, weights[row.name], None if row.converted else row.reason) for row in table
+    )
 
 
 def _converted(policy: str) -> tuple[nn.Module, ConversionTable]:
@@ -78,8 +79,13 @@ def _converted(policy: str) -> tuple[nn.Module, ConversionTable]:
 
 def combinations() -> list[Combination]:
     """Every combination that a test has to cover."""
-    return [Combination(name, arm, layer)
-            for layer in layer_types() if layer.excluded is None for name in FORMATS for arm in ARMS]
+    return [
+        Combination(name, arm, layer)
+        for layer in layer_types()
+        if layer.excluded is None
+        for name in FORMATS
+        for arm in ARMS
+    ]
 
 
 def render() -> str:
@@ -91,15 +97,24 @@ def render() -> str:
         "Made by `altgrad test-matrix` from the registries; a test holds it current. "
         f"{len(FORMATS)} formats × {len(ARMS)} arms × {len(layer_types())} layer types: {covered} "
         f"combinations are run by `{COVERED_BY}`, {left_out} are excluded by the rules given.",
-        "## Formats", _formats(),
-        "## Arms", _table(("arm", "optimizer", "parameters"), [_arm(name) for name in ARMS]),
-        "## Layer types", _layers(),
-        "## Policies", f"What each layer's weight takes when the format is {SHOWN_FORMAT}.", _policies(),
-        "## Guards", "The defaults, then those that are to be had by name.", _guards(DEFAULT_GUARDS),
+        "## Formats",
+        _formats(),
+        "## Arms",
+        _table(("arm", "optimizer", "parameters"), [_arm(name) for name in ARMS]),
+        "## Layer types",
+        _layers(),
+        "## Policies",
+        f"What each layer's weight takes when the format is {SHOWN_FORMAT}.",
+        _policies(),
+        "## Guards",
+        "The defaults, then those that are to be had by name.",
+        _guards(DEFAULT_GUARDS),
         _guards(NAMED_RULES.values()),
-        "## Signals", "A guard may test each of them; `signal/min`, `/max` and `/median` go over the layers.",
+        "## Signals",
+        "A guard may test each of them; `signal/min`, `/max` and `/median` go over the layers.",
         _signals(),
-        "## Combinations", "✓ is run by the test above: a gradient reaches the weight, all stays finite, "
+        "## Combinations",
+        "✓ is run by the test above: a gradient reaches the weight, all stays finite, "
         "and the arm's steps move the weight and leave it where the arm says it lives (resident arms: on the "
         "grid).",
         *(part for layer in layer_types() for part in _combination_table(layer)),
@@ -108,13 +123,36 @@ def render() -> str:
 
 
 def _formats() -> str:
-    columns = ("format", "variant", "bits", "bias", "largest", "smallest normal", "smallest subnormal",
-               "codes", "inf", "NaN")
-    return _table(columns, [
-        (name, fmt.variant, str(fmt.total_bits), str(fmt.bias) if fmt.exponent_bits else "–",
-         f"{fmt.max:.10g}", _power(fmt.min_normal), _power(fmt.min_subnormal), str(fmt.num_codes),
-         _yes(fmt.has_inf), _yes(fmt.has_nan))
-        for name, fmt in FORMATS.items()])
+    columns = (
+        "format",
+        "variant",
+        "bits",
+        "bias",
+        "largest",
+        "smallest normal",
+        "smallest subnormal",
+        "codes",
+        "inf",
+        "NaN",
+    )
+    return _table(
+        columns,
+        [
+            (
+                name,
+                fmt.variant,
+                str(fmt.total_bits),
+                str(fmt.bias) if fmt.exponent_bits else "–",
+                f"{fmt.max:.10g}",
+                _power(fmt.min_normal),
+                _power(fmt.min_subnormal),
+                str(fmt.num_codes),
+                _yes(fmt.has_inf),
+                _yes(fmt.has_nan),
+            )
+            for name, fmt in FORMATS.items()
+        ],
+    )
 
 
 def _arm(name: str) -> tuple[str, str, str]:
@@ -138,8 +176,9 @@ def _policies() -> str:
     lines = []
     for policy in POLICIES:
         rows = {row.name: row for row in _converted(policy)[1]}
-        roles = [f"{rows[layer.name].activation} / {rows[layer.name].gradient}" for layer in layers
-                 if layer.kind == "Linear"]
+        roles = [
+            f"{rows[layer.name].activation} / {rows[layer.name].gradient}" for layer in layers if layer.kind == "Linear"
+        ]
         weights = [str(rows[layer.name].weight) for layer in layers]
         lines.append((policy, *weights, ", ".join(dict.fromkeys(roles))))
     return _table(("policy", *(layer.short for layer in layers), "activation / gradient"), lines)
@@ -147,15 +186,31 @@ def _policies() -> str:
 
 def _guards(rules: Iterable[GuardRule]) -> str:
     names = {rule: name for name, rule in NAMED_RULES.items()}
-    return _table(("ends a run as", "signal", "test", "limit", "checks", "after step", "name"), [
-        (rule.kind, rule.signal, rule.test, "–" if rule.limit is None else f"{rule.limit:g}",
-         str(rule.checks), str(rule.after_step), names.get(rule, "–")) for rule in rules])
+    return _table(
+        ("ends a run as", "signal", "test", "limit", "checks", "after step", "name"),
+        [
+            (
+                rule.kind,
+                rule.signal,
+                rule.test,
+                "–" if rule.limit is None else f"{rule.limit:g}",
+                str(rule.checks),
+                str(rule.after_step),
+                names.get(rule, "–"),
+            )
+            for rule in rules
+        ],
+    )
 
 
 def _signals() -> str:
-    return _table(("signal", "meaning", "unit", "measured", "of layers"), [
-        (f"`{name}`", signal.meaning.replace("|", "\\|"), signal.unit, signal.schedule, signal.row or "–")
-        for name, signal in SIGNALS.items()])
+    return _table(
+        ("signal", "meaning", "unit", "measured", "of layers"),
+        [
+            (f"`{name}`", signal.meaning.replace("|", "\\|"), signal.unit, signal.schedule, signal.row or "–")
+            for name, signal in SIGNALS.items()
+        ],
+    )
 
 
 def _combination_table(layer: LayerType) -> tuple[str, ...]:

@@ -33,8 +33,11 @@ SPEC_FLAGS = {
     "search": ("search", "grid, or random or optuna: samples from the axes"),
     "num-samples": ("num_samples", "configurations that a search samples, each with all seeds; default 20"),
     "objectives": ("objectives", "what optuna is told: val_loss, flip_yield, bits_per_byte, val_f1_micro, or several"),
-    "scheduler": ("scheduler", "none; asha: races learning rates within a cell, in a search all samples; pbt: "
-                               "populations over learning rates and rung clips"),
+    "scheduler": (
+        "scheduler",
+        "none; asha: races learning rates within a cell, in a search all samples; pbt: "
+        "populations over learning rates and rung clips",
+    ),
     "guards": ("guards", "on, off, or rules like 'flip_yield/min < 0.2 for 3 after 50; grad_norm is nonfinite'"),
 }
 BUDGET_FLAGS = {
@@ -63,9 +66,7 @@ def default_address() -> str:
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help=", ".join(PRESETS))
-    parser.add_argument(
-        "--config", type=_path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it"
-    )
+    parser.add_argument("--config", type=_path, metavar="FILE", help="the same keys as YAML or JSON; flags win over it")
     for flag, (key, help) in SPEC_FLAGS.items():
         parser.add_argument(f"--{flag}", dest=f"spec:{key}", metavar="X", help=help)
     parser.add_argument("--out", type=_path, help="the sweep's folder; default runs/<name>")
@@ -73,12 +74,23 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--executor", default="auto", help="auto, actor (one worker, reused) or train (Ray Train)")
     parser.add_argument("--workers-per-trial", default="1", metavar="N", help="data-parallel processes of a trial")
     parser.add_argument("--gpus-per-trial", default="0", metavar="F", help="GPUs of each worker; .25: four share one")
-    parser.add_argument("--interval-timeout", default="900", metavar="S", help=(
-        "seconds after which a log interval counts as hung, and its trial starts again; 0 for never"))
-    parser.add_argument("--address", default=default_address(), help=(
-        "local, auto, or the HOST:PORT of a Ray cluster's head; default local, in a Ray job auto"))
-    parser.add_argument("--wandb", metavar="MODE", help="off, offline or online: mirror trials to W&B; default "
-                        "WANDB_MODE, else online where WANDB_API_KEY is set, else offline")
+    parser.add_argument(
+        "--interval-timeout",
+        default="900",
+        metavar="S",
+        help=("seconds after which a log interval counts as hung, and its trial starts again; 0 for never"),
+    )
+    parser.add_argument(
+        "--address",
+        default=default_address(),
+        help=("local, auto, or the HOST:PORT of a Ray cluster's head; default local, in a Ray job auto"),
+    )
+    parser.add_argument(
+        "--wandb",
+        metavar="MODE",
+        help="off, offline or online: mirror trials to W&B; default "
+        "WANDB_MODE, else online where WANDB_API_KEY is set, else offline",
+    )
     for name, (metavar, help) in BUDGET_FLAGS.items():
         parser.add_argument(f"--{flag_of(name)}", dest=f"budget:{name}", metavar=metavar, help=help)
     parser.add_argument("--fresh", action="store_true", help="move an old sweep in OUT aside and start again")
@@ -92,8 +104,11 @@ def spec_of(request: argparse.Namespace) -> SweepSpec:
         preset = None if request.preset is None else check_choice(request.preset, PRESETS, "preset")
     except ValueError as error:
         raise SpecError(f"--preset: {error}") from None
-    flags = {name.removeprefix("spec:"): value for name, value in vars(request).items()
-             if name.startswith("spec:") and value is not None}
+    flags = {
+        name.removeprefix("spec:"): value
+        for name, value in vars(request).items()
+        if name.startswith("spec:") and value is not None
+    }
     return resolve(PRESETS[preset] if preset else request.base, flags, request.file or request.config)
 
 
@@ -115,8 +130,13 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             gpus_per_trial=_amount_of("--gpus-per-trial", request.gpus_per_trial),
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
             wandb=mode_of(request.wandb),
-            budget=Budget(**{name: _amount_of(f"--{flag_of(name)}", text) for name in BUDGET_FLAGS
-                             if (text := getattr(request, f"budget:{name}")) is not None}),
+            budget=Budget(
+                **{
+                    name: _amount_of(f"--{flag_of(name)}", text)
+                    for name in BUDGET_FLAGS
+                    if (text := getattr(request, f"budget:{name}")) is not None
+                }
+            ),
         )
         options.check(spec)
     except ValueError as error:

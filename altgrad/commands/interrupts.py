@@ -21,6 +21,7 @@ def terminable() -> Iterator[None]:
         nonlocal came
         came = True
         raise Terminated
+
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

@@ -34,6 +34,7 @@ def why(request: argparse.Namespace) -> int:
 def report(request: argparse.Namespace) -> int:
     monitor.open_ledger(request.out).close()
     from altgrad.analysis.report import write_report
+
     finding = write_report(request.out)
     print(f"{finding.headline}\n{finding.certainty}\nreport: {finding.path}")
     return 0

@@ -13,8 +13,10 @@ from altgrad.sweep.monitor import print_table
 
 def formats(request: argparse.Namespace) -> int:
     from altgrad.quantization import FORMATS
-    table: list[tuple[str, ...]] = [("format", "bits", "exponent", "mantissa", "bias", "max", "min normal",
-                                     "min subnormal", "inf", "nan")]
+
+    table: list[tuple[str, ...]] = [
+        ("format", "bits", "exponent", "mantissa", "bias", "max", "min normal", "min subnormal", "inf", "nan")
+    ]
     for name, fmt in FORMATS.items():
         whole = (fmt.total_bits, fmt.exponent_bits, fmt.mantissa_bits, fmt.bias)
         real = (fmt.max, fmt.min_normal, fmt.min_subnormal)
@@ -33,6 +35,7 @@ def _number(value: float | None) -> str:
 
 def test_matrix(request: argparse.Namespace) -> int:
     from altgrad.analysis.test_matrix import render
+
     path, text = Path("TEST_MATRIX.md"), render()
     if request.check:
         same = path.exists() and path.read_text() == text
@@ -49,6 +52,7 @@ def doctor(request: argparse.Namespace) -> int:
     import torch
 
     from altgrad.quantization.kernels.dispatch import kernel_report
+
     try:
         kernels = kernel_report()
     except (ValueError, ModuleNotFoundError) as error:

@@ -19,8 +19,10 @@ def show_best(request: argparse.Namespace) -> int:
         winner = best.find_best(ledger, best.asked_in(request.out))
         config = winner.config
         values = ", ".join(f"{name} {value}" for name, value in config.optimizer.model_dump().items() if name != "kind")
-        print(f"{config.format} {config.arm} {config.policy}: {winner.measure} {winner.mean:.4f} over "
-              f"{len(winner.scores)} seeds, the best of {winner.rivals} configurations")  # fmt: skip
+        print(
+            f"{config.format} {config.arm} {config.policy}: {winner.measure} {winner.mean:.4f} over "
+            f"{len(winner.scores)} seeds, the best of {winner.rivals} configurations"
+        )
         print(f"{values}\ntrials: {', '.join(winner.trial_ids)}")
         if request.export is not None:
             best.export(winner, ledger, request.export)

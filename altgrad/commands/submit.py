@@ -30,8 +30,10 @@ def default_address() -> str:
 def submit(request: argparse.Namespace) -> int:
     """The exit code is the job's; 1 where the job counts as succeeded and the sweep's ledger lacks trials."""
     if not re.fullmatch(r"https?://[\w.\-\[\]:]+/?", request.address):
-        raise SpecError(f"--address: {request.address!r} is not allowed: the http://HOST:PORT of a Ray dashboard is "
-                        "expected (a sweep on this machine's own Ray is altgrad run)")  # fmt: skip
+        raise SpecError(
+            f"--address: {request.address!r} is not allowed: the http://HOST:PORT of a Ray dashboard is "
+            "expected (a sweep on this machine's own Ray is altgrad run)"
+        )
     out = _check(request)
     entrypoint = shlex.join(_command(request, out))
     try:
@@ -46,8 +48,9 @@ def submit(request: argparse.Namespace) -> int:
         print(f"altgrad: job {job.id} can't be followed any more ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"altgrad: job {job.id} goes on; ray job stop {job.id} --address {request.address} ends it",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"altgrad: job {job.id} goes on; ray job stop {job.id} --address {request.address} ends it", file=sys.stderr
+        )
         raise
     return code if code or request.plan else _verdict(out)
 
@@ -63,7 +66,8 @@ def _check(request: argparse.Namespace) -> Path:
     options = options_of(here, spec)
     source = Path(spec.data.source)
     if spec.data.source == OFFLINE_DATA or (
-            spec.data.source not in NAMED and (not source.is_absolute() or source.exists())):
+        spec.data.source not in NAMED and (not source.is_absolute() or source.exists())
+    ):
         checked_data(spec, here)
     return options.out.absolute()
 
@@ -119,6 +123,9 @@ def _verdict(out: Path) -> int:
         asked = json.loads((out / "sweep.json").read_text())["trials"]
         left = len(ledger.remaining(ledger.configs(asked)))
     if left:
-        print(f"altgrad: the job counts as succeeded, but {out} lacks {left} trials; its driver was killed, and the "
-              "same command goes on", file=sys.stderr)  # fmt: skip
+        print(
+            f"altgrad: the job counts as succeeded, but {out} lacks {left} trials; its driver was killed, and the "
+            "same command goes on",
+            file=sys.stderr,
+        )
     return 1 if left else 0

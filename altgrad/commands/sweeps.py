@@ -63,14 +63,18 @@ def run(request: argparse.Namespace) -> int:
     except Exception as error:  # Ray wraps what its callbacks raise in errors of its own
         if not is_disk_full(error):
             raise
-        print(f"altgrad: the disk of {options.out} is full; what is recorded is whole, and the same command goes on "
-              "from there", file=sys.stderr)  # fmt: skip
+        print(
+            f"altgrad: the disk of {options.out} is full; what is recorded is whole, and the same command goes on "
+            "from there",
+            file=sys.stderr,
+        )
         return 1
     return _conclude(result)
 
 
 def _conclude(result: SweepResult) -> int:
     from altgrad.analysis.report import write_report
+
     finding = write_report(result.out)
     print(finding.headline)
     print(finding.certainty)
@@ -82,8 +86,10 @@ def _conclude(result: SweepResult) -> int:
     if result.broken is not None:
         print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
     if result.over_budget is not None:
-        print(f"altgrad: the budget is used up: {result.over_budget}; a higher cap goes on from the checkpoints",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"altgrad: the budget is used up: {result.over_budget}; a higher cap goes on from the checkpoints",
+            file=sys.stderr,
+        )
     if result.left:
         print(
             f"altgrad: {result.left} trials are unfinished; altgrad why {result.out} says why, and the same "
@@ -98,8 +104,7 @@ def plan(request: argparse.Namespace) -> int:
     options = options_of(request, spec)
     trials = spec.trials(_checked_corpus(spec, options, request).sha256)
     cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
-    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, "
-          f"{spec.seeds} seeds")
+    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, {spec.seeds} seeds")
     rows = [(*cell, str(count)) for cell, count in cells.items()]
     if rows:
         print_table([("format", "arm", "policy", "trials"), *rows])
@@ -131,8 +136,10 @@ def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainC
     where = "" if options.address == "local" else "; by this machine's speed"
     cost = f", {found.gpu_seconds / 3600:.2g} GPU-hours" if options.gpus_per_trial else ""
     cost += "" if found.usd is None else f", {found.usd:.2f} dollars"
-    print(f"estimate: {duration(found.wall_seconds)} for {len(left)} trials, {concurrent} at a time{cost} "
-          f"({found.classes} cost classes, measured by 20 steps each; early stops not counted{where})")  # fmt: skip
+    print(
+        f"estimate: {duration(found.wall_seconds)} for {len(left)} trials, {concurrent} at a time{cost} "
+        f"({found.classes} cost classes, measured by 20 steps each; early stops not counted{where})"
+    )
     if spec.search == "optuna":
         more = (spec.num_samples or 0) * spec.seeds
         print(f"optuna samples up to {more} trials on the way; they are not in the estimate")

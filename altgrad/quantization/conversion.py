@@ -58,8 +58,7 @@ class ConversionTable(Sequence[ConversionRow]):
         body = [tuple(_cell(value) for value in astuple(row)) for row in self._rows]
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
         lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            for line in [header, *body]
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]
         )
         count = f"{sum(row.converted for row in self._rows)} of {len(self._rows)} layers converted"
         return "\n".join([*(line.rstrip() for line in lines), count])
@@ -100,10 +99,7 @@ def quantize_model(
         if new is not None:
             swaps[linear] = new
     owners = {id(new.weight): new for new in swaps.values() if isinstance(new, QuantizedLinear)}
-    rows |= {
-        name: _convert_embedding(name, module, owners, swaps)
-        for name, module in _layers(model, nn.Embedding)
-    }
+    rows |= {name: _convert_embedding(name, module, owners, swaps) for name, module in _layers(model, nn.Embedding)}
     others = {
         name: _skipped(name, module, "not a linear layer")
         for name, module in _layers(model, nn.Module)
@@ -199,9 +195,7 @@ def _convert_embedding(
         return _skipped(name, embedding, "an embedding whose weight no converted layer shares")
     swaps[embedding] = QuantizedEmbedding(embedding, owner)
     weight = str(owner.weight_quantizer.role)
-    return ConversionRow(
-        name, type(embedding).__name__, True, weight, "", "", "its weight is a converted layer's"
-    )
+    return ConversionRow(name, type(embedding).__name__, True, weight, "", "", "its weight is a converted layer's")
 
 
 def _rule_text(rule: LayerRule) -> str:

@@ -126,14 +126,11 @@ def ulp_statistics(before: Tensor, after: Tensor, fmt: str | FloatFormat, scale:
     )
 
 
-def gradient_stiffness_correlation(
-    grad: Tensor, weight: Tensor, fmt: str | FloatFormat
-) -> StiffnessCorrelation:
+def gradient_stiffness_correlation(grad: Tensor, weight: Tensor, fmt: str | FloatFormat) -> StiffnessCorrelation:
     """Whether gradients are larger where the grid is coarser: Pearson of the logarithms, Spearman of the ranks."""
     size, stiffness, used = _logarithms(grad, weight, fmt)
     return StiffnessCorrelation(
-        pearson=_pearson(size, stiffness, used),
-        spearman=_pearson(_ranks(size, used), _ranks(stiffness, used), used),
+        pearson=_pearson(size, stiffness, used), spearman=_pearson(_ranks(size, used), _ranks(stiffness, used), used)
     )
 
 
@@ -164,9 +161,7 @@ def codes_in_use(weight: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> 
     return used[:values].sum() / values
 
 
-def detect_bit_stall(
-    weight: Tensor, update: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0
-) -> BitStall:
+def detect_bit_stall(weight: Tensor, update: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> BitStall:
     """Updates (not 0, finite, on a finite weight) with round(b + update) = b, b = round(weight), and all such updates.
 
     The sum is made in float32, as a step is. At the range's end an update outwards is stalled too.
@@ -192,9 +187,7 @@ class BitStallDetector:
         self.threshold = threshold
         self._counts: dict[str, Tensor] = {}
 
-    def update(
-        self, name: str, weight: Tensor, update: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0
-    ) -> BitStall:
+    def update(self, name: str, weight: Tensor, update: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> BitStall:
         """Takes in one step of a layer, weight as it was before the update."""
         found = detect_bit_stall(weight, update, fmt, scale)
         counts = torch.stack(found)

@@ -77,9 +77,13 @@ class WeightFlipTracker:
         self._snapshots: dict[str, _Snapshot] = {}
 
     def snapshot_pre_step(
-        self, name: str, weight: Tensor, format: str | FloatFormat, scale: float | Tensor = 1.0,
+        self,
+        name: str,
+        weight: Tensor,
+        format: str | FloatFormat,
+        scale: float | Tensor = 1.0,
         grad: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Remembers a layer's codes, and its scale, before the step."""
         fmt = get_format(format)
         kept_scale = scale.detach().clone() if isinstance(scale, Tensor) else scale
@@ -87,9 +91,14 @@ class WeightFlipTracker:
         self._snapshots[name] = _Snapshot(code_index(weight, fmt, kept_scale), fmt, kept_scale, updates)
 
     def compute_flips_post_step(
-        self, name: str, weight: Tensor, format: str | FloatFormat, scale: float | Tensor = 1.0, *,
+        self,
+        name: str,
+        weight: Tensor,
+        format: str | FloatFormat,
+        scale: float | Tensor = 1.0,
+        *,
         applied: Tensor | None = None,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Flips since the snapshot, under the snapshot's scale; adds them and the updates to the layer's
         counts.
 
@@ -100,9 +109,7 @@ class WeightFlipTracker:
             raise ValueError(f"no snapshot of {name!r}; call snapshot_pre_step before the step")
         before = self._snapshots.pop(name)
         if get_format(format) != before.fmt:
-            raise ValueError(
-                f"{name!r} was snapshot in {before.fmt.name}, now {get_format(format).name}: codes differ"
-            )
+            raise ValueError(f"{name!r} was snapshot in {before.fmt.name}, now {get_format(format).name}: codes differ")
         flips = int(count_flips(before.index, code_index(weight, before.fmt, before.scale)))
         updates = before.gradient_updates if applied is None else int(torch.count_nonzero(applied))
         self.flip_counts[name] = self.flip_counts.get(name, 0) + flips
@@ -112,9 +119,7 @@ class WeightFlipTracker:
 
     def get_stall_ratios(self) -> dict[str, float]:
         """1 - flips / updates per layer."""
-        return {
-            name: compute_stall_ratio(self.flip_counts[name], n) for name, n in self.update_counts.items()
-        }
+        return {name: compute_stall_ratio(self.flip_counts[name], n) for name, n in self.update_counts.items()}
 
     def get_flip_rates(self) -> dict[str, float]:
         """Flips per weight and step, per layer."""

@@ -129,9 +129,7 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, linear: QuantizedLinear) -> None:
         if embedding.max_norm is not None:
-            raise ValueError(
-                f"max_norm={embedding.max_norm} rewrites the weights on look-up; not with a quantized one"
-            )
+            raise ValueError(f"max_norm={embedding.max_norm} rewrites the weights on look-up; not with a quantized one")
         if embedding.sparse:
             raise ValueError("sparse=True: a quantized embedding has a dense gradient; use sparse=False")
         super().__init__()
@@ -143,9 +141,8 @@ class QuantizedEmbedding(nn.Module):
         (embedding,), (linear,) = self._original, self._linear
         weight = cast(Tensor, _StraightThrough.apply(self.weight, linear.quantized_weight()))
         return functional.embedding(
-            tokens, weight.to(self.weight.dtype), embedding.padding_idx,
-            scale_grad_by_freq=embedding.scale_grad_by_freq,
-        )  # fmt: skip
+            tokens, weight.to(self.weight.dtype), embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
+        )
 
     def original(self) -> nn.Embedding:
         """The wrapped layer, holding the present Parameter."""
@@ -183,9 +180,14 @@ class _StraightThrough(torch.autograd.Function):
 class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_values: Tensor, weight_values: Tensor,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_values: Tensor,
+        weight_values: Tensor,
         product: _Product,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(x_values, weight_values)
         ctx.product = product
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)

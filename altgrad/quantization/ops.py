@@ -23,13 +23,7 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
-from altgrad.quantization.kernels import (
-    MAX_HASHED_ELEMENTS,
-    Overflow,
-    Rounding,
-    dispatch,
-    mix_seed,
-)
+from altgrad.quantization.kernels import MAX_HASHED_ELEMENTS, Overflow, Rounding, dispatch, mix_seed
 from altgrad.quantization.kernels import codes as bit_patterns
 from altgrad.quantization.kernels.dispatch import Scale, kernel_in_use
 
@@ -77,9 +71,7 @@ def quantize(
     _check_choice("ste", ste, get_args(StraightThrough))
     _check_floating(x)
     if overflow == "inf" and not fmt.has_inf:
-        raise ValueError(
-            f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'"
-        )
+        raise ValueError(f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'")
     if rounding == "stochastic":
         _check_seed(x.numel(), seed)
     scale = _as_scale(scale, x)
@@ -117,9 +109,7 @@ def grid_values(
     return dispatch.grid_values(x.detach(), fmt, _as_scale(scale, x), rounding, seed)
 
 
-def encode(
-    x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate"
-) -> Tensor:
+def encode(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate") -> Tensor:
     """Bit patterns of the values nearest to x / scale: uint8, or int16 (same bits) for formats wider than 8
     bits.
 
@@ -129,9 +119,7 @@ def encode(
     _check_choice("overflow", overflow, get_args(Overflow))
     _check_floating(x)
     if overflow == "inf" and not fmt.has_inf:
-        raise ValueError(
-            f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'"
-        )
+        raise ValueError(f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'")
     return bit_patterns.encode(x.detach(), fmt, _as_scale(scale, x), overflow)
 
 
@@ -177,9 +165,15 @@ def hash_uniform(shape: Sequence[int], seed: int, device: torch.device | str = "
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow,
-        seed: int | None, clipped: bool,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        fmt: FloatFormat,
+        scale: Scale,
+        rounding: Rounding,
+        overflow: Overflow,
+        seed: int | None,
+        clipped: bool,
+    ) -> Tensor:
         if clipped:
             fits = overflow == "saturate"
             largest = dispatch.largest_value(fmt, x.dtype, scale, x.device) if fits else fmt.max
@@ -195,15 +189,20 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _quantize_into(
-    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None,
-    out: Tensor, wants_gradient: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    fmt: FloatFormat,
+    scale: Scale,
+    rounding: Rounding,
+    overflow: Overflow,
+    seed: int | None,
+    out: Tensor,
+    wants_gradient: bool,
+) -> Tensor:
     if wants_gradient:
         raise ValueError("out= has no gradient; detach x, or call under torch.no_grad()")
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
-            f"out must be {x.dtype} {tuple(x.shape)} on {x.device}; "
-            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+            f"out must be {x.dtype} {tuple(x.shape)} on {x.device}; got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
     return dispatch.round_into(x.detach(), fmt, scale, rounding, overflow, seed, out)
 
@@ -280,6 +279,4 @@ def _check_seed(elements: int, seed: int | None) -> None:
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if elements > MAX_HASHED_ELEMENTS:
-        raise ValueError(
-            f"stochastic rounding takes up to {MAX_HASHED_ELEMENTS} elements a call; got {elements}"
-        )
+        raise ValueError(f"stochastic rounding takes up to {MAX_HASHED_ELEMENTS} elements a call; got {elements}")

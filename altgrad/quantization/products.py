@@ -83,9 +83,7 @@ def check_product(product: str) -> Product:
     return cast(Product, product)
 
 
-def matmul_transposed(
-    a: Operand, b: Operand, product: Product = "auto", dtype: torch.dtype = torch.float32
-) -> Tensor:
+def matmul_transposed(a: Operand, b: Operand, product: Product = "auto", dtype: torch.dtype = torch.float32) -> Tensor:
     """a [M, K] · b [N, K]ᵀ, [M, N], summed in float32 and rounded to `dtype`, float32 or bfloat16.
 
     ValueError where 'native' is asked for and the pair has no unit.
@@ -99,8 +97,10 @@ def matmul_transposed(
         return _emulated(a, b, dtype)
     if kind is None:
         names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
-        raise ValueError(f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
-                         "E5M2), or two of E0M7 and E1M6, one scale a tensor; otherwise 'emulated'")  # fmt: skip
+        raise ValueError(
+            f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
+            "E5M2), or two of E0M7 and E1M6, one scale a tensor; otherwise 'emulated'"
+        )
     return _float8(a, b, dtype) if kind == "float8" else _int8(a, b).to(dtype)
 
 

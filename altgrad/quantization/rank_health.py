@@ -50,10 +50,14 @@ class RankHealthMonitor:
     """
 
     def __init__(
-        self, log_interval: int = 100, warn_threshold: float = 0.3,
-        critical_layers: tuple[str, ...] = ("lm_head", "c_proj"), critical_threshold_multiplier: float = 0.5,
-        *, critical: Collection[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        log_interval: int = 100,
+        warn_threshold: float = 0.3,
+        critical_layers: tuple[str, ...] = ("lm_head", "c_proj"),
+        critical_threshold_multiplier: float = 0.5,
+        *,
+        critical: Collection[str] = (),
+    ) -> None:
         if log_interval < 1 or not 0.0 < warn_threshold < 1.0 or not 0.0 < critical_threshold_multiplier <= 1.0:
             raise ValueError(
                 "need log_interval >= 1, 0 < warn_threshold < 1 and 0 < critical_threshold_multiplier <= 1; "
@@ -105,9 +109,7 @@ class RankHealthMonitor:
         lost = 1.0 - rank / first if first else 0.0
         if lost <= limit:
             return None
-        return RankWarning(
-            name, "drop", lost, limit, f"{name}: stable rank {first:.3g} -> {rank:.3g}, {lost:.0%} lost"
-        )
+        return RankWarning(name, "drop", lost, limit, f"{name}: stable rank {first:.3g} -> {rank:.3g}, {lost:.0%} lost")
 
     def _is_critical(self, name: str) -> bool:
         layer = name.removesuffix(".weight")
@@ -124,9 +126,7 @@ class RankTrendDetector:
 
     def __init__(self, window: int = 1000, threshold: float = 0.3, smoothing: int = 100) -> None:
         if window < 1 or smoothing < 1:
-            raise ValueError(
-                f"window and smoothing count training steps, at least 1; got {window} and {smoothing}"
-            )
+            raise ValueError(f"window and smoothing count training steps, at least 1; got {window} and {smoothing}")
         self.window, self.threshold, self.smoothing = window, threshold, smoothing
         self._course: dict[str, deque[tuple[int, float]]] = {}
 
@@ -153,9 +153,7 @@ class RankTrendDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on exactly where `state_dict` was taken, also through JSON."""
-        self._course = {
-            layer: deque((int(step), mean) for step, mean in course) for layer, course in state.items()
-        }
+        self._course = {layer: deque((int(step), mean) for step, mean in course) for layer, course in state.items()}
 
     def _judge(self, layer: str, before: float, mean: float) -> RankWarning | None:
         change = mean / before - 1.0 if before else 0.0

@@ -84,9 +84,7 @@ def variance_rank(weight: Tensor, share: float = VARIANCE_SHARE) -> Tensor:
 def as_matrix(weight: Tensor) -> Tensor:
     """[out, everything else], no copy where the layout allows; ValueError without elements or for integers."""
     if weight.numel() == 0 or not weight.is_floating_point():
-        raise ValueError(
-            f"a rank needs floating-point elements, got {weight.dtype} of the shape {tuple(weight.shape)}"
-        )
+        raise ValueError(f"a rank needs floating-point elements, got {weight.dtype} of the shape {tuple(weight.shape)}")
     weight = weight.detach()
     return weight.reshape(1, -1) if weight.dim() < 2 else weight.flatten(1)
 

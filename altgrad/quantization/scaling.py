@@ -40,9 +40,7 @@ class ScaleRule(BaseModel):
     margin: int = Field(default=0, ge=0, le=64, description="binades free above amax: a factor 2^margin")
     power_of_two: bool = Field(default=False, description="scales rounded up to a power of two")
     history: int = Field(default=16, ge=1, description="steps a delayed scale looks back")
-    shared: bool = Field(
-        default=False, description="delayed scales wait for synchronize_amax, equal in all processes"
-    )
+    shared: bool = Field(default=False, description="delayed scales wait for synchronize_amax, equal in all processes")
     block_scale_format: BlockScale = Field(
         default="E8M0", description="E8M0: a power of two (MX); E4M3: times one float32 a tensor (NVFP4)"
     )
@@ -62,12 +60,16 @@ class ScaleRule(BaseModel):
         if self.kind != "delayed":
             return None
         return ScaleTracker(
-            fmt, self.history, self.headroom,
-            margin=self.margin, power_of_two=self.power_of_two, shared=self.shared,
-        )  # fmt: skip
+            fmt, self.history, self.headroom, margin=self.margin, power_of_two=self.power_of_two, shared=self.shared
+        )
 
     def scale(
-        self, x: Tensor, fmt: str | FloatFormat, state: ScaleTracker | None = None, *, update: bool = True,
+        self,
+        x: Tensor,
+        fmt: str | FloatFormat,
+        state: ScaleTracker | None = None,
+        *,
+        update: bool = True,
         largest: Tensor | None = None,
     ) -> Tensor:
         """The scale to quantize x with: float32 that broadcasts to x; 1 for formats wider than 8 bits.
@@ -95,9 +97,7 @@ class ScaleRule(BaseModel):
         return scale_of_amax(largest, fmt, power_of_two=self.power_of_two, headroom=headroom)
 
 
-def compute_scale(
-    x: Tensor, fmt: str | FloatFormat, *, power_of_two: bool = False, headroom: float = 1.0
-) -> Tensor:
+def compute_scale(x: Tensor, fmt: str | FloatFormat, *, power_of_two: bool = False, headroom: float = 1.0) -> Tensor:
     """headroom * amax / fmt.max, rounded up to a power of two if asked, within [2^-126, 2^126]; 0-d float32.
 
     1 where amax is zero or not finite (an empty tensor has amax zero).
@@ -134,9 +134,7 @@ def scale_of_amax(
     return torch.where(is_usable, scale, 1.0)
 
 
-def format_scale(
-    x: Tensor, fmt: str | FloatFormat, *, power_of_two: bool = False, headroom: float = 1.0
-) -> Tensor:
+def format_scale(x: Tensor, fmt: str | FloatFormat, *, power_of_two: bool = False, headroom: float = 1.0) -> Tensor:
     """The scale x takes in fmt: 1 for formats wider than 8 bits, else `compute_scale`; 0-d float32."""
     fmt = get_format(fmt)
     if fmt.total_bits > 8:
@@ -216,9 +214,15 @@ class ScaleTracker:
     """
 
     def __init__(
-        self, fmt: str | FloatFormat, history: int = 16, headroom: float = 1.0, *,
-        margin: int = 0, power_of_two: bool = False, shared: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        fmt: str | FloatFormat,
+        history: int = 16,
+        headroom: float = 1.0,
+        *,
+        margin: int = 0,
+        power_of_two: bool = False,
+        shared: bool = False,
+    ) -> None:
         if not headroom > 0.0:
             raise ValueError(f"headroom must be a positive factor, got {headroom!r}")
         self.fmt = get_format(fmt)

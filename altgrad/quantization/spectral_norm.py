@@ -160,9 +160,7 @@ def _norms(shares: Tensor, frobenius: Tensor) -> list[Tensor]:
     return [torch.where(is_finite, value, math.nan) for value in found]
 
 
-def _longest_images(
-    matrices: Tensor, frobenius: Tensor, guesses: Tensor, products: int
-) -> tuple[Tensor, Tensor]:
+def _longest_images(matrices: Tensor, frobenius: Tensor, guesses: Tensor, products: int) -> tuple[Tensor, Tensor]:
     """Longest |W x| / |W|_F over unit vectors x in the span of guess, G guess, ...: float64 [count], and these x.
 
     `matrices` [count, out, in], `guesses` [count, in].

@@ -66,9 +66,7 @@ class PartitionRelativeClipper:
     `floor`: smallest RMS of a weight to divide by, so that zero-initialized tensors can train.
     """
 
-    def __init__(
-        self, factor: float = 4.0, decay: float = 0.97, warmup: int = 10, floor: float = 1e-3
-    ) -> None:
+    def __init__(self, factor: float = 4.0, decay: float = 0.97, warmup: int = 10, floor: float = 1e-3) -> None:
         if not 1.0 < factor < math.inf or not 0.0 <= decay < 1.0 or warmup < 1 or not floor > 0.0:
             raise ValueError(
                 "need a finite factor > 1, 0 <= decay < 1, warmup >= 1 and floor > 0; "
@@ -163,9 +161,7 @@ class EmergencyMantissaShift:
     def __init__(self) -> None:
         self.events: list[FormatShift] = []
 
-    def next_format(
-        self, fmt: str | FloatFormat, reason: ShiftReason, visited: tuple[str, ...] = ()
-    ) -> str | None:
+    def next_format(self, fmt: str | FloatFormat, reason: ShiftReason, visited: tuple[str, ...] = ()) -> str | None:
         """Name of the format to move to, none of `visited`; None at FP32. ValueError: unknown format or reason."""
         if reason not in get_args(ShiftReason):
             raise ValueError(unknown_message("reason", reason, get_args(ShiftReason)))

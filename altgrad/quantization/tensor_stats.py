@@ -105,9 +105,7 @@ def range_statistics(
     )
 
 
-def overflow_share(
-    x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, amax: Tensor | None = None
-) -> Tensor:
+def overflow_share(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, amax: Tensor | None = None) -> Tensor:
     """The `overflow` of `range_statistics` alone: 0-d float64; on a CPU only the amax is taken where none can be."""
     x, limit = _elements(x), _overflow_limit(get_format(fmt))
     has_one_scale = not isinstance(scale, Tensor) or scale.numel() == 1

@@ -26,9 +26,11 @@ class WeightGrid:
         """This grid, once it is known to have that format; ValueError where the other side has another."""
         if self.fmt not in (None, fmt):
             assert self.fmt is not None
-            raise ValueError(f"format={fmt.name!r} for a weight that already takes {self.fmt.name}: the layers that "
-                             "share a weight and its optimizer must agree; give the optimizer a group per format, or "
-                             "use build_optimizer")  # fmt: skip
+            raise ValueError(
+                f"format={fmt.name!r} for a weight that already takes {self.fmt.name}: the layers that "
+                "share a weight and its optimizer must agree; give the optimizer a group per format, or "
+                "use build_optimizer"
+            )
         self.fmt = fmt
         return self
 

@@ -29,14 +29,28 @@ CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {"schedule.decay_fraction":
 _NUMBERLESS = "it can't change what a training computes"
 _ONE_CORPUS = "a sweep has one corpus"
 REFUSED = {
-    "format": "its axis is formats", "policy": "its axis is policies", "seed": "replicates are seeds: N",
+    "format": "its axis is formats",
+    "policy": "its axis is policies",
+    "seed": "replicates are seeds: N",
     "optimizer": "arms are the axis optimizers, their parameters optimizer.lr and the like",
     "optimizer.kind": "arms are the axis optimizers",
-    "steps": "a longer run is the same trial, continued", "task": "a sweep has one task",
+    "steps": "a longer run is the same trial, continued",
+    "task": "a sweep has one task",
     **dict.fromkeys(("guards", "observe", "log_interval", "eval_interval", "checkpoint_interval"), _NUMBERLESS),
-    **dict.fromkeys(("data", "data.source", "data.revision", "data.text_field", "data.label_field",
-                     "data.label_names", "data.val_fraction", "model.encoder"), _ONE_CORPUS),
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "data",
+            "data.source",
+            "data.revision",
+            "data.text_field",
+            "data.label_field",
+            "data.label_names",
+            "data.val_fraction",
+            "model.encoder",
+        ),
+        _ONE_CORPUS,
+    ),
+}
 """Fields that are no axis, and why."""
 
 
@@ -90,8 +104,14 @@ class Constraint(Frozen):
         when = values.get("when") if isinstance(values, Mapping) else None
         if not isinstance(when, Mapping):
             return values
-        found = {path: item if isinstance(item, Mapping | Bounds | tuple) else
-                 tuple(item) if isinstance(item, list) else (item,) for path, item in when.items()}
+        found = {
+            path: item
+            if isinstance(item, Mapping | Bounds | tuple)
+            else tuple(item)
+            if isinstance(item, list)
+            else (item,)
+            for path, item in when.items()
+        }
         return dict(values) | {"when": found}
 
     def holds(self, point: Mapping[str, Any]) -> bool:

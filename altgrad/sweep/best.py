@@ -30,8 +30,20 @@ from altgrad.training.config import ARMS, TrainConfig, has_own_lr_unit
 from altgrad.training.outcome import OutcomeKind
 
 MEASURES = {"lm": "val_loss", "classify": "val_f1_micro"}
-COPIED = ("task", "steps", "model", "data", "schedule", "clip_grad_norm", "interventions", "observe", "guards",
-          "log_interval", "eval_interval", "checkpoint_interval")  # fmt: skip
+COPIED = (
+    "task",
+    "steps",
+    "model",
+    "data",
+    "schedule",
+    "clip_grad_norm",
+    "interventions",
+    "observe",
+    "guards",
+    "log_interval",
+    "eval_interval",
+    "checkpoint_interval",
+)
 
 
 @dataclass(frozen=True)
@@ -92,17 +104,26 @@ def sweep_of_one(winner: Winner, name: str = "best") -> SweepSpec:
     config = winner.config
     arm = config.arm if config.arm in ARMS else _nearest_arm(config)
     base, optimizer = ARMS[arm], config.optimizer
-    differing = {field: getattr(optimizer, field) for field in arm_fields(arm)
-                 if getattr(optimizer, field) != getattr(base, field)}  # fmt: skip
+    differing = {
+        field: getattr(optimizer, field)
+        for field in arm_fields(arm)
+        if getattr(optimizer, field) != getattr(base, field)
+    }
     shared_lr = not has_own_lr_unit(base) and not has_own_lr_unit(optimizer)
     if shared_lr:
         differing.pop("lr", None)
-    return SweepSpec.model_validate({
-        "name": name, "formats": (config.format,), "optimizers": (arm,), "policies": (config.policy,),
-        "lrs": (optimizer.lr,) if shared_lr else (), "seeds": max(winner.scores) + 1,
-        "axes": {f"{arm}.{field}": [value] for field, value in differing.items()},
-        **{field: getattr(config, field) for field in COPIED},
-    })  # fmt: skip
+    return SweepSpec.model_validate(
+        {
+            "name": name,
+            "formats": (config.format,),
+            "optimizers": (arm,),
+            "policies": (config.policy,),
+            "lrs": (optimizer.lr,) if shared_lr else (),
+            "seeds": max(winner.scores) + 1,
+            "axes": {f"{arm}.{field}": [value] for field, value in differing.items()},
+            **{field: getattr(config, field) for field in COPIED},
+        }
+    )
 
 
 def _nearest_arm(config: TrainConfig) -> str:
@@ -123,8 +144,10 @@ def export(winner: Winner, ledger: Ledger, path: Path) -> None:
         raise SpecError(f"--export: {path} exists; a new file is expected")
     exchanged, _ = ledger.mutations(winner.trial_ids)
     if exchanged:
-        raise SpecError(f"--export: {exchanged[0][0]} took over weights and values from others (pbt) at step "
-                        f"{exchanged[0][1]}: no single configuration trains it again")  # fmt: skip
+        raise SpecError(
+            f"--export: {exchanged[0][0]} took over weights and values from others (pbt) at step "
+            f"{exchanged[0][1]}: no single configuration trains it again"
+        )
     plain: dict[str, Any] = sweep_of_one(winner, path.stem).model_dump(mode="json")
     for name in ("search", "num_samples", "objectives", "search_seed", "constraints", "scheduler", "race", "pbt"):
         del plain[name]

@@ -46,8 +46,10 @@ class Budget:
                 raise ValueError(f"--{flag_of(name)}: {value:g} is not allowed: a number above 0 is expected")
         for name in ("gpu_hours", "usd"):
             if getattr(self, name) is not None and not gpus_per_trial:
-                raise ValueError(f"--{flag_of(name)}: {getattr(self, name):g} is not allowed without --gpus-per-trial: "
-                                 "no GPU would be counted; --max-hours caps wall time")  # fmt: skip
+                raise ValueError(
+                    f"--{flag_of(name)}: {getattr(self, name):g} is not allowed without --gpus-per-trial: "
+                    "no GPU would be counted; --max-hours caps wall time"
+                )
         if self.usd is not None and self.usd_per_gpu_hour is None:
             raise ValueError(f"--max-usd: {self.usd:g} is not allowed without --usd-per-gpu-hour, the price of a GPU")
 
@@ -68,8 +70,9 @@ def flag_of(name: str) -> str:
 class Meter:
     """Counts what this run of a driver spends, on top of what the ledger already holds."""
 
-    def __init__(self, budget: Budget, ledger: Ledger, gpus_per_trial: float,
-                 clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, budget: Budget, ledger: Ledger, gpus_per_trial: float, clock: Callable[[], float] = time.time
+    ) -> None:
         self._budget, self._ledger, self._gpus, self._clock = budget, ledger, gpus_per_trial, clock
         self._before = ledger.spent()
         self._own = Spend()
@@ -90,8 +93,11 @@ class Meter:
         now = self._clock()
         hours = max(0.0, now - self._last) / 3600
         gpu_hours = hours * running * self._gpus
-        self._own = Spend(self._own.hours + hours, self._own.gpu_hours + gpu_hours,
-                          self._own.usd + gpu_hours * (self._budget.usd_per_gpu_hour or 0.0))  # fmt: skip
+        self._own = Spend(
+            self._own.hours + hours,
+            self._own.gpu_hours + gpu_hours,
+            self._own.usd + gpu_hours * (self._budget.usd_per_gpu_hour or 0.0),
+        )
         self._last = now
         if now - self._saved >= SAVE_SECONDS:
             self.save()

@@ -77,8 +77,9 @@ class Follower(tune.Callback):
         """Tune pickles callbacks for a restore that is never used; an open ledger can't go along."""
         return tune.Callback, ()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any],
-                        **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         self._recorder.follow(trial_id_of(trial))
         self._progress.reached(trial_id_of(trial), int(result["step"]))
         if self.groups is not None and GROUP in result:
@@ -168,9 +169,17 @@ class Breaker(tune.Stopper):
         return self.reason is not None or (self._meter is not None and self._meter.exceeded is not None)
 
 
-def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress, race: Pace | None, *,
-          against: dict[str, str], options: RunOptions, growth: Growth | None = None,
-          meter: Meter | None = None) -> str | None:
+def drive(
+    trials: dict[str, TrainConfig],
+    recorder: Recorder,
+    progress: Progress,
+    race: Pace | None,
+    *,
+    against: dict[str, str],
+    options: RunOptions,
+    growth: Growth | None = None,
+    meter: Meter | None = None,
+) -> str | None:
     """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
 
     `against`: each trial's reference, which may be among the trials or have ended before. Both grow with what `growth`
@@ -187,12 +196,19 @@ def drive(trials: dict[str, TrainConfig], recorder: Recorder, progress: Progress
         trials.update(new)
         if growth is not None:
             against.update(references(growth.trials))
-        requests.update({
-            trial_id: run_request(
-                trial_id, config, recorder.folder.absolute() / trial_id, against.get(trial_id),
-                own_guards=options.worker_guards, interval_timeout=options.interval_timeout)
-            for trial_id, config in new.items()
-        })
+        requests.update(
+            {
+                trial_id: run_request(
+                    trial_id,
+                    config,
+                    recorder.folder.absolute() / trial_id,
+                    against.get(trial_id),
+                    own_guards=options.worker_guards,
+                    interval_timeout=options.interval_timeout,
+                )
+                for trial_id, config in new.items()
+            }
+        )
         if isinstance(race, PooledRace):
             race.admit(new)
         return new
@@ -329,5 +345,3 @@ def _fault(trial: Any, folder: Path | None = None) -> Outcome:
         kind = OutcomeKind.TIMEOUT
     step = int((trial.last_result or {}).get("step", 0))
     return Outcome(kind=kind, step=step, message=text.splitlines()[-1][:200])
-
-

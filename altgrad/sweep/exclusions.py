@@ -59,16 +59,12 @@ RULES: tuple[Rule, ...] = (
         "bf16_everywhere_is_uniform",
         "where the format is BF16, this policy and uniform are the same training",
         lambda point: (
-            point.format == BASELINE
-            and point.policy != "uniform"
-            and not _names_its_own_formats(point.policy)
+            point.format == BASELINE and point.policy != "uniform" and not _names_its_own_formats(point.policy)
         ),
     ),
 )
 RAW_LR = "raw_unit_has_its_own_lr"
-RAW_LR_REASON = (
-    "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
-)
+RAW_LR_REASON = "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
 
 
 def excluded_by(point: Combination) -> Rule | None:

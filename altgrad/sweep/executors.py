@@ -37,8 +37,7 @@ from altgrad.training.reference import ReferenceCurve
 from altgrad.training.trainer import Trainer
 from altgrad.training.workers import ALONE, Workers
 
-REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro",
-            "samples_per_s")
+REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro", "samples_per_s")
 GUARDED = "guarded"
 """Where a result carries what the scheduler's own look at the guards needs, as JSON."""
 PAUSED = "paused"
@@ -49,18 +48,28 @@ HUNG = "hung"
 
 
 def run_request(
-    trial_id: str, config: TrainConfig, folder: Path, reference: str | None = None, *, own_guards: bool = True,
+    trial_id: str,
+    config: TrainConfig,
+    folder: Path,
+    reference: str | None = None,
+    *,
+    own_guards: bool = True,
     interval_timeout: float = 0.0,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """What an executor needs to run a trial; plain strings, so that Ray has nothing to interpret.
 
     `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. Where a log
     interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. A key `until` may be added:
     the step at which the trial pauses, with a checkpoint.
     """
-    return {"trial_id": trial_id, "config": config.model_dump_json(), "folder": str(folder),
-            "reference": reference or "", "own_guards": "yes" if own_guards else "",
-            "interval_timeout": str(interval_timeout)}
+    return {
+        "trial_id": trial_id,
+        "config": config.model_dump_json(),
+        "folder": str(folder),
+        "reference": reference or "",
+        "own_guards": "yes" if own_guards else "",
+        "interval_timeout": str(interval_timeout),
+    }
 
 
 def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
@@ -224,5 +233,3 @@ def _ending(outcome: Outcome) -> dict[str, Any]:
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-
-

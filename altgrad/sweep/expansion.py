@@ -17,22 +17,26 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from altgrad.quantization import get_format
 from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_arm
-from altgrad.sweep.exclusions import (
-    BASELINE,
-    RAW_LR,
-    RAW_LR_REASON,
-    RULES,
-    Combination,
-    Exclusion,
-    excluded_by,
-)
+from altgrad.sweep.exclusions import BASELINE, RAW_LR, RAW_LR_REASON, RULES, Combination, Exclusion, excluded_by
 from altgrad.training.config import ARMS, UNQUANTIZED, OptimizerConfig, TrainConfig, has_own_lr_unit
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
 
-SHARED = ("task", "model", "data", "schedule", "clip_grad_norm", "interventions", "observe", "guards", "steps",
-          "log_interval", "eval_interval", "checkpoint_interval")  # fmt: skip
+SHARED = (
+    "task",
+    "model",
+    "data",
+    "schedule",
+    "clip_grad_norm",
+    "interventions",
+    "observe",
+    "guards",
+    "steps",
+    "log_interval",
+    "eval_interval",
+    "checkpoint_interval",
+)
 _OPTIMIZER: TypeAdapter[Any] = TypeAdapter(OptimizerConfig)
 
 
@@ -73,8 +77,12 @@ class Point:
         """The trial; ValueError, naming the values, where they are no valid training together."""
         try:
             return TrainConfig(
-                format=self.combination.format, policy=self.combination.policy, optimizer=self.optimizer, seed=seed,
-                **_shared(spec, self.setting))  # fmt: skip
+                format=self.combination.format,
+                policy=self.combination.policy,
+                optimizer=self.optimizer,
+                seed=seed,
+                **_shared(spec, self.setting),
+            )
         except ValidationError as error:
             first = error.errors()[0]
             text = str(first["msg"]).removeprefix("Value error, ")

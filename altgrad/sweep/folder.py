@@ -50,11 +50,12 @@ def _check_folder(out: Path, fresh: bool) -> None:
     if out.is_dir():
         content = [item.name for item in out.iterdir() if not item.name.startswith(".")]
         if content and not {"sweep.json", "ledger.sqlite"} & set(content):
-            raise FolderError(f"{out} holds other things ({', '.join(sorted(content)[:3])}) and no sweep; "
-                              "an empty or new folder is expected")
+            raise FolderError(
+                f"{out} holds other things ({', '.join(sorted(content)[:3])}) and no sweep; "
+                "an empty or new folder is expected"
+            )
         if fresh and content and Path.cwd().is_relative_to(out.resolve()):
-            raise FolderError(f"{out} with --fresh: the folder you stand in can't be moved aside; call from "
-                              "outside it")
+            raise FolderError(f"{out} with --fresh: the folder you stand in can't be moved aside; call from outside it")
         if not fresh:
             check_ledger(out / "ledger.sqlite")
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -144,10 +145,15 @@ def _lock(out: Path) -> IO[str]:
 
 def manifest() -> dict[str, Any]:
     """The code, the versions and the machine that a sweep runs on."""
-    return {"git": _git(), "numerics": NUMERICS_VERSION, "python": platform.python_version(),
-            "versions": {name: version for name in PACKAGES if (version := installed(name)) is not None},
-            "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": cores()},
-            "argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return {
+        "git": _git(),
+        "numerics": NUMERICS_VERSION,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed(name)) is not None},
+        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": cores()},
+        "argv": sys.argv[1:],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def installed(package: str) -> str | None:
@@ -165,13 +171,21 @@ def cores() -> int:
 
 def _git() -> dict[str, Any] | None:
     """Revision and whether the tree was modified; None where no repository tracks this package."""
+
     def ask(*words: str) -> str | None:
         try:
-            answer = subprocess.run(["git", *words], cwd=Path(altgrad.__file__).parent, capture_output=True,
-                                    text=True, timeout=10, check=True)
+            answer = subprocess.run(
+                ["git", *words],
+                cwd=Path(altgrad.__file__).parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
         except (FileNotFoundError, subprocess.SubprocessError):
             return None
         return answer.stdout.strip()
+
     if ask("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     sha = ask("rev-parse", "HEAD")

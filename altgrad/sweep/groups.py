@@ -40,9 +40,11 @@ class Group:
 def own_groups() -> list[Group]:
     """The groups of the job that this process drives."""
     job = ray.get_runtime_context().get_job_id()
-    return [Group(row["placement_group_id"], tuple(row["bundles"].values()), row["state"] == "CREATED")
-            for row in placement_group_table().values()
-            if row["placement_group_id"].endswith(job) and row["state"] != "REMOVED"]
+    return [
+        Group(row["placement_group_id"], tuple(row["bundles"].values()), row["state"] == "CREATED")
+        for row in placement_group_table().values()
+        if row["placement_group_id"].endswith(job) and row["state"] != "REMOVED"
+    ]
 
 
 def remove_group(group_id: str) -> None:
@@ -59,10 +61,17 @@ class GroupWatch:
     """Looks at the groups now and then. `worker`: what each process of a trial's own group asks for; None: no trial
     has one, and nothing is ever removed."""
 
-    def __init__(self, worker: Amounts | None = None, *, grace: float = GRACE_SECONDS,
-                 patience: float = PATIENCE_SECONDS, clock: Callable[[], float] = time.monotonic,
-                 read: Callable[[], Iterable[Group]] = own_groups, remove: Callable[[str], None] = remove_group,
-                 sizes: Callable[[], tuple[Amounts, Amounts]] = cluster) -> None:
+    def __init__(
+        self,
+        worker: Amounts | None = None,
+        *,
+        grace: float = GRACE_SECONDS,
+        patience: float = PATIENCE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        read: Callable[[], Iterable[Group]] = own_groups,
+        remove: Callable[[str], None] = remove_group,
+        sizes: Callable[[], tuple[Amounts, Amounts]] = cluster,
+    ) -> None:
         self._worker, self._grace, self._patience, self._clock = worker, grace, patience, clock
         self._read, self._remove, self._sizes = read, remove, sizes
         self._looked = -LOOK_SECONDS
@@ -89,16 +98,20 @@ class GroupWatch:
         now = self._looked = self._clock()
         groups = {group.id: group for group in self._read()}
         self._unplaced = {name: self._unplaced.get(name, now) for name, group in groups.items() if not group.is_placed}
-        self.waiting = self._waiting([groups[name] for name, since in self._unplaced.items()
-                                      if now - since >= self._patience])
+        self.waiting = self._waiting(
+            [groups[name] for name, since in self._unplaced.items() if now - since >= self._patience]
+        )
         own = [name for name, group in groups.items() if self._is_of_workers(group)]
         self._trials = {name: self._trials.get(name, frozenset(running)) for name in own}
         self._over = {name: self._over.get(name, now) for name in own if not self._trials[name] & set(running)}
         freed = [name for name, since in self._over.items() if now - since >= self._grace]
         for name in freed:
             self._remove(name)
-        return {name: f"placement group {name} of {_asked(groups[name])} had outlived its trial by "
-                      f"{now - self._over[name]:.0f} s and was removed" for name in freed}
+        return {
+            name: f"placement group {name} of {_asked(groups[name])} had outlived its trial by "
+            f"{now - self._over[name]:.0f} s and was removed"
+            for name in freed
+        }
 
     def _is_of_workers(self, group: Group) -> bool:
         return self._worker is not None and all(dict(bundle) == dict(self._worker) for bundle in group.bundles)
@@ -109,8 +122,12 @@ class GroupWatch:
         asked = Counter(map(_asked, groups))
         whole, free = self._sizes()
         names = dict.fromkeys(name for group in groups for bundle in group.bundles for name in bundle)
-        has = ", ".join(f"{whole[name]:g} {name} ({whole[name] - free.get(name, 0.0):g} in use)" if whole.get(name)
-                        else f"no {name}" for name in names)
+        has = ", ".join(
+            f"{whole[name]:g} {name} ({whole[name] - free.get(name, 0.0):g} in use)"
+            if whole.get(name)
+            else f"no {name}"
+            for name in names
+        )
         return f"{' and '.join(f'{count} times {text}' for text, count in asked.items())}; the cluster has {has}"
 
 

@@ -19,8 +19,18 @@ from typing import Any
 import altgrad
 
 ROOT = Path(altgrad.__file__).resolve().parents[1]
-EXCLUDED = ("/.venv/", "/runs/", "/build/", "/dist/", ".git/", "wandb/", "__pycache__/", "*.egg-info/", ".*_cache/",
-            ".hypothesis/")
+EXCLUDED = (
+    "/.venv/",
+    "/runs/",
+    "/build/",
+    "/dist/",
+    ".git/",
+    "wandb/",
+    "__pycache__/",
+    "*.egg-info/",
+    ".*_cache/",
+    ".hypothesis/",
+)
 POLL_SECONDS = 1.0
 START_SECONDS = 60.0
 """for a cluster that has just come up: its dashboard answers before its jobs' agent does"""
@@ -34,6 +44,7 @@ class Job:
 
     def __init__(self, address: str, entrypoint: str) -> None:
         from ray.job_submission import JobSubmissionClient
+
         logging.getLogger("ray").setLevel(logging.ERROR)  # it tells every file that it leaves out
         try:
             self._client = JobSubmissionClient(address)

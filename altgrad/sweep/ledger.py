@@ -28,19 +28,51 @@ if TYPE_CHECKING:
     from altgrad.training.config import TrainConfig
     from altgrad.training.guards import GuardRule
 
-ROW_SIGNALS = (*SIGNALS, "bits_per_byte", "lr", "tokens_per_s", "clipped_tensors", "clip_factor",
-               *CLASSIFICATION_SIGNALS)
-OUTCOME_FIELDS = ("kind", "signal", "layer", "step", "value", "limit_", "first_seen", "message",
-                  "train_loss", "val_loss", "bits_per_byte", "seconds", "formats")
-TRIAL_FIELDS = ("trial_id", "config", "task", "format", "arm", "policy", "lr", "rung_clip", "seed", "data_sha256",
-                "created", "numerics")
+ROW_SIGNALS = (
+    *SIGNALS,
+    "bits_per_byte",
+    "lr",
+    "tokens_per_s",
+    "clipped_tensors",
+    "clip_factor",
+    *CLASSIFICATION_SIGNALS,
+)
+OUTCOME_FIELDS = (
+    "kind",
+    "signal",
+    "layer",
+    "step",
+    "value",
+    "limit_",
+    "first_seen",
+    "message",
+    "train_loss",
+    "val_loss",
+    "bits_per_byte",
+    "seconds",
+    "formats",
+)
+TRIAL_FIELDS = (
+    "trial_id",
+    "config",
+    "task",
+    "format",
+    "arm",
+    "policy",
+    "lr",
+    "rung_clip",
+    "seed",
+    "data_sha256",
+    "created",
+    "numerics",
+)
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS trials (
     trial_id TEXT PRIMARY KEY, config TEXT NOT NULL, task TEXT, format TEXT, arm TEXT, policy TEXT,
     lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL, numerics INTEGER);
 CREATE TABLE IF NOT EXISTS rows (
-    trial_id TEXT NOT NULL, step INTEGER NOT NULL, {', '.join(f'{name} REAL' for name in ROW_SIGNALS)},
+    trial_id TEXT NOT NULL, step INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in ROW_SIGNALS)},
     layers TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
@@ -82,8 +114,9 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -95,39 +128,64 @@ class Ledger:
         The configuration says what was asked for last (steps, guards), not what the recorded rows went through.
         """
         now = time.time()
-        values = [(trial_id, config.model_dump_json(), config.task, config.format, config.arm, config.policy,
-                   config.optimizer.lr, getattr(config.optimizer, "rung_clip", None), config.seed, data_sha256, now,
-                   NUMERICS_VERSION)
-                  for trial_id, config in configs.items()]
+        values = [
+            (
+                trial_id,
+                config.model_dump_json(),
+                config.task,
+                config.format,
+                config.arm,
+                config.policy,
+                config.optimizer.lr,
+                getattr(config.optimizer, "rung_clip", None),
+                config.seed,
+                data_sha256,
+                now,
+                NUMERICS_VERSION,
+            )
+            for trial_id, config in configs.items()
+        ]
         with self._connection:
             self._connection.execute("BEGIN")
             self._connection.executemany(
                 f"INSERT INTO trials ({','.join(TRIAL_FIELDS)}) VALUES ({','.join('?' * len(TRIAL_FIELDS))}) "
-                "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config, numerics = excluded.numerics", values)
+                "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config, numerics = excluded.numerics",
+                values,
+            )
 
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Enters rows in one transaction; a step that is known is replaced."""
         names = ("trial_id", "step", *ROW_SIGNALS, "layers")
-        values = [(trial_id, row["step"], *(to_plain(row.get(name)) for name in ROW_SIGNALS),
-                   json.dumps(to_plain(row["layers"])) if "layers" in row else None) for row in rows]
+        values = [
+            (
+                trial_id,
+                row["step"],
+                *(to_plain(row.get(name)) for name in ROW_SIGNALS),
+                json.dumps(to_plain(row["layers"])) if "layers" in row else None,
+            )
+            for row in rows
+        ]
         with self._connection:
             self._connection.execute("BEGIN")
             self._connection.executemany(
-                f"INSERT OR REPLACE INTO rows ({','.join(names)}) VALUES ({','.join('?' * len(names))})", values)
+                f"INSERT OR REPLACE INTO rows ({','.join(names)}) VALUES ({','.join('?' * len(names))})", values
+            )
 
     def record_outcome(self, trial_id: str, outcome: Outcome) -> None:
         """Enters how the trial ended; a later ending of the same trial replaces an earlier one."""
-        fields = {"limit_" if name == "limit" else name: to_plain(value)
-                  for name, value in outcome.to_dict().items()}
+        fields = {"limit_" if name == "limit" else name: to_plain(value) for name, value in outcome.to_dict().items()}
         names = ("trial_id", *OUTCOME_FIELDS, "recorded")
         self._connection.execute(
             f"INSERT OR REPLACE INTO outcomes ({','.join(names)}) VALUES ({','.join('?' * len(names))})",
-            (trial_id, *(fields[name] for name in OUTCOME_FIELDS), time.time()))
+            (trial_id, *(fields[name] for name in OUTCOME_FIELDS), time.time()),
+        )
 
     def add_sample(self, search: str, number: int, params: Mapping[str, Any], trial_ids: Sequence[str]) -> None:
         """Enters what a search chose, and the trials that are to tell what it is worth."""
-        self._connection.execute("INSERT OR REPLACE INTO samples VALUES (?,?,?,?)",
-                                 (search, number, json.dumps(params), json.dumps(list(trial_ids))))
+        self._connection.execute(
+            "INSERT OR REPLACE INTO samples VALUES (?,?,?,?)",
+            (search, number, json.dumps(params), json.dumps(list(trial_ids))),
+        )
 
     def samples(self, search: str) -> list[dict[str, Any]]:
         """The parameters of every sample of a search, in their order."""
@@ -144,14 +202,17 @@ class Ledger:
         """Notes that the trials have taken over what was entered."""
         with self._connection:
             self._connection.execute("BEGIN")
-            self._connection.executemany("UPDATE mutations SET applied = 1 WHERE trial_id = ? AND step = ?",
-                                         [item[:2] for item in exchange])
+            self._connection.executemany(
+                "UPDATE mutations SET applied = 1 WHERE trial_id = ? AND step = ?", [item[:2] for item in exchange]
+            )
 
     def mutations(self, trial_ids: Sequence[str]) -> tuple[list[tuple[Any, ...]], set[int]]:
         """What was entered for these trials, by step, and the steps of which not all is done."""
         found = self._connection.execute(
             "SELECT trial_id,step,field,before,after,source,applied FROM mutations WHERE trial_id IN "
-            f"({','.join('?' * len(trial_ids))}) ORDER BY step, rowid", trial_ids).fetchall()
+            f"({','.join('?' * len(trial_ids))}) ORDER BY step, rowid",
+            trial_ids,
+        ).fetchall()
         return [tuple(row[:6]) for row in found], {row[1] for row in found if not row[6]}
 
     def note(self, subject: str, message: str | None) -> None:
@@ -177,40 +238,54 @@ class Ledger:
     def _endings(self, where: str, values: Sequence[str] = ()) -> dict[str, Outcome]:
         names = ",".join(OUTCOME_FIELDS)
         found = self._connection.execute(f"SELECT trial_id,{names} FROM outcomes{where}", values)
-        return {trial_id: Outcome.from_dict({"limit" if name == "limit_" else name: from_plain(value)
-                                             if name in ("value", "limit_", "train_loss", "val_loss",
-                                                         "bits_per_byte") else value
-                                             for name, value in zip(OUTCOME_FIELDS, values, strict=True)})
-                for trial_id, *values in found}
+        return {
+            trial_id: Outcome.from_dict(
+                {
+                    "limit" if name == "limit_" else name: from_plain(value)
+                    if name in ("value", "limit_", "train_loss", "val_loss", "bits_per_byte")
+                    else value
+                    for name, value in zip(OUTCOME_FIELDS, values, strict=True)
+                }
+            )
+            for trial_id, *values in found
+        }
 
     def trials(self) -> dict[str, dict[str, Any]]:
         """What tells the trials apart (format, arm, policy, lr, rung_clip, seed), by id, oldest first."""
         names = ("format", "arm", "policy", "lr", "rung_clip", "seed")
-        found = self._connection.execute(
-            f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
+        found = self._connection.execute(f"SELECT trial_id,{','.join(names)} FROM trials ORDER BY created, rowid")
         return {trial_id: dict(zip(names, values, strict=True)) for trial_id, *values in found}
 
     def configs(self, asked: Collection[str] | None = None) -> dict[str, TrainConfig]:
         """What trials of the current numerics were asked to be, by id, oldest first: all, or those asked for."""
         from altgrad.training.config import TrainConfig
+
         outdated = self.outdated()
         found = self._connection.execute("SELECT trial_id, config FROM trials ORDER BY created, rowid")
-        return {trial_id: TrainConfig.model_validate_json(config) for trial_id, config in found
-                if trial_id not in outdated and (asked is None or trial_id in asked)}
+        return {
+            trial_id: TrainConfig.model_validate_json(config)
+            for trial_id, config in found
+            if trial_id not in outdated and (asked is None or trial_id in asked)
+        }
 
     def outdated(self) -> dict[str, int | None]:
         """Trials of other numerics than this version's, by id, with theirs; None where it was not recorded."""
         found = self._connection.execute(
-            "SELECT trial_id, config, data_sha256, numerics FROM trials WHERE numerics IS NOT ?", (NUMERICS_VERSION,))
-        return {trial_id: numerics for trial_id, config, data_sha256, numerics in found
-                if not is_current(trial_id, config, data_sha256, numerics)}
+            "SELECT trial_id, config, data_sha256, numerics FROM trials WHERE numerics IS NOT ?", (NUMERICS_VERSION,)
+        )
+        return {
+            trial_id: numerics
+            for trial_id, config, data_sha256, numerics in found
+            if not is_current(trial_id, config, data_sha256, numerics)
+        }
 
     def signal(self, trial_id: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of one signal of a trial's rows, where it was measured."""
         if name not in ROW_SIGNALS:
             raise ValueError(f"signal={name!r} is not one of {', '.join(ROW_SIGNALS)}")
         found = self._connection.execute(
-            f"SELECT step,{name} FROM rows WHERE trial_id = ? AND {name} IS NOT NULL ORDER BY step", (trial_id,))
+            f"SELECT step,{name} FROM rows WHERE trial_id = ? AND {name} IS NOT NULL ORDER BY step", (trial_id,)
+        )
         return [(step, float(from_plain(value))) for step, value in found]
 
     def row_counts(self) -> dict[str, int]:
@@ -219,8 +294,9 @@ class Ledger:
 
     def record_spend(self, started: float, spend: Spend) -> None:
         """Enters what the run of a driver that started then (Unix time) has spent so far."""
-        self._connection.execute("INSERT OR REPLACE INTO spend VALUES (?,?,?,?)",
-                                 (started, spend.hours, spend.gpu_hours, spend.usd))  # fmt: skip
+        self._connection.execute(
+            "INSERT OR REPLACE INTO spend VALUES (?,?,?,?)", (started, spend.hours, spend.gpu_hours, spend.usd)
+        )
 
     def spent(self) -> Spend:
         """What all runs together have spent."""
@@ -230,8 +306,9 @@ class Ledger:
     def remaining(self, configs: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
         """The trials that still have something to run, in the order given."""
         outcomes = self.outcomes()
-        return {trial_id: config for trial_id, config in configs.items()
-                if not is_settled(outcomes.get(trial_id), config)}
+        return {
+            trial_id: config for trial_id, config in configs.items() if not is_settled(outcomes.get(trial_id), config)
+        }
 
 
 def is_current(trial_id: str, config: str, data_sha256: str, numerics: int | None) -> bool:
@@ -242,6 +319,7 @@ def is_current(trial_id: str, config: str, data_sha256: str, numerics: int | Non
     if numerics is not None:
         return numerics == NUMERICS_VERSION
     from altgrad.training.config import TrainConfig
+
     try:
         return TrainConfig.model_validate_json(config).trial_id(data_sha256) == trial_id
     except ValueError:
@@ -252,8 +330,10 @@ def outdated_text(count: int) -> str:
     """The line that says so, or nothing."""
     if not count:
         return ""
-    return f"{count} trial{'s' if count > 1 else ''} of an older numerics version {'are' if count > 1 else 'is'} " \
-           "in the ledger, not used"
+    return (
+        f"{count} trial{'s' if count > 1 else ''} of an older numerics version {'are' if count > 1 else 'is'} "
+        "in the ledger, not used"
+    )
 
 
 def is_settled(outcome: Outcome | None, config: TrainConfig) -> bool:

@@ -55,8 +55,7 @@ def status(out: Path) -> tuple[str, list[tuple[str, str]]]:
     counts = Counter(ending_name(outcome) for outcome in outcomes.values())
     counts.update({"started": started, "waiting": len(trials) - len(outcomes) - started})
     driver = "a driver is running" if has_driver(out) else "no driver is running"
-    headline = (f"{out}: {len(outcomes)} of {len(trials)} trials ended, {sum(rows.values())} steps recorded; "
-                f"{driver}")
+    headline = f"{out}: {len(outcomes)} of {len(trials)} trials ended, {sum(rows.values())} steps recorded; {driver}"
     headline += f"; {outdated_text(len(outdated))}" if outdated else ""
     return headline, [(name, str(count)) for name, count in counts.items() if count]
 
@@ -69,8 +68,11 @@ def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
     if not wanted:
         raise SpecError(f"{trial!r} is no trial of {out}{nearest(str(trial), trials)}")
     if trial is None:
-        wanted = {trial_id: found for trial_id, found in wanted.items()
-                  if trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE}
+        wanted = {
+            trial_id: found
+            for trial_id, found in wanted.items()
+            if trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE
+        }
     return [_line(trial_id, found, outcomes.get(trial_id)) for trial_id, found in wanted.items()]
 
 
@@ -78,8 +80,10 @@ def mutations(out: Path, trial: str | None = None) -> list[str]:
     """What members of populations took over, a line each: of all trials, or of those whose id begins with `trial`."""
     with open_ledger(out) as ledger:
         found, _ = ledger.mutations([name for name in ledger.trials() if name.startswith(trial or "")])
-    return [f"{name} at step {step}: {field} {before:g} -> {after:g}, weights of {source}"
-            for name, step, field, before, after, source in found]
+    return [
+        f"{name} at step {step}: {field} {before:g} -> {after:g}, weights of {source}"
+        for name, step, field, before, after, source in found
+    ]
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -90,6 +94,9 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _line(trial_id: str, trial: dict[str, Any], outcome: Outcome | None) -> tuple[str, ...]:
-    ending = ("unfinished", "", "", "") if outcome is None else (
-        ending_name(outcome), outcome.layer or "", str(outcome.step), outcome.message)
+    ending = (
+        ("unfinished", "", "", "")
+        if outcome is None
+        else (ending_name(outcome), outcome.layer or "", str(outcome.step), outcome.message)
+    )
     return (trial_id, trial["format"], trial["arm"], trial["policy"], str(trial["seed"]), *ending)

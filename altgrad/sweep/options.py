@@ -39,26 +39,34 @@ class RunOptions:
         """ValueError, naming the flag, where the settings can't go together, with this sweep or on this machine."""
         for batch in spec.batches:
             if batch % self.workers_per_trial:
-                raise ValueError(f"--workers-per-trial: {self.workers_per_trial} is not allowed: data.batch={batch} "
-                                 "can't be shared evenly")  # fmt: skip
+                raise ValueError(
+                    f"--workers-per-trial: {self.workers_per_trial} is not allowed: data.batch={batch} "
+                    "can't be shared evenly"
+                )
         if spec.scheduler == "pbt" and (self.workers_per_trial > 1 or self.executor == "train"):
             many = f"--workers-per-trial: {self.workers_per_trial}"
             asked = "--executor: 'train'" if self.executor == "train" else many
             raise ValueError(f"{asked} is not allowed with --scheduler pbt: populations are of one-device trials")
         if self.executor == "actor" and self.workers_per_trial > 1:
-            raise ValueError(f"--executor: 'actor' is not allowed with --workers-per-trial {self.workers_per_trial}: "
-                             "an actor is one worker; auto or train is expected")  # fmt: skip
+            raise ValueError(
+                f"--executor: 'actor' is not allowed with --workers-per-trial {self.workers_per_trial}: "
+                "an actor is one worker; auto or train is expected"
+            )
         self.budget.check(self.gpus_per_trial)
         if self.address == "local" and self.workers_per_trial > cores():
-            raise ValueError(f"--workers-per-trial: {self.workers_per_trial} is not allowed: this machine has "
-                             f"{cores()} cores, one per worker is expected")  # fmt: skip
+            raise ValueError(
+                f"--workers-per-trial: {self.workers_per_trial} is not allowed: this machine has "
+                f"{cores()} cores, one per worker is expected"
+            )
 
         if self.address == "local" and (wanted := self.gpus_per_trial * self.workers_per_trial):
             import torch
 
             if wanted > (found := torch.cuda.device_count()):
-                raise ValueError(f"--gpus-per-trial: {self.gpus_per_trial:g} is not allowed: a trial would take "
-                                 f"{wanted:g} GPUs, this machine has {found}")  # fmt: skip
+                raise ValueError(
+                    f"--gpus-per-trial: {self.gpus_per_trial:g} is not allowed: a trial would take "
+                    f"{wanted:g} GPUs, this machine has {found}"
+                )
 
     def chosen_executor(self, gpus: float) -> Literal["actor", "train"]:
         """What `auto` stands for on a Ray with so many GPUs."""

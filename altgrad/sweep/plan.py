@@ -60,10 +60,18 @@ class Estimate:
 def cost_class(config: TrainConfig) -> str:
     """Trials with the same text take equally long per step."""
     kind = config.format if config.format == UNQUANTIZED else str(get_format(config.format).total_bits > 8)
-    return "|".join([
-        config.task, config.model.model_dump_json(), config.data.model_dump_json(), kind, config.policy, config.arm,
-        config.observe.model_dump_json(), str(len(config.interventions)),
-    ])  # fmt: skip
+    return "|".join(
+        [
+            config.task,
+            config.model.model_dump_json(),
+            config.data.model_dump_json(),
+            kind,
+            config.policy,
+            config.arm,
+            config.observe.model_dump_json(),
+            str(len(config.interventions)),
+        ]
+    )
 
 
 def probe(config: TrainConfig) -> Cost:
@@ -73,9 +81,15 @@ def probe(config: TrainConfig) -> Cost:
     from altgrad.training.trainer import Trainer
 
     torch.set_num_threads(1)
-    short = config.model_copy(update={"steps": 2 * PROBE_INTERVAL, "log_interval": PROBE_INTERVAL,
-                                      "eval_interval": 2 * PROBE_INTERVAL,
-                                      "checkpoint_interval": 2 * PROBE_INTERVAL, "guards": ()})  # fmt: skip
+    short = config.model_copy(
+        update={
+            "steps": 2 * PROBE_INTERVAL,
+            "log_interval": PROBE_INTERVAL,
+            "eval_interval": 2 * PROBE_INTERVAL,
+            "checkpoint_interval": 2 * PROBE_INTERVAL,
+            "guards": (),
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         for _ in Trainer(short, folder=Path(folder) / "warm").intervals():
             pass
@@ -105,8 +119,9 @@ def measure(trials: Iterable[TrainConfig], concurrent: int) -> dict[str, Cost]:
     return {name: cost for (name, _), cost in zip(probes, costs, strict=False)}
 
 
-def estimate(trials: Mapping[str, TrainConfig], slots_at_once: int, probes_at_once: int,
-             options: RunOptions) -> Estimate:
+def estimate(
+    trials: Mapping[str, TrainConfig], slots_at_once: int, probes_at_once: int, options: RunOptions
+) -> Estimate:
     """What these trials will take on so many slots, after measuring them; nothing is recorded anywhere."""
     if not trials:
         return Estimate(0, 0.0, 0.0, None)
@@ -154,5 +169,7 @@ def power_line(seeds: int) -> str:
         return "power: one seed has no spread, so no difference can be decided; at least 6 are expected of a study"
     least = 2.0 ** (1 - seeds)
     tail = "; no test of signs can go below 5 %" if least >= SIGNIFICANCE else ""
-    return (f"power: {seeds} paired seeds find differences from {detectable(seeds):.2g} standard deviations of the "
-            f"paired differences (t test, 5 %, power 80 %); the smallest sign-flip p is {least:.2g}{tail}")  # fmt: skip
+    return (
+        f"power: {seeds} paired seeds find differences from {detectable(seeds):.2g} standard deviations of the "
+        f"paired differences (t test, 5 %, power 80 %); the smallest sign-flip p is {least:.2g}{tail}"
+    )

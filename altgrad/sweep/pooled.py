@@ -66,8 +66,13 @@ class PooledRace:
             for member in (*group.leaders, *group.others):
                 self.stopped.pop(member, None)
         elif kind in GUARD_KINDS | {OutcomeKind.PRUNED} and not group.exempt:
-            self._stop(group, self._rungs[0], math.inf, math.nan, "not started: its group's first seed ended as "
-                       f"{kind} at step {step}")  # fmt: skip
+            self._stop(
+                group,
+                self._rungs[0],
+                math.inf,
+                math.nan,
+                f"not started: its group's first seed ended as {kind} at step {step}",
+            )
 
     def lost(self, trial_id: str) -> None:
         """A fault took the trial: its group is compared with nobody any more in this run."""
@@ -103,8 +108,15 @@ class PooledRace:
             self._stop(group, rung, score, cutoff, f"pruned at rung {rung} of the search: {mean}, cutoff {cutoff:.4g}")
 
     def _stop(self, group: Group, rung: int, score: float, cutoff: float, message: str) -> None:
-        lost = Outcome(kind=OutcomeKind.PRUNED, step=evaluated_at(rung, self._every), signal=SCORE, value=score,
-                       limit=cutoff, first_seen=rung, message=message)  # fmt: skip
+        lost = Outcome(
+            kind=OutcomeKind.PRUNED,
+            step=evaluated_at(rung, self._every),
+            signal=SCORE,
+            value=score,
+            limit=cutoff,
+            first_seen=rung,
+            message=message,
+        )
         for leader in group.leaders:
             self.stopped.setdefault(leader, replace(lost, val_loss=group.scores.get(rung, {}).get(leader)))
         for other in group.others:

@@ -52,12 +52,15 @@ def check_cluster(options: RunOptions, worker: Mapping[str, float]) -> Iterator[
 
 
 def _same_mode() -> str:
-    return (f"here RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE')!r}; the head's mode and the head's token "
-            f"({TOKEN_PLACES}) are expected")  # fmt: skip
+    return (
+        f"here RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE')!r}; the head's mode and the head's token "
+        f"({TOKEN_PLACES}) are expected"
+    )
 
 
 def _check_task(address: str) -> None:
     """A cluster that takes the driver may still be unable to start a worker for it."""
+
     def answer() -> bool:
         return True
 
@@ -67,20 +70,24 @@ def _check_task(address: str) -> None:
         return
     except RayError as error:
         reason = " ".join(str(error).split())[:120]
-        raise SpecError(f"--address: {address!r}: the cluster can't run even an empty task of this driver ({reason})"
-                        ) from None  # fmt: skip
+        raise SpecError(
+            f"--address: {address!r}: the cluster can't run even an empty task of this driver ({reason})"
+        ) from None
 
 
 def _check_state_api() -> None:
     from ray.util.state import list_placement_groups
     from ray.util.state.exception import RayStateApiException
+
     try:
         list_placement_groups(limit=1, timeout=STATE_SECONDS)
     except (RayStateApiException, RuntimeError, OSError) as error:  # no address of a dashboard, or none that answers
         reason = " ".join(str(error).split())[:120]
-        raise SpecError("--executor: 'train' needs the cluster's State API, which frees the workers of stopped trials; "
-                        f"the head's dashboard does not answer ({reason}); start the head with "
-                        "--include-dashboard=true, or take --executor actor") from None  # fmt: skip
+        raise SpecError(
+            "--executor: 'train' needs the cluster's State API, which frees the workers of stopped trials; "
+            f"the head's dashboard does not answer ({reason}); start the head with "
+            "--include-dashboard=true, or take --executor actor"
+        ) from None
 
 
 def check_storage(out: Path, nodes: list[dict[str, Any]]) -> None:
@@ -89,17 +96,21 @@ def check_storage(out: Path, nodes: list[dict[str, Any]]) -> None:
     with tempfile.NamedTemporaryFile(prefix=".altgrad-", dir=standing) as marker:
         # Pickled by name, it needs nothing of ours over there.
         asked = {
-            ray.remote(os.path.exists).options(
-                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(marker.name): node["NodeManagerAddress"] for node in nodes}
+            ray.remote(os.path.exists)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote(marker.name): node["NodeManagerAddress"]
+            for node in nodes
+        }
         for answer, address in asked.items():
             try:
                 is_seen = ray.get(answer, timeout=NODE_SECONDS)
             except GetTimeoutError:
                 continue  # a busy node is no fault; a trial there that finds no folder says so itself
             if not is_seen:
-                raise SpecError(f"--out: {out} is not on shared storage: node {address} does not see {standing}; with "
-                                f"{len(nodes)} nodes a folder that all of them share is expected")  # fmt: skip
+                raise SpecError(
+                    f"--out: {out} is not on shared storage: node {address} does not see {standing}; with "
+                    f"{len(nodes)} nodes a folder that all of them share is expected"
+                )
 
 
 def lack_of_room(worker: Mapping[str, float], workers: int, nodes: list[dict[str, Any]]) -> Iterator[str]:
@@ -109,5 +120,7 @@ def lack_of_room(worker: Mapping[str, float], workers: int, nodes: list[dict[str
         room += int(min(node["Resources"].get(name, 0.0) // amount for name, amount in worker.items()))
     if room < workers:
         asked = " + ".join(f"{amount:g} {name}" for name, amount in worker.items())
-        yield (f"a trial takes {workers} x ({asked}); the {len(nodes)} node(s) of the cluster hold {room} of them: "
-               "the sweep waits until it has grown")
+        yield (
+            f"a trial takes {workers} x ({asked}); the {len(nodes)} node(s) of the cluster hold {room} of them: "
+            "the sweep waits until it has grown"
+        )

@@ -49,6 +49,7 @@ class Progress:
         self._live = None
         if sys.stdout.isatty() if live is None else live:
             from rich.live import Live
+
             self._live = Live(get_renderable=self._table, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Progress:
@@ -56,18 +57,16 @@ class Progress:
             self._live.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
     def watch(self, dashboard: str | None) -> None:
         """Ray is up, and can be watched at `dashboard`."""
         self._dashboard = dashboard
-        print(
-            f"{self._planned} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""),
-            flush=True,
-        )
+        print(f"{self._planned} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""), flush=True)
 
     def note(self, text: str) -> None:
         """Something that whoever watches should know."""
@@ -116,10 +115,12 @@ class Progress:
         left = self.seconds_left()
         endings = ", ".join(f"{count} {name}" for name, count in self._endings().most_common())
         eta = "measuring" if left is None else f"about {duration(left)} left"
-        return (f"{self._before + len(self._ended)}/{self._before + self._planned} trials ended"
-                f"{f' ({endings})' if endings else ''}, {len(self._running)} running, "
-                f"{self._planned - len(self._ended) - len(self._running)} waiting"
-                f"{f' (for resources: {self.lacks})' if self.lacks else ''}; {eta}")
+        return (
+            f"{self._before + len(self._ended)}/{self._before + self._planned} trials ended"
+            f"{f' ({endings})' if endings else ''}, {len(self._running)} running, "
+            f"{self._planned - len(self._ended) - len(self._running)} waiting"
+            f"{f' (for resources: {self.lacks})' if self.lacks else ''}; {eta}"
+        )
 
     @property
     def _planned(self) -> int:
@@ -137,18 +138,28 @@ class Progress:
 
     def _table(self) -> Table:
         from rich.table import Table
+
         table = Table.grid(padding=(0, 2))
-        table.add_row("ended", f"{self._before + len(self._ended)} of {self._before + self._planned}",
-                      ", ".join(f"{count} {name}" for name, count in self._endings().most_common()))
+        table.add_row(
+            "ended",
+            f"{self._before + len(self._ended)} of {self._before + self._planned}",
+            ", ".join(f"{count} {name}" for name, count in self._endings().most_common()),
+        )
         for trial_id, step in list(self._running.items()):
             trial = self._trials[trial_id]
-            table.add_row("running", f"{step}/{trial.steps}",
-                          f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}")
+            table.add_row(
+                "running",
+                f"{step}/{trial.steps}",
+                f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}",
+            )
         if self.lacks:
             table.add_row("waiting", "for", self.lacks)
         left = self.seconds_left()
-        table.add_row("left", "measuring" if left is None else duration(left),
-                      f"dashboard {self._dashboard}" if self._dashboard else "starting Ray")
+        table.add_row(
+            "left",
+            "measuring" if left is None else duration(left),
+            f"dashboard {self._dashboard}" if self._dashboard else "starting Ray",
+        )
         return table
 
 

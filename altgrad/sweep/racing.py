@@ -178,8 +178,15 @@ class Race:
     def _stop(self, group: Group, rung: int, score: float, cutoff: float) -> None:
         of = f" of {len(group.leaders)} seeds" if len(group.leaders) > 1 else ""
         mean = f"{SCORE} {score:.4g}{of}" if math.isfinite(score) else "a seed diverged or was ended by a guard"
-        lost = Outcome(kind=OutcomeKind.PRUNED, step=evaluated_at(rung, self._every), signal=SCORE, value=score,
-                       limit=cutoff, first_seen=rung, message=f"pruned at rung {rung}: {mean}, cutoff {cutoff:.4g}")
+        lost = Outcome(
+            kind=OutcomeKind.PRUNED,
+            step=evaluated_at(rung, self._every),
+            signal=SCORE,
+            value=score,
+            limit=cutoff,
+            first_seen=rung,
+            message=f"pruned at rung {rung}: {mean}, cutoff {cutoff:.4g}",
+        )
         for leader in group.leaders:
             self.stopped.setdefault(leader, replace(lost, val_loss=group.scores[rung][leader]))
         for other in group.others:

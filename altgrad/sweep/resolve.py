@@ -85,7 +85,7 @@ def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None 
 def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path | None) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    flag = next((name for name in flags if path[:len(name.split("."))] == name.split(".")), None)
+    flag = next((name for name in flags if path[: len(name.split("."))] == name.split(".")), None)
     if flag is not None:
         where = "--" + ("data" if flag == "data.source" else flag.rpartition(".")[2].replace("_", "-"))
     else:
@@ -93,8 +93,10 @@ def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path
     text = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         allowed = list(_fields_at(path[:-1]))
-        text = (f"unknown key with value {_short(first['input'])}; allowed: {', '.join(allowed)}"
-                f"{nearest(path[-1], allowed)}")
+        text = (
+            f"unknown key with value {_short(first['input'])}; allowed: {', '.join(allowed)}"
+            f"{nearest(path[-1], allowed)}"
+        )
     elif first["type"] != "value_error":
         close = nearest(str(first["input"]), _literals_at(path))
         text = f"{_short(first['input'])} is not allowed: {text[:1].lower()}{text[1:]}{close}"
@@ -109,9 +111,7 @@ def _fields_at(path: list[str]) -> Mapping[str, Any]:
             continue
         annotation = model.model_fields[part].annotation
         candidates = (annotation, *get_args(annotation))
-        model = next(
-            (item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None
-        )
+        model = next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)
         if model is None:
             return {}
     fields: Mapping[str, Any] = model.model_fields
@@ -131,5 +131,3 @@ def _short(value: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-

@@ -86,22 +86,35 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     corpus = preflight(spec)
     check_folder(options.out, fresh=options.fresh)
     anchored = spec.model_copy(
-        update={"data": spec.data.model_copy(update={
-            "source": anchor(spec.data.source),
-            "revision": corpus.provenance.get("revision", spec.data.revision)})}
+        update={
+            "data": spec.data.model_copy(
+                update={
+                    "source": anchor(spec.data.source),
+                    "revision": corpus.provenance.get("revision", spec.data.revision),
+                }
+            )
+        }
     )
     trials = anchored.trials(corpus.sha256)
     if options.address != "local" and _is_any_left(trials, options):
         _set_ray_environment()
         from altgrad.sweep.driver import reach
+
         for note in reach(options):
             print(note, flush=True)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
-        provenance = {"spec": spec.model_dump(mode="json"), **manifest(),
-                      "data": {"source": spec.data.source, "sha256": corpus.sha256,
-                               "description": corpus.describe(), "notes": corpus.notes,
-                               **({"hub": dict(corpus.provenance)} if corpus.provenance else {})}}
+        provenance = {
+            "spec": spec.model_dump(mode="json"),
+            **manifest(),
+            "data": {
+                "source": spec.data.source,
+                "sha256": corpus.sha256,
+                "description": corpus.describe(),
+                "notes": corpus.notes,
+                **({"hub": dict(corpus.provenance)} if corpus.provenance else {}),
+            },
+        }
 
         def admit(new: Mapping[str, TrainConfig]) -> None:
             trials.update(new)
@@ -130,10 +143,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
             len(trials),
             len(trials) - before,
             len(unfinished),
-            Counter(
-                ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished"
-                for trial_id in trials
-            ),
+            Counter(ending_name(outcomes[trial_id]) if trial_id in outcomes else "unfinished" for trial_id in trials),
             broken,
             over_budget,
             len(ledger.outdated()),
@@ -168,9 +178,15 @@ def _set_ray_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfig],
-           left: dict[str, TrainConfig], recorder: Recorder, growth: Growth | None,
-           meter: Meter) -> str | None:
+def _drive(
+    spec: SweepSpec,
+    options: RunOptions,
+    trials: Mapping[str, TrainConfig],
+    left: dict[str, TrainConfig],
+    recorder: Recorder,
+    growth: Growth | None,
+    meter: Meter,
+) -> str | None:
     race: Race | PooledRace | Population | None = None
     if spec.scheduler == "asha":
         race = _race(spec, trials, recorder.ledger)
@@ -179,9 +195,11 @@ def _drive(spec: SweepSpec, options: RunOptions, trials: Mapping[str, TrainConfi
     _set_ray_environment()
     with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
         from altgrad.sweep.driver import drive
+
         try:
-            return drive(left, recorder, progress, race, against=references(trials), options=options, growth=growth,
-                         meter=meter)
+            return drive(
+                left, recorder, progress, race, against=references(trials), options=options, growth=growth, meter=meter
+            )
         finally:
             if growth is not None:
                 growth.close()

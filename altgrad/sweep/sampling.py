@@ -55,8 +55,11 @@ def draw(spec: SweepSpec, choose: Choose) -> Point:
     """One point of the space, whether or not it is left out."""
     formats = [name for name in spec.formats if name != UNQUANTIZED] or list(spec.formats)
     combination = Combination(
-        choose("format", formats), choose("policy", spec.policies), choose("optimizer", spec.optimizers),
-        expansion.lead(spec))  # fmt: skip
+        choose("format", formats),
+        choose("policy", spec.policies),
+        choose("optimizer", spec.optimizers),
+        expansion.lead(spec),
+    )
     setting: dict[str, Any] = {}
     of_setting = [path for path in spec.axes if not is_of_arm(path)]
     # What decides whether another is read is drawn before it.
@@ -65,8 +68,10 @@ def draw(spec: SweepSpec, choose: Choose) -> Point:
             setting[path] = choose(path, spec.axes[path])
     own = expansion.arm_axes(spec, combination.arm)
     arm = combination.arm
-    parameters = {field: choose(f"{arm}.{field}" if f"{arm}.{field}" in spec.axes else f"optimizer.{field}", axis)
-                  for field, axis in own.items()}  # fmt: skip
+    parameters = {
+        field: choose(f"{arm}.{field}" if f"{arm}.{field}" in spec.axes else f"optimizer.{field}", axis)
+        for field, axis in own.items()
+    }
     return Point(combination, setting, parameters)
 
 
@@ -132,9 +137,29 @@ def varies_setting(spec: SweepSpec) -> bool:
 
 def search_id(spec: SweepSpec) -> str:
     """Names the space and what is looked for in it; more samples, seeds or steps belong to the same search."""
-    kept = {name: value for name, value in spec.model_dump(mode="json").items() if name in (
-        "task", "formats", "optimizers", "policies", "lrs", "rung_clip", "axes", "constraints", "search", "objectives",
-        "search_seed", "model", "data", "schedule", "clip_grad_norm", "interventions")}  # fmt: skip
+    kept = {
+        name: value
+        for name, value in spec.model_dump(mode="json").items()
+        if name
+        in (
+            "task",
+            "formats",
+            "optimizers",
+            "policies",
+            "lrs",
+            "rung_clip",
+            "axes",
+            "constraints",
+            "search",
+            "objectives",
+            "search_seed",
+            "model",
+            "data",
+            "schedule",
+            "clip_grad_norm",
+            "interventions",
+        )
+    }
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("source", "revision")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -284,8 +309,11 @@ class OptunaSearch:
 
         Seeds of a pruned sample that were never started say nothing.
         """
-        pruned = [name for name, outcome in self._ledger.outcomes_of(list(own)).items()
-                  if outcome.kind is OutcomeKind.PRUNED and outcome.step == 0]  # fmt: skip
+        pruned = [
+            name
+            for name, outcome in self._ledger.outcomes_of(list(own)).items()
+            if outcome.kind is OutcomeKind.PRUNED and outcome.step == 0
+        ]
         values = [value_of(self._ledger, name, config, objective) for name, config in own.items() if name not in pruned]
         found = [value for value in values if value is not None]
         if len(found) < len(values) or not found:
@@ -305,6 +333,7 @@ class OptunaSearch:
 def _choose_at_random(generator: random.Random) -> Choose:
     def choose(name: str, axis: Sequence[Any] | Range) -> Any:
         return _from_range(name, axis, generator) if isinstance(axis, Range) else generator.choice(axis)
+
     return choose
 
 

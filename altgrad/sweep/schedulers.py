@@ -53,9 +53,7 @@ class HealthScheduler(FIFOScheduler):
         """Tune pickles its scheduler for a restore that is never used; an open ledger can't go along."""
         return FIFOScheduler, ()
 
-    def on_trial_result(
-        self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
-    ) -> str:
+    def on_trial_result(self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]) -> str:
         trial_id = trial_id_of(trial)
         verdict = self._backstop(trial_id, result) or self._raced(trial_id, result)
         if verdict is None:
@@ -68,9 +66,7 @@ class HealthScheduler(FIFOScheduler):
     def on_trial_add(self, tune_controller: TuneController | None, trial: Trial) -> None:
         self._busy.add(trial_id_of(trial))
 
-    def on_trial_complete(
-        self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]
-    ) -> None:
+    def on_trial_complete(self, tune_controller: TuneController | None, trial: Trial, result: dict[str, Any]) -> None:
         trial_id = trial_id_of(trial)
         if "outcome" not in result:
             self._busy.discard(trial_id)
@@ -137,6 +133,11 @@ def trial_id_of(trial: Trial) -> str:
 
 def _at(outcome: Outcome, result: Mapping[str, Any]) -> Outcome:
     """The outcome with the losses and the time of the result at which the trial was stopped."""
-    return replace(outcome, step=int(result["step"]), train_loss=result.get("train_loss"),
-                   val_loss=result.get("val_loss"), bits_per_byte=result.get("bits_per_byte"),
-                   seconds=float(result.get("seconds", 0.0)))
+    return replace(
+        outcome,
+        step=int(result["step"]),
+        train_loss=result.get("train_loss"),
+        val_loss=result.get("val_loss"),
+        bits_per_byte=result.get("bits_per_byte"),
+        seconds=float(result.get("seconds", 0.0)),
+    )

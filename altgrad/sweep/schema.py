@@ -14,10 +14,15 @@ from altgrad.training.config import MODELS
 _TEXT = {"type": "string"}
 _NUMBER = {"type": "number", "exclusiveMinimum": 0}
 SHORT_FORMS: dict[str, list[dict[str, Any]]] = {
-    "formats": [_TEXT], "optimizers": [_TEXT], "policies": [_TEXT], "objectives": [_TEXT],
-    "lrs": [_TEXT, _NUMBER], "rung_clip": [_TEXT, _NUMBER], "guards": [_TEXT, {"type": "boolean"}],
+    "formats": [_TEXT],
+    "optimizers": [_TEXT],
+    "policies": [_TEXT],
+    "objectives": [_TEXT],
+    "lrs": [_TEXT, _NUMBER],
+    "rung_clip": [_TEXT, _NUMBER],
+    "guards": [_TEXT, {"type": "boolean"}],
     "model": [{"type": "string", "enum": list(MODELS)}],
-}  # fmt: skip
+}
 
 
 def json_schema() -> dict[str, Any]:

@@ -60,9 +60,7 @@ class RaceConfig(Frozen):
         ge=1,
         description="steps before the first comparison; null: steps / (reduction + 1), at least one eval_interval",
     )
-    reduction: int = Field(
-        2, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart"
-    )
+    reduction: int = Field(2, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart")
     seeds: int = Field(1, ge=1, description="seeds of each group that race; the others start when it has won")
 
     def first(self, steps: int, eval_interval: int) -> int:
@@ -81,12 +79,22 @@ class RaceConfig(Frozen):
 class PbtConfig(Frozen):
     """Population-based training; see `altgrad.sweep.population`."""
 
-    interval: int | None = Field(None, ge=1, description=(
-        "steps from one exchange to the next, a multiple of eval_interval; null: about a fifth of the steps"))
-    quantile: float = Field(0.25, gt=0, le=0.5, description="share of a population that takes over from as many of the "
-                            "best, one member at least")  # fmt: skip
-    factors: tuple[Positive, ...] = Field((0.8, 1.25), min_length=1, description=(
-        "one of them multiplies a value that is taken over"))
+    interval: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "steps from one exchange to the next, a multiple of eval_interval; null: about a fifth of the steps"
+        ),
+    )
+    quantile: float = Field(
+        0.25,
+        gt=0,
+        le=0.5,
+        description="share of a population that takes over from as many of the best, one member at least",
+    )
+    factors: tuple[Positive, ...] = Field(
+        (0.8, 1.25), min_length=1, description=("one of them multiplies a value that is taken over")
+    )
 
     def every(self, steps: int, eval_interval: int) -> int:
         """Steps between exchanges: as asked, or derived; a multiple of eval_interval."""
@@ -96,30 +104,37 @@ class PbtConfig(Frozen):
 class SweepSpec(Frozen):
     """A whole sweep; its defaults are the quick preset. Unknown keys are errors."""
 
-    name: str = Field(
-        "format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder"
-    )
+    name: str = Field("format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder")
     task: Literal["lm", "classify"] = "lm"
-    formats: tuple[str, ...] = Field(("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"), min_length=1,
-                                     description="format names, or 'all'; FP32 is the unquantized reference")
-    optimizers: tuple[str, ...] = Field(("adamw", "adamw_nearest", "manifold", "grid"), min_length=1,
-                                        description="arm names, or 'all'")
-    policies: tuple[str, ...] = Field(
-        ("uniform",), min_length=1, description="mixed-precision policies, or 'all'"
+    formats: tuple[str, ...] = Field(
+        ("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"),
+        min_length=1,
+        description="format names, or 'all'; FP32 is the unquantized reference",
     )
+    optimizers: tuple[str, ...] = Field(
+        ("adamw", "adamw_nearest", "manifold", "grid"), min_length=1, description="arm names, or 'all'"
+    )
+    policies: tuple[str, ...] = Field(("uniform",), min_length=1, description="mixed-precision policies, or 'all'")
     lrs: tuple[Positive, ...] = Field((), description="learning rates; empty for each arm's own")
-    rung_clip: tuple[Positive, ...] = Field(
-        (), description="rungs, for arms that have them; empty for the default"
+    rung_clip: tuple[Positive, ...] = Field((), description="rungs, for arms that have them; empty for the default")
+    axes: dict[str, Axis] = Field(
+        {},
+        description=(
+            "further axes: a field's path (optimizer.beta2, lion.lr, schedule.kind, data.batch, model) to a list of "
+            "values or, in a search, a range {low, high, log}"
+        ),
     )
-    axes: dict[str, Axis] = Field({}, description=(
-        "further axes: a field's path (optimizer.beta2, lion.lr, schedule.kind, data.batch, model) to a list of values "
-        "or, in a search, a range {low, high, log}"))
     constraints: tuple[Constraint, ...] = Field((), description="combinations to leave out, each by a named rule")
-    search: Literal["grid", "random", "optuna"] = Field("grid", description=(
-        "grid: the product of the axes; random, optuna: configurations sampled from it, each with all seeds"))
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid",
+        description=(
+            "grid: the product of the axes; random, optuna: configurations sampled from it, each with all seeds"
+        ),
+    )
     num_samples: int | None = Field(None, ge=1, le=100_000, description="of a search; null: 20")
     objectives: tuple[Literal[tuple(OBJECTIVES)], ...] = Field(  # type: ignore[valid-type]
-        ("val_loss",), min_length=1, description="what optuna is told of a configuration: means over its seeds")
+        ("val_loss",), min_length=1, description="what optuna is told of a configuration: means over its seeds"
+    )
     search_seed: int = Field(0, ge=0, lt=2**31, description="of what a search draws")
     seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
     steps: int = Field(100, ge=1, description="training steps of a trial")
@@ -213,8 +228,10 @@ class SweepSpec(Frozen):
     @classmethod
     def _no_hyperband(cls, value: Any) -> Any:
         if str(value).lower().startswith(("hyperband", "bohb")):
-            raise ValueError(f"{value!r} is not offered: it runs NaN trials to their end, stops good ones, and hangs "
-                             "when a guard ends a trial; allowed: none, asha, pbt; nearest: asha")  # fmt: skip
+            raise ValueError(
+                f"{value!r} is not offered: it runs NaN trials to their end, stops good ones, and hangs "
+                "when a guard ends a trial; allowed: none, asha, pbt; nearest: asha"
+            )
         return value
 
     @model_validator(mode="after")
@@ -249,12 +266,14 @@ class SweepSpec(Frozen):
         if self.search == "grid":
             return expansion.expand(self)
         from altgrad.sweep.sampling import sampled
+
         return sampled(self)
 
     def trials(self, data_sha256: str) -> dict[str, TrainConfig]:
         """The trials by id, in the order in which they run."""
         if self.scheduler == "pbt":
             from altgrad.sweep.population import named
+
             return named(self, data_sha256)
         return {config.trial_id(data_sha256): config for config in self.expand()}
 
@@ -268,16 +287,20 @@ class SweepSpec(Frozen):
         """What the product of a grid's axes would hold and `expand` leaves out, by rule."""
         return expansion.exclusions(self) if self.search == "grid" else []
 
+
 def check_together(spec: SweepSpec) -> None:
     """ValueError where two of the sweep's settings exclude each other."""
     ranges = [path for path, axis in spec.axes.items() if isinstance(axis, Range)]
     if spec.search == "grid":
         if ranges:
-            raise ValueError(f"axes: {ranges[0]}: a range can't be enumerated; with search='grid' a list is expected, "
-                             "ranges are for random and optuna")  # fmt: skip
+            raise ValueError(
+                f"axes: {ranges[0]}: a range can't be enumerated; with search='grid' a list is expected, "
+                "ranges are for random and optuna"
+            )
         if spec.num_samples is not None:
-            raise ValueError(f"num_samples={spec.num_samples} belongs to search='random' or 'optuna'; "
-                             "a grid runs whole")  # fmt: skip
+            raise ValueError(
+                f"num_samples={spec.num_samples} belongs to search='random' or 'optuna'; a grid runs whole"
+            )
     for old, path in (("lrs", "optimizer.lr"), ("rung_clip", "optimizer.rung_clip")):
         if getattr(spec, old) and path in spec.axes:
             raise ValueError(f"axes: {path}: {old} is the same axis; one of them, please")
@@ -296,8 +319,10 @@ def _check_pbt(spec: SweepSpec) -> None:
         raise ValueError(f"scheduler='pbt' with search={spec.search!r}: a population starts from a grid of rates")
     every = spec.pbt.every(spec.steps, spec.eval_interval)
     if every % spec.eval_interval or every >= spec.steps:
-        raise ValueError(f"pbt.interval={every} is not allowed: a multiple of eval_interval={spec.eval_interval} below "
-                         f"steps={spec.steps} is expected")  # fmt: skip
+        raise ValueError(
+            f"pbt.interval={every} is not allowed: a multiple of eval_interval={spec.eval_interval} below "
+            f"steps={spec.steps} is expected"
+        )
     if all(len(expansion.population_axes(spec, arm)) < 2 for arm in spec.optimizers):
         raise ValueError("scheduler='pbt': a population has 2 or more members; give lrs, or rung_clip, several values")
 

@@ -58,6 +58,7 @@ def mode_of(asked: str | None) -> Mode:
         raise ValueError(f"{flag}: {error}") from None
     if mode == "online" and not os.environ.get("WANDB_API_KEY"):
         import wandb
+
         if not wandb.login(prompt=False):
             raise ValueError(f"{flag}: 'online' needs WANDB_API_KEY or a `wandb login`; off and offline need neither")
     return mode
@@ -97,20 +98,33 @@ class TrialRun:
 
     def __init__(self, out: Path, trial_id: str, mode: Mode) -> None:
         import wandb
+
         folder = out / "trials" / trial_id
         record = json.loads((folder / "config.json").read_text())
         sweep = json.loads((out / "sweep.json").read_text())
         config = TrainConfig.model_validate(record["config"])
         self._rows = RowReader(folder / "metrics.jsonl")
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "altgrad"), dir=out, mode=cast(Any, mode), id=trial_id,
-            resume="allow" if mode == "online" else None, reinit="create_new", group=sweep["spec"]["name"],
+            project=os.environ.get("WANDB_PROJECT", "altgrad"),
+            dir=out,
+            mode=cast(Any, mode),
+            id=trial_id,
+            resume="allow" if mode == "online" else None,
+            reinit="create_new",
+            group=sweep["spec"]["name"],
             job_type="reference" if is_reference(config) else "trial",
             name=f"{config.format} {config.arm} {config.policy} seed {config.seed}",
             config=flat(record["config"]) | {"data.sha256": record["data_sha256"]} | flat({"git": sweep["git"] or {}}),
             settings=wandb.Settings(
-                silent=True, console="off", disable_code=True, disable_git=True, x_disable_stats=True,
-                x_disable_meta=True, x_save_requirements=False))
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+            ),
+        )
         self._next = self._run.step
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
@@ -193,10 +207,13 @@ class Mirror:
         if self.is_broken:
             return
         self.is_broken = True
-        self._note(f"W&B: the mirror has stopped ({reason}); the sweep is not concerned, and "
-                   f"altgrad wandb-sync {self._out} makes the runs again")  # fmt: skip
+        self._note(
+            f"W&B: the mirror has stopped ({reason}); the sweep is not concerned, and "
+            f"altgrad wandb-sync {self._out} makes the runs again"
+        )
         if own := _services() - self._before:
             import psutil
+
             for pid in own:
                 with contextlib.suppress(psutil.Error):
                     psutil.Process(pid).kill()
@@ -208,6 +225,7 @@ class Mirror:
 def _tear_down() -> None:
     """Takes back W&B's hook at exit; that its process is dead is known."""
     import wandb
+
     with contextlib.suppress(Exception):
         wandb.teardown()
 
@@ -218,8 +236,11 @@ def rebuild(out: Path, outcomes: Mapping[str, Outcome | None], mode: Mode, note:
     """
     recorded = {name: end for name, end in outcomes.items() if (out / "trials" / name / "metrics.jsonl").exists()}
     # Out of the way first: W&B names a run's folder by the second, and a new run could take the old one's.
-    aside = {path.rename(path.with_name(f"replaced-{path.name}")): path
-             for name in recorded for path in (out / "wandb").glob(f"offline-run-*-{name}")}
+    aside = {
+        path.rename(path.with_name(f"replaced-{path.name}")): path
+        for name in recorded
+        for path in (out / "wandb").glob(f"offline-run-*-{name}")
+    }
     mirror = Mirror(out, mode, note)
     mirror.patience = None
     for trial_id, outcome in recorded.items():
@@ -236,6 +257,7 @@ def rebuild(out: Path, outcomes: Mapping[str, Outcome | None], mode: Mode, note:
 def _services() -> set[int]:
     """W&B's own processes under this one."""
     import psutil
+
     found = set()
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):

@@ -28,10 +28,24 @@ from typing import Any, Literal
 Schedule = Literal["step", "check", "exact", "detail", "shadow", "reference", "evaluation"]
 RowRule = Literal["sum", "mean", "max", "own"]
 
-CLASSIFICATION_SCORES = ("f1_micro", "f1_macro", "precision", "recall", "subset_accuracy", "hamming_loss",
-                         "roc_auc_micro", "pr_auc_micro")
-CLASSIFICATION_SIGNALS = (*CLASSIFICATION_SCORES, "val_f1_micro", "threshold", "baseline_f1_micro", "samples_per_s",
-                          "eval_samples_per_s")
+CLASSIFICATION_SCORES = (
+    "f1_micro",
+    "f1_macro",
+    "precision",
+    "recall",
+    "subset_accuracy",
+    "hamming_loss",
+    "roc_auc_micro",
+    "pr_auc_micro",
+)
+CLASSIFICATION_SIGNALS = (
+    *CLASSIFICATION_SCORES,
+    "val_f1_micro",
+    "threshold",
+    "baseline_f1_micro",
+    "samples_per_s",
+    "eval_samples_per_s",
+)
 """What a classification's rows hold beside the signals of every task."""
 
 
@@ -68,20 +82,10 @@ def _of_roles() -> Iterator[tuple[str, Signal]]:
             f"{role}_amax_mean",
             Signal(f"moving average of {role}_amax over 100 steps", "the tensor's", "check", "max", 0),
         )
-        yield (
-            f"{role}_amax_jump",
-            Signal(f"{role}_amax over its moving average before", "ratio", "check", "max", 0),
-        )
+        yield (f"{role}_amax_jump", Signal(f"{role}_amax over its moving average before", "ratio", "check", "max", 0))
         yield (
             f"{role}_overflow",
-            Signal(
-                f"elements {of} that would round beyond the format's largest value",
-                "share",
-                "check",
-                "max",
-                0,
-                1,
-            ),
+            Signal(f"elements {of} that would round beyond the format's largest value", "share", "check", "max", 0, 1),
         )
         yield (
             f"{role}_underflow",
@@ -124,39 +128,21 @@ SIGNALS: dict[str, Signal] = {
     "spectral_norm": Signal("largest singular value of the weight", "the weight's", row="max", least=0),
     "rank_drop": Signal("stable rank lost since the first check", "share", row="max", most=1),
     "critical_rank_drop": Signal(
-        "rank_drop of the head and of the layers that write into the residual stream",
-        "share",
-        row="max",
-        most=1,
+        "rank_drop of the head and of the layers that write into the residual stream", "share", row="max", most=1
     ),
-    "rank_ratio": Signal(
-        "stable rank over the reference's at the same step", "ratio", "reference", "mean", 0
-    ),
+    "rank_ratio": Signal("stable rank over the reference's at the same step", "ratio", "reference", "mean", 0),
     "spread": Signal(
-        "share of the weight's energy outside its first direction: 1 - 1 / stable_rank",
-        "share",
-        "check",
-        "mean",
-        0,
-        1,
+        "share of the weight's energy outside its first direction: 1 - 1 / stable_rank", "share", "check", "mean", 0, 1
     ),
     "spread_ratio": Signal("spread over the reference's at the same step", "ratio", "reference", "mean", 0),
-    "spectral_ratio": Signal(
-        "spectral norm over the reference's at the same step", "ratio", "reference", "max", 0
-    ),
-    "effective_rank": Signal(
-        "exp of the entropy of s / sum s over singular values s", "rank", "exact", "mean", 0
-    ),
+    "spectral_ratio": Signal("spectral norm over the reference's at the same step", "ratio", "reference", "max", 0),
+    "effective_rank": Signal("exp of the entropy of s / sum s over singular values s", "rank", "exact", "mean", 0),
     "variance_rank": Signal(
         "fewest directions that hold 99 % of the squared Frobenius norm", "rank", "exact", "mean", 0
     ),
-    "grad_l2": Signal(
-        "L2 norm of the weight's gradient, before clipping", "loss per weight", row="max", least=0
-    ),
+    "grad_l2": Signal("L2 norm of the weight's gradient, before clipping", "loss per weight", row="max", least=0),
     "grad_linf": Signal("largest magnitude of the weight's gradient", "loss per weight", row="max", least=0),
-    "grad_snr": Signal(
-        "|mean| over standard deviation of the gradient's elements", "ratio", row="mean", least=0
-    ),
+    "grad_snr": Signal("|mean| over standard deviation of the gradient's elements", "ratio", row="mean", least=0),
     "grad_zero": Signal("elements of the gradient that are 0", "share", "check", "mean", 0, 1),
     "dead_units": Signal(
         "output units whose gradients stayed below 1e-8 for 100 steps", "share", "check", "mean", 0, 1
@@ -170,9 +156,7 @@ SIGNALS: dict[str, Signal] = {
         "largest query-key product over the root of the head's width", "logits", "detail", "max"
     ),
     "stiffness": Signal("mean log2 of the format's spacing at the weights", "binades", "detail", "mean"),
-    "grid_distance": Signal(
-        "mean distance of the weights to the nearest grid point", "ULP", "detail", "mean", 0
-    ),
+    "grid_distance": Signal("mean distance of the weights to the nearest grid point", "ULP", "detail", "mean", 0),
     "on_grid": Signal("weights that lie on the grid", "share", "detail", "mean", 0, 1),
     "codes_in_use": Signal(
         "distinct codes among the weights, of the format's finite values", "share", "detail", "mean", 0, 1

@@ -61,11 +61,15 @@ class PretrainedClassifier(nn.Module):
         try:
             # A checkpoint's own head, made for other labels, gives way to a new one.
             self.encoder: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-                config.encoder, num_labels=labels, problem_type="multi_label_classification",
-                ignore_mismatched_sizes=True)
+                config.encoder,
+                num_labels=labels,
+                problem_type="multi_label_classification",
+                ignore_mismatched_sizes=True,
+            )
         except (OSError, ValueError) as error:
-            raise ValueError(f"encoder {config.encoder!r} can't be loaded ({' '.join(str(error).split())[:200]})"
-                             ) from None
+            raise ValueError(
+                f"encoder {config.encoder!r} can't be loaded ({' '.join(str(error).split())[:200]})"
+            ) from None
         # It arrives in evaluation mode.
         self.train()
         self._head = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)][-1]

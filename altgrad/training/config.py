@@ -42,10 +42,21 @@ class ModelConfig(Frozen):
     heads: int = Field(2, ge=1, description="attention heads; they divide the width")
     width: int = Field(64, ge=8, description="residual width, elements")
     block: int = Field(128, ge=8, description="context length, tokens")
-    residual_scale: float = Field(1.0, gt=0, le=1, description=(
-        "what attention and MLP add to the residual stream is multiplied by it; documents by the hundred want 0.1"))
-    encoder: str | None = Field(None, min_length=1, description=(
-        "classification: a Hugging Face encoder by name or folder, instead of one from scratch (extra: hf)"))
+    residual_scale: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description=(
+            "what attention and MLP add to the residual stream is multiplied by it; documents by the hundred want 0.1"
+        ),
+    )
+    encoder: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "classification: a Hugging Face encoder by name or folder, instead of one from scratch (extra: hf)"
+        ),
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -72,8 +83,10 @@ def tokenizer_parts(name: str) -> tuple[str, int]:
     kind, _, size = name.partition("-")
     if kind not in TOKENIZERS or (size and (kind == "bytes" or not size.isdecimal())):
         close = get_close_matches(name, TOKENIZERS, n=1)
-        raise ValueError(f"{name!r} is no tokenizer; allowed: bytes, bpe, bpe-N, words, words-N"
-                         f"{f'; nearest: {close[0]}' if close else ''}")
+        raise ValueError(
+            f"{name!r} is no tokenizer; allowed: bytes, bpe, bpe-N, words, words-N"
+            f"{f'; nearest: {close[0]}' if close else ''}"
+        )
     wanted, least = int(size) if size else TOKENIZERS[kind], LEAST_VOCABULARY[kind]
     if not least <= wanted <= 1 << 20:
         raise ValueError(f"{name!r}: a vocabulary of {least} to {1 << 20} is expected")
@@ -83,20 +96,37 @@ def tokenizer_parts(name: str) -> tuple[str, int]:
 class DataConfig(Frozen):
     """Where the text comes from and how much of it a step and an evaluation see."""
 
-    source: str = Field("pydoc", description=(
-        "pydoc, synthetic, eurlex, eurlex-57k, multi_eurlex, or a text, JSONL, parquet or CSV file, folder or glob"))
-    revision: str | None = Field(None, min_length=1, description=(
-        "of hub data: the commit to read; null: the newest, which a sweep then keeps for all its trials"))
+    source: str = Field(
+        "pydoc",
+        description=(
+            "pydoc, synthetic, eurlex, eurlex-57k, multi_eurlex, or a text, JSONL, parquet or CSV file, folder or glob"
+        ),
+    )
+    revision: str | None = Field(
+        None,
+        min_length=1,
+        description=("of hub data: the commit to read; null: the newest, which a sweep then keeps for all its trials"),
+    )
     text_field: str = Field("text", description="the field of a record that holds the text")
     label_field: str = Field("labels", min_length=1, description="classification: the field that holds the labels")
-    label_names: tuple[str, ...] | None = Field(None, min_length=1, description=(
-        "classification: the label vocabulary, in order; null: as the data declare it, else the training labels"))
+    label_names: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "classification: the label vocabulary, in order; null: as the data declare it, else the training labels"
+        ),
+    )
     tokenizer: str = Field("bytes", description="bytes, bpe, bpe-N, words or words-N (N: size of the vocabulary)")
     batch: int = Field(8, ge=1, description="sequences per step, over all workers")
     val_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the documents held out")
     eval_batches: int = Field(4, ge=1, description="validation batches per evaluation (language modelling)")
-    max_pos_weight: float = Field(10.0, ge=1, description=(
-        "classification: a label's presence weighs (1 - p) / p in the loss, p its share of documents, at most this"))
+    max_pos_weight: float = Field(
+        10.0,
+        ge=1,
+        description=(
+            "classification: a label's presence weighs (1 - p) / p in the loss, p its share of documents, at most this"
+        ),
+    )
 
     @field_validator("tokenizer")
     @classmethod
@@ -118,9 +148,7 @@ class ScheduleConfig(Frozen):
 
     kind: Literal["constant", "cosine", "wsd"] = "constant"
     warmup: int = Field(10, ge=0, description="steps of linear warmup")
-    decay_fraction: float = Field(
-        0.2, gt=0, le=1, description="share of the steps in which wsd decays to zero"
-    )
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="share of the steps in which wsd decays to zero")
 
 
 class ObserveConfig(Frozen):
@@ -128,8 +156,13 @@ class ObserveConfig(Frozen):
 
     exact_ranks_every: int = Field(20, ge=1, description="checks from one exact spectrum of the weights to the next")
     detail_every: int = Field(10, ge=1, description="checks from one look at grids and tensor ranges to the next")
-    shadow_every: int | None = Field(None, ge=1, description=(
-        "checks from one comparison with a float32 shadow's gradient to the next, one more step each; null: none"))
+    shadow_every: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "checks from one comparison with a float32 shadow's gradient to the next, one more step each; null: none"
+        ),
+    )
 
 
 class _AdamLike(Frozen):
@@ -150,8 +183,10 @@ class RoundedAdamWConfig(_AdamLike):
     @model_validator(mode="after")
     def _feeds_back_what_is_rounded(self) -> RoundedAdamWConfig:
         if self.error_feedback and (self.rounding is None or self.beta1 == 0):
-            raise ValueError("error_feedback=true needs weights on the grid (rounding 'nearest' or 'stochastic') and "
-                             f"beta1 > 0; got rounding={self.rounding!r}, beta1={self.beta1}")  # fmt: skip
+            raise ValueError(
+                "error_feedback=true needs weights on the grid (rounding 'nearest' or 'stochastic') and "
+                f"beta1 > 0; got rounding={self.rounding!r}, beta1={self.beta1}"
+            )
         return self
 
     @property
@@ -193,9 +228,7 @@ class GridOptimConfig(Frozen):
     """Momentum in rungs of the format's grid, stochastically rounded to whole rungs."""
 
     kind: Literal["grid"] = "grid"
-    lr: float = Field(
-        2e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity"
-    )
+    lr: float = Field(2e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity")
     momentum: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1, description="of the second moment, used by normalize='rms'")
     weight_decay: float = Field(0.0, ge=0)
@@ -285,9 +318,7 @@ class TrainConfig(Frozen):
     policy: str = Field("uniform", description="which layers and tensor roles take the format")
     optimizer: OptimizerConfig = RoundedAdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    clip_grad_norm: float | None = Field(
-        1.0, gt=0, description="global L2 norm of the gradient, null for none"
-    )
+    clip_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm of the gradient, null for none")
     interventions: tuple[InterventionConfig, ...] = Field((), description="what may change the training on its way")
     guards: tuple[GuardRule, ...] = DEFAULT_GUARDS
     observe: ObserveConfig = ObserveConfig()

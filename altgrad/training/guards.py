@@ -37,11 +37,22 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from altgrad.training.catalogue import SIGNALS, check_signal, read_signal
 from altgrad.training.outcome import OutcomeKind
 
-KINDS = {"flip_yield": "stalled", "stall_ratio": "stalled", "flips": "stalled", "updates": "stalled",
-         "frozen": "stalled", "zero_updates": "stalled",
-         "stable_rank": "rank_collapse", "rank_drop": "rank_collapse", "critical_rank_drop": "rank_collapse",
-         "rank_ratio": "rank_collapse", "spread": "rank_collapse", "spread_ratio": "rank_collapse",
-         "nonfinite_weights": "nonfinite", "skipped_tensors": "nonfinite"}  # fmt: skip
+KINDS = {
+    "flip_yield": "stalled",
+    "stall_ratio": "stalled",
+    "flips": "stalled",
+    "updates": "stalled",
+    "frozen": "stalled",
+    "zero_updates": "stalled",
+    "stable_rank": "rank_collapse",
+    "rank_drop": "rank_collapse",
+    "critical_rank_drop": "rank_collapse",
+    "rank_ratio": "rank_collapse",
+    "spread": "rank_collapse",
+    "spread_ratio": "rank_collapse",
+    "nonfinite_weights": "nonfinite",
+    "skipped_tensors": "nonfinite",
+}
 """How a run ends on a signal unless the rule says otherwise; on every other signal it has diverged."""
 
 _TEXT = re.compile(
@@ -60,7 +71,8 @@ class GuardRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["nonfinite", "diverged", "stalled", "rank_collapse", "warning"] = Field(
-        description="how the run ends; a warning is recorded and ends nothing")
+        description="how the run ends; a warning is recorded and ends nothing"
+    )
     signal: str = Field(description="a signal, of layers also signal/min, /max, /mean or /layer: " + ", ".join(SIGNALS))
     test: Literal["nonfinite", "above", "below"]
     limit: FiniteFloat | None = Field(None, description="in the signal's unit; null for test='nonfinite'")
@@ -76,14 +88,14 @@ class GuardRule(BaseModel):
     def _can_hold(self) -> GuardRule:
         signal = check_signal(self.signal)
         if (self.limit is None) != (self.test == "nonfinite"):
-            raise ValueError(
-                f"test={self.test!r} with limit={self.limit!r}: a limit belongs to above and below"
-            )
+            raise ValueError(f"test={self.test!r} with limit={self.limit!r}: a limit belongs to above and below")
         if self.limit is not None:
             never = self.limit >= signal.most if self.test == "above" else self.limit <= signal.least
             if never:
-                raise ValueError(f"limit={self.limit:g}: {self.signal} is never {self.test} it; it lies within "
-                                 f"{signal.least:g} and {signal.most:g} ({signal.unit})")  # fmt: skip
+                raise ValueError(
+                    f"limit={self.limit:g}: {self.signal} is never {self.test} it; it lies within "
+                    f"{signal.least:g} and {signal.most:g} ({signal.unit})"
+                )
         return self
 
     def for_checks(self, checks: int) -> GuardRule:
@@ -135,8 +147,10 @@ def parse_rule(text: str) -> dict[str, Any]:
         return NAMED_RULES[text].model_dump()
     found = _TEXT.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text!r} is no rule; write 'flip_yield/min < 0.2 for 3 after 50', 'grad_norm is nonfinite' "
-                         f"or one of {', '.join(NAMED_RULES)}")  # fmt: skip
+        raise ValueError(
+            f"{text!r} is no rule; write 'flip_yield/min < 0.2 for 3 after 50', 'grad_norm is nonfinite' "
+            f"or one of {', '.join(NAMED_RULES)}"
+        )
     given = found.groupdict()
     check_signal(given["signal"])
     kind = "nonfinite" if given["broken"] else KINDS.get(given["signal"].partition("/")[0], "diverged")

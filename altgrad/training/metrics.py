@@ -75,7 +75,8 @@ def classification_scores(targets: np.ndarray, chances: np.ndarray, threshold: f
     truth = targets.astype(np.int8)
     given = (chances >= threshold).astype(np.int8)
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        _multilabel(truth), _multilabel(given), average="micro", zero_division=0)
+        _multilabel(truth), _multilabel(given), average="micro", zero_division=0
+    )
     mixed = 0 < truth.sum() < truth.size
     return {
         "f1_micro": float(f1),

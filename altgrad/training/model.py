@@ -97,7 +97,6 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
         return logits
 
-
     def critical_layers(self) -> tuple[str, ...]:
         """Layers whose collapse costs the most, by their role: the (tied) head and each residual branch's last."""
         return ("lm_head", *residual_outputs(self))

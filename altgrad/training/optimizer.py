@@ -90,8 +90,10 @@ def _passes(test: Callable[[Any], bool], value: Any) -> bool:
 def _check_scale(fmt: FloatFormat, scale: float | None) -> None:
     least, most = 2.0**-149 / fmt.min_spacing, 2.0**128 / fmt.max
     if scale is not None and not least <= scale < most:
-        raise ValueError(f"tensor_scale={scale!r} does not fit format={fmt.name!r}: its values times the scale must be "
-                         f"float32 numbers, so {least:.3g} <= tensor_scale < {most:.3g}")  # fmt: skip
+        raise ValueError(
+            f"tensor_scale={scale!r} does not fit format={fmt.name!r}: its values times the scale must be "
+            f"float32 numbers, so {least:.3g} <= tensor_scale < {most:.3g}"
+        )
 
 
 class GridAwareOptimizer(torch.optim.Optimizer):
@@ -117,8 +119,14 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copying, unpickling and loading: torch keeps groups and state only."""
         super().__setstate__(state)
-        for name, value in (("telemetry", True), ("count_every", COUNT_EVERY), ("counted", []), ("_whole", []),
-                            ("_versions", {}), ("_largest", {})):
+        for name, value in (
+            ("telemetry", True),
+            ("count_every", COUNT_EVERY),
+            ("counted", []),
+            ("_whole", []),
+            ("_versions", {}),
+            ("_largest", {}),
+        ):
             self.__dict__.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -228,9 +236,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             self._whole = self.counted
         return loss
 
-    def _step_batch(
-        self, kernel: Kernel, plan: Plan, members: list[tuple[Tensor, Job]], call: int
-    ) -> None:
+    def _step_batch(self, kernel: Kernel, plan: Plan, members: list[tuple[Tensor, Job]], call: int) -> None:
         device = members[0][0].device
         rows = torch.zeros(len(members), len(Count), dtype=torch.int64, device=device)
         kernel.step_tensors([job for _, job in members], plan, call, rows)
@@ -249,8 +255,10 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         grad = parameter.grad
         assert grad is not None
         if grad.is_sparse:
-            raise ValueError(f"the gradient of parameter {index} {tuple(parameter.shape)} is sparse; dense ones are "
-                             "needed (nn.Embedding(sparse=False))")  # fmt: skip
+            raise ValueError(
+                f"the gradient of parameter {index} {tuple(parameter.shape)} is sparse; dense ones are "
+                "needed (nn.Embedding(sparse=False))"
+            )
         if self._is_resident(group) and plan.fmt and self._versions.get(parameter) != parameter._version:
             # Written by others since our last step: loaded weights need not lie on the grid.
             self._grid_scale(parameter, self.state[parameter])

@@ -30,9 +30,7 @@ class OutcomeKind(StrEnum):
     CANCELLED = "cancelled"
 
 
-GUARD_KINDS = frozenset(
-    {OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED, OutcomeKind.RANK_COLLAPSE}
-)
+GUARD_KINDS = frozenset({OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED, OutcomeKind.RANK_COLLAPSE})
 RESULT_KINDS = GUARD_KINDS | {OutcomeKind.DONE, OutcomeKind.PRUNED}
 
 

@@ -100,9 +100,7 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     "sgdm": Rule(sgdm, ("exp_avg",), "weights per unit of gradient", {"lr": 0.1, "momentum": 0.9}),
-    "lion": Rule(
-        lion, ("exp_avg",), "change of every weight per step", {"lr": 5e-4, "momentum": 0.9, "beta2": 0.95}
-    ),
+    "lion": Rule(lion, ("exp_avg",), "change of every weight per step", {"lr": 5e-4, "momentum": 0.9, "beta2": 0.95}),
     "madam": Rule(madam, ("exp_avg_sq",), "relative change of a weight per step", {"lr": 3e-2, "beta2": 0.95}),
     "muon": Rule(
         muon, ("exp_avg",), "AdamW's: mean |change| per weight and step, by RMS", {"lr": 2e-3, "momentum": 0.95}, 2

@@ -52,8 +52,10 @@ class ShadowObserver(Observer):
         sums = [values.pop("_shadow") for values in layers.values() if "_shadow" in values]
         if not sums:
             return
-        parts = {name: sum(values.pop(name) for values in layers.values() if name in values)
-                 for name in ("_dot", "_own", "_error")}  # fmt: skip
+        parts = {
+            name: sum(values.pop(name) for values in layers.values() if name in values)
+            for name in ("_dot", "_own", "_error")
+        }
         total = torch.tensor([parts["_dot"], parts["_own"], sum(sums), parts["_error"]], dtype=torch.float64)
         row["gradient_cosine"], row["gradient_shadow_snr"] = (float(v) for v in _scores(*total))
 
@@ -79,9 +81,7 @@ class ShadowObserver(Observer):
         for own, copy in pairs.items():
             copy.data.copy_(own.data)
         with torch.enable_grad():
-            found = torch.autograd.grad(
-                self._loss(shadow, self._moment.step), list(pairs.values()), allow_unused=True
-            )
+            found = torch.autograd.grad(self._loss(shadow, self._moment.step), list(pairs.values()), allow_unused=True)
         return {own: gradient for own, gradient in zip(pairs, found, strict=True) if gradient is not None}
 
 

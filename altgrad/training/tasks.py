@@ -91,8 +91,10 @@ def check_fingerprint(saved: dict[str, Any], own: dict[str, Any]) -> None:
     """ValueError where a checkpoint was trained with other ids than the data at hand have."""
     for name, value in own.items():
         if saved.get(name) != value:
-            raise ValueError(f"the checkpoint's {name} is {saved.get(name)!r}, that of the data is {value!r}: "
-                             "continue with the data and tokenizer it was trained on, or start afresh")
+            raise ValueError(
+                f"the checkpoint's {name} is {saved.get(name)!r}, that of the data is {value!r}: "
+                "continue with the data and tokenizer it was trained on, or start afresh"
+            )
 
 
 class LanguageModelling:
@@ -119,9 +121,14 @@ class LanguageModelling:
     def loss(self, model: nn.Module, step: int, share: Share = WHOLE) -> Tensor:
         config = self.config
         inputs, targets = train_batch(
-            self.data, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step,
-            rank=share.rank, world=share.world,
-        )  # fmt: skip
+            self.data,
+            block=config.model.block,
+            batch=config.data.batch,
+            seed=config.seed,
+            step=step,
+            rank=share.rank,
+            world=share.world,
+        )
         device = device_of(model)
         return token_loss(model, inputs.to(device), targets.to(device))
 
@@ -159,15 +166,24 @@ class Classification:
         """Nothing: documents of any length serve."""
 
     def build(self) -> nn.Module:
-        return build_classifier(self.config.model, vocabulary=self.data.tokenizer.vocabulary,
-                                labels=len(self.data.labels), seed=self.config.seed)
+        return build_classifier(
+            self.config.model,
+            vocabulary=self.data.tokenizer.vocabulary,
+            labels=len(self.data.labels),
+            seed=self.config.seed,
+        )
 
     def loss(self, model: nn.Module, step: int, share: Share = WHOLE) -> Tensor:
         config, device = self.config, device_of(model)
         batch = document_batch(
-            self.data, block=config.model.block, batch=config.data.batch, seed=config.seed, step=step,
-            rank=share.rank, world=share.world,
-        )  # fmt: skip
+            self.data,
+            block=config.model.block,
+            batch=config.data.batch,
+            seed=config.seed,
+            step=step,
+            rank=share.rank,
+            world=share.world,
+        )
         tokens, lengths, targets = (part.to(device) for part in batch)
         if config.model.encoder is None:
             return self._loss(model(tokens, lengths), targets)
@@ -197,9 +213,14 @@ class Classification:
         threshold, val_f1 = best_threshold(val_targets.numpy(), val_chances)
         scores = classification_scores(targets.numpy(), chances, threshold)
         trivial = baseline_f1(self.data.frequencies().numpy(), val_targets.numpy(), targets.numpy())
-        return {"val_loss": loss, "val_f1_micro": val_f1, "threshold": threshold, **scores,
-                "baseline_f1_micro": trivial,
-                "eval_samples_per_s": (len(val_targets) + len(targets)) / elapsed}
+        return {
+            "val_loss": loss,
+            "val_f1_micro": val_f1,
+            "threshold": threshold,
+            **scores,
+            "baseline_f1_micro": trivial,
+            "eval_samples_per_s": (len(val_targets) + len(targets)) / elapsed,
+        }
 
     def predict(self, model: nn.Module, split: LabelledSplit) -> tuple[Tensor, Tensor]:
         """Logits and targets of a whole split; labels that the model doesn't know have no chance."""
@@ -213,8 +234,11 @@ class Classification:
         return torch.cat([logits, none], dim=1), torch.cat([targets for _, targets in found])
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"vocabulary size": self.data.tokenizer.vocabulary, "tokenizer": self.data.tokenizer.name,
-                "label vocabulary": list(self.data.labels)}
+        return {
+            "vocabulary size": self.data.tokenizer.vocabulary,
+            "tokenizer": self.data.tokenizer.name,
+            "label vocabulary": list(self.data.labels),
+        }
 
 
 def _chances(logits: Tensor) -> np.ndarray:

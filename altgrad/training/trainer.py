@@ -172,9 +172,7 @@ class Trainer:
         measured = [] if self.observers is None else [self.observers.collect()]
         fetched = torch.cat([torch.stack(pending).flatten(), *measured]).tolist()
         width = len(pending[0])
-        rows = [
-            self._row(first + i, rate, fetched[i * width : (i + 1) * width]) for i, rate in enumerate(rates)
-        ]
+        rows = [self._row(first + i, rate, fetched[i * width : (i + 1) * width]) for i, rate in enumerate(rates)]
         last = rows[-1]
         if self.observers is not None:
             last |= self.observers.row(fetched[len(rows) * width :])
@@ -207,9 +205,7 @@ class Trainer:
             row["nonfinite_layer"] = self._broken_layer(loss, outputs, values[: len(names)], names)
         return row
 
-    def _broken_layer(
-        self, loss: float, outputs: list[float], norms: list[float], names: list[str]
-    ) -> str | None:
+    def _broken_layer(self, loss: float, outputs: list[float], norms: list[float], names: list[str]) -> str | None:
         """Where it broke: with the loss, the first module whose output did; else the gradient nearest to its cause."""
         modules = [] if self.observers is None else self.observers.modules
         broken = [name for name, value in zip(modules, outputs, strict=True) if not math.isfinite(value)]
@@ -307,18 +303,12 @@ class Trainer:
     def _keep(self, rows: list[dict[str, Any]], verdict: Verdict | None) -> None:
         self.rows += rows
         self._last |= {
-            name: value
-            for name, value in rows[-1].items()
-            if name in ("train_loss", "val_loss", "bits_per_byte")
+            name: value for name, value in rows[-1].items() if name in ("train_loss", "val_loss", "bits_per_byte")
         }
         if self.folder is None:
             return
         self.folder.append(rows)
-        if (
-            verdict is not None
-            or self.step % self.config.checkpoint_interval == 0
-            or self.step >= self.config.steps
-        ):
+        if verdict is not None or self.step % self.config.checkpoint_interval == 0 or self.step >= self.config.steps:
             self.checkpoint()
 
     def _finish(self, verdict: Verdict | None) -> None:

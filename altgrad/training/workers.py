@@ -55,8 +55,10 @@ class Workers:
         """ValueError where a batch can't be shared evenly."""
         pieces = self.world * self.micro_batches
         if batch % pieces:
-            raise ValueError(f"data.batch={batch} can't be shared evenly by {self.world} workers in "
-                             f"{self.micro_batches} micro-batches: a multiple of {pieces} is expected")  # fmt: skip
+            raise ValueError(
+                f"data.batch={batch} can't be shared evenly by {self.world} workers in "
+                f"{self.micro_batches} micro-batches: a multiple of {pieces} is expected"
+            )
 
     @torch.no_grad()
     def average(self, loss: Tensor, model: nn.Module) -> Tensor:

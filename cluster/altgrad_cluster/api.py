@@ -46,8 +46,15 @@ def over_http(request: urllib.request.Request, timeout: float) -> tuple[int, dic
 class Api:
     """The API at `base`, under the key that `key` returns; safe to use from several threads."""
 
-    def __init__(self, key: Callable[[], str], base: str = BASE, *, transport: Transport = over_http,
-                 clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        key: Callable[[], str],
+        base: str = BASE,
+        *,
+        transport: Transport = over_http,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._key = key
         self._base = base.rstrip("/")
         self._transport = transport
@@ -130,8 +137,12 @@ class Api:
             path if path.startswith("http") else self._base + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {self._key()}", "Content-Type": "application/json",
-                     "Accept": "application/json", "User-Agent": "altgrad-cluster"},
+            headers={
+                "Authorization": f"Bearer {self._key()}",
+                "Content-Type": "application/json",
+                "Accept": "application/json",
+                "User-Agent": "altgrad-cluster",
+            },
         )
         try:
             status, headers, text = self._transport(request, TIMEOUT_S)

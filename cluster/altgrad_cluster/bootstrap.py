@@ -19,8 +19,14 @@ from altgrad_cluster.settings import Settings
 API_BASE_VARIABLE = "RUNPOD_API_BASE"
 CODE = ("altgrad", "cluster", "sweeps", "pyproject.toml", "README.md", "LICENSE")
 REMOTE_CODE = "~/altgrad"
-COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
-            "head_start_ray_commands", "worker_start_ray_commands")
+COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 
 
 def complete(config: dict[str, Any], api: Api | None = None) -> dict[str, Any]:
@@ -42,11 +48,19 @@ def complete(config: dict[str, Any], api: Api | None = None) -> dict[str, Any]:
     config["auth"] = {**config.get("auth", {}), "ssh_user": "root", "ssh_private_key": str(private)}
     provider |= {"public_key": public, "ray_version": ray.__version__}
     config["file_mounts"] = {
-        **config.get("file_mounts", {}), **code(),
-        keys.REMOTE_TOKEN: str(keys.auth_token_file()), keys.REMOTE_API_KEY: str(key_file),
+        **config.get("file_mounts", {}),
+        **code(),
+        keys.REMOTE_TOKEN: str(keys.auth_token_file()),
+        keys.REMOTE_API_KEY: str(key_file),
     }
-    _fill_in(config, {"{ray_version}": ray.__version__, "{api_base}": provider["api_base"],
-                      "{orphan_seconds}": str(Settings.read(provider).orphan_s)})
+    _fill_in(
+        config,
+        {
+            "{ray_version}": ray.__version__,
+            "{api_base}": provider["api_base"],
+            "{orphan_seconds}": str(Settings.read(provider).orphan_s),
+        },
+    )
     return config
 
 
@@ -82,9 +96,11 @@ def _none(problems: Iterable[str]) -> None:
 
 def _fill_in(config: dict[str, Any], words: dict[str, str]) -> None:
     """Puts what only this machine knows into the commands of the file."""
+
     def filled(command: str) -> str:
         for mark, word in words.items():
             command = command.replace(mark, word)
         return command
+
     for field in COMMANDS:
         config[field] = [filled(command) for command in config.get(field, [])]

@@ -18,8 +18,14 @@ from altgrad_cluster.errors import ApiError
 COOLDOWN_S = 120.0
 BACKOFF_S = (10.0, 300.0)
 """First and longest pause after a failure that no other candidate would cure; it doubles in between."""
-WORDS = {400: "no capacity, or a bad request", 401: "key refused", 402: "insufficient balance",
-         403: "not allowed for this account", 422: "the request breaks RunPod's contract", 429: "rate limit"}
+WORDS = {
+    400: "no capacity, or a bad request",
+    401: "key refused",
+    402: "insufficient balance",
+    403: "not allowed for this account",
+    422: "the request breaks RunPod's contract",
+    429: "rate limit",
+}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,24 @@ from altgrad_cluster.errors import ClusterError, nearest
 from altgrad_cluster.naming import check_word
 from altgrad_cluster.settings import NodeConfig, Settings, Volume
 
-NEEDED = ("available_node_types", "head_node_type", "head_setup_commands", "worker_setup_commands",
-          "initialization_commands", "setup_commands", "file_mounts", "cluster_synced_files",
-          "file_mounts_sync_continuously", "rsync_exclude", "rsync_filter", "idle_timeout_minutes", "upscaling_speed",
-          "max_workers", "head_start_ray_commands", "worker_start_ray_commands")
+NEEDED = (
+    "available_node_types",
+    "head_node_type",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "initialization_commands",
+    "setup_commands",
+    "file_mounts",
+    "cluster_synced_files",
+    "file_mounts_sync_continuously",
+    "rsync_exclude",
+    "rsync_filter",
+    "idle_timeout_minutes",
+    "upscaling_speed",
+    "max_workers",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 """An external provider has no defaults: Ray ends with a KeyError, some of them on the head only."""
 IMPORT_CHECK = "import importlib, sys; sys.modules['altgrad'] = None; importlib.import_module(sys.argv[1])"
 
@@ -41,8 +55,10 @@ def file_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _ray_problems(config)
     head = types.get(config.get("head_node_type")) or {}
     if any(amount for name, amount in (head.get("resources") or {"CPU": 1}).items()):
-        yield (f"available_node_types.{config.get('head_node_type')}.resources: {head.get('resources')} is not "
-               "allowed: trials on the head could read the API key; {CPU: 0, GPU: 0} is expected")
+        yield (
+            f"available_node_types.{config.get('head_node_type')}.resources: {head.get('resources')} is not "
+            "allowed: trials on the head could read the API key; {CPU: 0, GPU: 0} is expected"
+        )
     for field in ("head_start_ray_commands", "worker_start_ray_commands"):
         if not any("node-ip-address" in command for command in config.get(field) or []):
             yield f"{field}: `ray start` without --node-ip-address: pods reach each other by private addresses only"
@@ -66,8 +82,10 @@ def account_problems(config: Mapping[str, Any], api: Api) -> Iterator[str]:
         chosen = {volume.data_center or ""} if volume is not None else set(found.data_centers)
         for place in sorted(chosen):
             if places.get(place) is False:
-                yield (f"{path}.data_centers: {place!r} is not allowed: pods can't reach each other there "
-                       "(no global networking)")
+                yield (
+                    f"{path}.data_centers: {place!r} is not allowed: pods can't reach each other there "
+                    "(no global networking)"
+                )
         yield from (f"available_node_types.{name}.{line}" for line in _of(lambda found=found: found.candidates(volume)))
 
 
@@ -81,8 +99,10 @@ def find_volume(volume: Volume | None, api: Api) -> tuple[Volume | None, str | N
     if len(found) == 1:
         return Volume(volume.path, None, found[0]["id"], found[0]["dataCenter"]), None
     names = [str(one[field]) for one in volumes]
-    return None, (f"provider.network_volume.{field}: {wanted!r}: {'several' if found else 'none'} in this account; "
-                  f"there are {', '.join(names) or 'no volumes'}{nearest(str(wanted), names)}")
+    return None, (
+        f"provider.network_volume.{field}: {wanted!r}: {'several' if found else 'none'} in this account; "
+        f"there are {', '.join(names) or 'no volumes'}{nearest(str(wanted), names)}"
+    )
 
 
 def import_problems(module: str, code: Path) -> Iterator[str]:
@@ -92,8 +112,14 @@ def import_problems(module: str, code: Path) -> Iterator[str]:
         yield f"provider.module: {module!r}: {name} can't be found"
         return
     environment = {**os.environ, "PYTHONPATH": str(code)}
-    done = subprocess.run([sys.executable, "-c", IMPORT_CHECK, name], env=environment, cwd=tempfile.gettempdir(),
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_CHECK, name],
+        env=environment,
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
         yield f"provider.module: {module!r}: the head could not import it from what is shipped ({reason[0]})"

@@ -36,8 +36,9 @@ def main(argv: list[str]) -> int:
     request = parser.parse_args(argv)
     try:
         if request.command not in known:
-            raise ClusterError(f"{request.command!r} is not allowed: {', '.join(known)}"
-                               f"{nearest(request.command, known)}")
+            raise ClusterError(
+                f"{request.command!r} is not allowed: {', '.join(known)}{nearest(request.command, known)}"
+            )
         config = read(request.file)
         api = Api(keys.api_key, api_base(config.get("provider") or {}))
         return known[request.command](config, api, request)
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The YAML file. ClusterError where there is none, or none of ours."""
     import yaml
+
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -83,8 +85,10 @@ def _cost(config: dict[str, Any], api: Api, request: argparse.Namespace) -> int:
     pods = api.pods()
     ours, limits = _named(config["cluster_name"], pods), Settings.read(config["provider"]).limits
     rate = sum(float(pod["cost"]) for pod in ours)
-    spent = {pod_id: float(entry["usd"]) for pod_id, entry in
-             _from_head(config, pods, "spending.json").get("pods", {}).items()}
+    spent = {
+        pod_id: float(entry["usd"])
+        for pod_id, entry in _from_head(config, pods, "spending.json").get("pods", {}).items()
+    }
     source = "recorded by the head" if spent else "of the pods that are up, from their ages"
     total = sum(spent.values()) if spent else sum(float(pod["cost"]) * _age(pod) / 3600 for pod in ours)
     print(f"now    ${rate:.2f}/h of max_cost_per_hour {_money(limits.per_hour)}")
@@ -101,8 +105,10 @@ def _gc(config: dict[str, Any], api: Api, request: argparse.Namespace) -> int:
     if not left:
         print("nothing is left over")
         return 0
-    print(f"{len(left)} pods without a head, or stopped, ${sum(float(pod['cost']) for pod in left):.2f}/h "
-          "(and the disks of the stopped ones)")
+    print(
+        f"{len(left)} pods without a head, or stopped, ${sum(float(pod['cost']) for pod in left):.2f}/h "
+        "(and the disks of the stopped ones)"
+    )
     _print_pods(left)
     if not request.yes:
         print("altgrad cluster gc --yes deletes them", file=sys.stderr)
@@ -122,8 +128,10 @@ def _print_pods(pods: list[Pod]) -> None:
         name = PodName.parse(pod["name"])
         assert name is not None, "only pods with names of ours come here"
         gpu = (pod.get("gpu") or {}).get("id", "-")
-        print(f"  {pod['id']:16} {name.cluster:12} {name.kind:7} {pod['status']:13} {gpu:24} "
-              f"{pod.get('dataCenterId') or '-':10} ${float(pod['cost']):.2f}/h  {_age(pod) / 3600:.1f} h")
+        print(
+            f"  {pod['id']:16} {name.cluster:12} {name.kind:7} {pod['status']:13} {gpu:24} "
+            f"{pod.get('dataCenterId') or '-':10} ${float(pod['cost']):.2f}/h  {_age(pod) / 3600:.1f} h"
+        )
 
 
 def _from_head(config: dict[str, Any], pods: list[Pod], file: str) -> dict[str, Any]:

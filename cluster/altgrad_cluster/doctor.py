@@ -24,8 +24,10 @@ def diagnose(config: dict[str, Any], api: Api, on_head: OnHead | None = None) ->
 
     yield "the file", list(checks.file_problems(config))
     module = str((config.get("provider") or {}).get("module", ""))
-    yield "the provider can be imported from what is shipped", list(
-        import_problems(module, bootstrap.checkout() / "cluster"))
+    yield (
+        "the provider can be imported from what is shipped",
+        list(import_problems(module, bootstrap.checkout() / "cluster")),
+    )
     yield "Ray's token", _token()
     try:
         keys.api_key()
@@ -62,16 +64,38 @@ def find_head(cluster: str, pods: list[Pod]) -> Pod | None:
 
 def over_ssh(cluster: str, pod: Pod) -> OnHead:
     """Runs commands on a pod with the cluster's own key, in the shell that Ray uses."""
+
     def run(command: str) -> tuple[int, str]:
         direct = (pod.get("ssh") or {}).get("direct")
         if direct is None:
             return 255, "RunPod states no SSH port for the head yet"
         done = subprocess.run(
-            ["ssh", "-i", str(cluster_folder(cluster) / "id_ed25519"), "-p", str(direct["port"]), "-o", "BatchMode=yes",
-             "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
-             "-o", "ConnectTimeout=10", f"root@{direct['host']}", f". ~/.bashrc; {command}"],
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+            [
+                "ssh",
+                "-i",
+                str(cluster_folder(cluster) / "id_ed25519"),
+                "-p",
+                str(direct["port"]),
+                "-o",
+                "BatchMode=yes",
+                "-o",
+                "StrictHostKeyChecking=no",
+                "-o",
+                "UserKnownHostsFile=/dev/null",
+                "-o",
+                "LogLevel=ERROR",
+                "-o",
+                "ConnectTimeout=10",
+                f"root@{direct['host']}",
+                f". ~/.bashrc; {command}",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
         return done.returncode, done.stdout + done.stderr
+
     return run
 
 

@@ -42,8 +42,11 @@ def ssh_key(cluster: str) -> tuple[Path, str]:
     path = cluster_folder(cluster) / "id_ed25519"
     if not path.exists():
         try:
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"altgrad-{cluster}", "-f", str(path)],
-                           check=True, capture_output=True)
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"altgrad-{cluster}", "-f", str(path)],
+                check=True,
+                capture_output=True,
+            )
         except (OSError, subprocess.CalledProcessError) as error:
             raise ClusterError(f"{path}: ssh-keygen could not make a key ({error}); is openssh installed?") from None
     return path, path.with_name(path.name + ".pub").read_text().strip()
@@ -76,6 +79,7 @@ def _read_private(path: Path) -> str:
     if not text:
         raise ClusterError(f"{API_KEY_VARIABLE}: missing: export it, or put the key into {path} (mode 0600)")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ClusterError(f"{path}: mode {stat.S_IMODE(mode):04o} is not allowed: others can read it; "
-                           f"chmod 600 {path}")
+        raise ClusterError(
+            f"{path}: mode {stat.S_IMODE(mode):04o} is not allowed: others can read it; chmod 600 {path}"
+        )
     return text

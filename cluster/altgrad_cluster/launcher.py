@@ -40,9 +40,19 @@ class Launcher:
     cluster's pods afresh and lets the purse observe them.
     """
 
-    def __init__(self, api: Api, settings: Settings, purse: Purse, doubts: LockedFile, refusals: LockedFile, *,
-                 pods: Callable[[], list[Pod]], availability: Availability | None = None,
-                 clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        api: Api,
+        settings: Settings,
+        purse: Purse,
+        doubts: LockedFile,
+        refusals: LockedFile,
+        *,
+        pods: Callable[[], list[Pod]],
+        availability: Availability | None = None,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._api = api
         self._settings = settings
         self._purse = purse
@@ -119,10 +129,19 @@ class Launcher:
 
     def _body(self, config: NodeConfig, name: PodName, tags: Mapping[str, str], candidate: Candidate) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "name": str(name), "image": config.image, "disk": config.disk, "cloud": "SECURE", "ports": ["22/tcp"],
-            "gpu": {"id": candidate.gpu, "count": config.gpu_count}, "globalNetworking": True, "startSsh": True,
-            "env": {**(config.env or {}), "PUBLIC_KEY": self._settings.public_key,
-                    TAGS_VARIABLE: json.dumps(dict(tags), sort_keys=True)},
+            "name": str(name),
+            "image": config.image,
+            "disk": config.disk,
+            "cloud": "SECURE",
+            "ports": ["22/tcp"],
+            "gpu": {"id": candidate.gpu, "count": config.gpu_count},
+            "globalNetworking": True,
+            "startSsh": True,
+            "env": {
+                **(config.env or {}),
+                "PUBLIC_KEY": self._settings.public_key,
+                TAGS_VARIABLE: json.dumps(dict(tags), sort_keys=True),
+            },
         }
         if candidate.data_center is not None:
             body["dataCenterIds"] = [candidate.data_center]
@@ -154,8 +173,10 @@ class Launcher:
                 logger.info("pod %s was created although its answer was lost", pod["id"])
                 return pod
             if self._clock() - since < DOUBT_S:
-                raise NoPod(f"the answer to a creation was lost; waiting {DOUBT_S - (self._clock() - since):.0f} s for "
-                            "the pod to show up before asking for another")
+                raise NoPod(
+                    f"the answer to a creation was lost; waiting {DOUBT_S - (self._clock() - since):.0f} s for "
+                    "the pod to show up before asking for another"
+                )
             self._forget(doubt)
         return None
 
@@ -185,8 +206,13 @@ class Launcher:
 def describe(pod: Pod) -> dict[str, str]:
     """A pod in words, for Ray's own records."""
     gpu = pod.get("gpu") or {}
-    return {"id": pod["id"], "gpu": str(gpu.get("id", "")), "data_center": str(pod.get("dataCenterId") or ""),
-            "cost": str(pod.get("cost", "")), "kind": fixed_tags(pod).get("ray-node-type", "")}
+    return {
+        "id": pod["id"],
+        "gpu": str(gpu.get("id", "")),
+        "data_center": str(pod.get("dataCenterId") or ""),
+        "cost": str(pod.get("cost", "")),
+        "kind": fixed_tags(pod).get("ray-node-type", ""),
+    }
 
 
 def _summary(reasons: list[str]) -> str:

@@ -26,8 +26,9 @@ KIND, TYPE = "ray-node-type", "ray-user-node-type"
 def check_word(path: str, value: str) -> str:
     """`value`, where it can be part of a name. ClusterError else."""
     if not isinstance(value, str) or not WORD.fullmatch(value) or len(value) > 40:
-        raise ClusterError(f"{path}: {value!r} is not allowed: lower case letters, digits and single hyphens are "
-                           "expected, at most 40")
+        raise ClusterError(
+            f"{path}: {value!r} is not allowed: lower case letters, digits and single hyphens are expected, at most 40"
+        )
     return value
 
 

@@ -40,8 +40,14 @@ MOST_AT_ONCE = 20
 class RunPodNodeProvider(NodeProvider):
     """RunPod pods as Ray nodes; safe to use from several threads."""
 
-    def __init__(self, provider_config: dict[str, Any], cluster_name: str, *, api: Api | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        provider_config: dict[str, Any],
+        cluster_name: str,
+        *,
+        api: Api | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(provider_config, cluster_name)
         reasons.show_in_status()
         with self._readable():
@@ -51,9 +57,14 @@ class RunPodNodeProvider(NodeProvider):
             self._tags = LockedFile(folder / "tags.json")
             self._api = api or Api(keys.api_key, self._settings.api_base)
             self._purse = Purse(spending_file(self._settings, cluster_name), self._settings.limits)
-            self._launcher = Launcher(self._api, self._settings, self._purse, LockedFile(folder / "doubts.json"),
-                                      LockedFile(folder / "refusals.json"),
-                                      pods=lambda: list(self._pods(fresh=True).values()))
+            self._launcher = Launcher(
+                self._api,
+                self._settings,
+                self._purse,
+                LockedFile(folder / "doubts.json"),
+                LockedFile(folder / "refusals.json"),
+                pods=lambda: list(self._pods(fresh=True).values()),
+            )
         self._clock = clock
         self._lock = threading.Lock()
         self._listing = threading.Lock()
@@ -67,8 +78,11 @@ class RunPodNodeProvider(NodeProvider):
     def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
         with self._readable():
             pods = self._pods()
-        return [pod_id for pod_id, pod in pods.items() if pod["status"] in LIVE
-                and tag_filters.items() <= self._all_tags(pod_id, pod).items()]
+        return [
+            pod_id
+            for pod_id, pod in pods.items()
+            if pod["status"] in LIVE and tag_filters.items() <= self._all_tags(pod_id, pod).items()
+        ]
 
     def nodes_for_teardown(self, tag_filters: Mapping[str, str]) -> list[str]:
         """Those that stopped as well: they still cost."""
@@ -123,6 +137,7 @@ class RunPodNodeProvider(NodeProvider):
     def set_node_tags(self, node_id: str, tags: Mapping[str, str]) -> None:
         def edit(content: dict[str, Any]) -> None:
             content.setdefault(node_id, {}).update(tags)
+
         self._tags.change(edit)
 
     def terminate_node(self, node_id: str) -> dict[str, Any] | None:
@@ -159,12 +174,27 @@ class RunPodNodeProvider(NodeProvider):
     def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
         return bootstrap.for_head(cluster_config)
 
-    def get_command_runner(self, log_prefix: str, node_id: str, auth_config: dict[str, Any], cluster_name: str,
-                           process_runner: ModuleType, use_internal_ip: bool,
-                           docker_config: dict[str, Any] | None = None) -> CommandRunnerInterface:
+    def get_command_runner(
+        self,
+        log_prefix: str,
+        node_id: str,
+        auth_config: dict[str, Any],
+        cluster_name: str,
+        process_runner: ModuleType,
+        use_internal_ip: bool,
+        docker_config: dict[str, Any] | None = None,
+    ) -> CommandRunnerInterface:
         from altgrad_cluster.ssh import PodSSH
-        return PodSSH(log_prefix=log_prefix, node_id=node_id, provider=self, auth_config=auth_config,
-                      cluster_name=cluster_name, process_runner=process_runner, use_internal_ip=use_internal_ip)
+
+        return PodSSH(
+            log_prefix=log_prefix,
+            node_id=node_id,
+            provider=self,
+            auth_config=auth_config,
+            cluster_name=cluster_name,
+            process_runner=process_runner,
+            use_internal_ip=use_internal_ip,
+        )
 
     # How it knows
 
@@ -233,8 +263,10 @@ class RunPodNodeProvider(NodeProvider):
             if pod["status"] == "TERMINATED":
                 continue
             if name.key != self._key:
-                raise ClusterError(f"cluster_name: {self.cluster_name!r} is in use in this account with another SSH "
-                                   f"key (pod {pod['id']}): take another name, or that cluster's key")
+                raise ClusterError(
+                    f"cluster_name: {self.cluster_name!r} is in use in this account with another SSH "
+                    f"key (pod {pod['id']}): take another name, or that cluster's key"
+                )
             if pod["status"] in STOPPED:
                 self._delete(pod["id"])
 

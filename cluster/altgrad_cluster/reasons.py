@@ -28,8 +28,9 @@ class Readable:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not isinstance(error, ClusterError):
             return
         if not self._on_head:
@@ -61,6 +62,7 @@ def show_in_status() -> None:
     try:
         from ray.autoscaler.v2.instance_manager.instance_manager import InstanceManager
         from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError
+
         update = InstanceManager._update_instance
     except (ImportError, AttributeError):
         return
@@ -68,6 +70,7 @@ def show_in_status() -> None:
     def text(error: BaseException) -> str:
         said = " ".join(map(str, error.args))
         return f"{said}{error.__cause__}" if error.__cause__ is not None else said
+
     LaunchNodeError.__str__ = text
 
     if getattr(update, "keeps_details", False):
@@ -78,5 +81,6 @@ def show_in_status() -> None:
         if changed.status_history and not changed.status_history[-1].details:
             changed.status_history[-1].details = change.details
         return changed
+
     update_with_details.keeps_details = True  # type: ignore[attr-defined]
     InstanceManager._update_instance = staticmethod(update_with_details)

@@ -15,12 +15,26 @@ from altgrad_cluster.candidates import COOLDOWN_S, Candidate, candidates
 from altgrad_cluster.errors import ClusterError, nearest
 from altgrad_cluster.spending import Limits
 
-RAYS_OWN = ("type", "module", "_config_cache_path", "use_internal_ips", "disable_launch_config_check",
-            "disable_node_updaters", "launch_config_version", "gcs_address")
+RAYS_OWN = (
+    "type",
+    "module",
+    "_config_cache_path",
+    "use_internal_ips",
+    "disable_launch_config_check",
+    "disable_node_updaters",
+    "launch_config_version",
+    "gcs_address",
+)
 FILLED_IN = ("api_base", "public_key", "ray_version", "on_head")
 """By `bootstrap`; not for people to write."""
-KNOWN = ("network_volume", "max_cost_per_hour", "max_cost_total", "head_idle_minutes", "orphan_minutes",
-         "cooldown_minutes")
+KNOWN = (
+    "network_volume",
+    "max_cost_per_hour",
+    "max_cost_total",
+    "head_idle_minutes",
+    "orphan_minutes",
+    "cooldown_minutes",
+)
 VOLUME_KEYS = ("name", "id", "path", "data_center")
 NODE_KEYS = ("image", "disk", "gpus", "gpu_count", "data_centers", "env")
 
@@ -88,10 +102,18 @@ class NodeConfig:
         env = config.get("env") or {}
         for name in env:
             if any(mark in str(name).upper() for mark in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
-                raise ClusterError(f"{path}.env.{name}: not allowed: RunPod shows a pod's environment to the whole "
-                                   "account; put secrets in a file of mode 0600 and mount it")
-        return cls(image, gpus, _words(path, config, "data_centers"), _whole(path, config, "disk", 40),
-                   _whole(path, config, "gpu_count", 1), {str(k): str(v) for k, v in env.items()})
+                raise ClusterError(
+                    f"{path}.env.{name}: not allowed: RunPod shows a pod's environment to the whole "
+                    "account; put secrets in a file of mode 0600 and mount it"
+                )
+        return cls(
+            image,
+            gpus,
+            _words(path, config, "data_centers"),
+            _whole(path, config, "disk", 40),
+            _whole(path, config, "gpu_count", 1),
+            {str(k): str(v) for k, v in env.items()},
+        )
 
     def candidates(self, volume: Volume | None) -> list[Candidate]:
         """GPU × data centre; with a volume only where it lies. ClusterError where that is nowhere."""
@@ -100,7 +122,8 @@ class NodeConfig:
             if places and volume.data_center not in places:
                 raise ClusterError(
                     f"node_config.data_centers: {', '.join(places)} is not allowed with the network volume "
-                    f"{volume.name or volume.id}, which lies in {volume.data_center}: a pod can mount it only there")
+                    f"{volume.name or volume.id}, which lies in {volume.data_center}: a pod can mount it only there"
+                )
             places = (volume.data_center,)
         return candidates(self.gpus, places)
 

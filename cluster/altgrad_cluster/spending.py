@@ -64,6 +64,7 @@ class Purse:
                 known[pod_id] = {"at": now, "rate": rate, "usd": last["usd"] + paid}
             for pod_id in set(known) - set(seen):
                 known[pod_id]["rate"] = 0.0
+
         self._file.change(edit)
 
     def spent(self) -> float:
@@ -80,8 +81,10 @@ class Purse:
             if total is not None and spent >= total:
                 raise OverBudget(f"cost cap reached: ${spent:.2f} spent of max_cost_total ${total:.2f}")
             if per_hour is not None and rate + price > per_hour:
-                raise OverBudget(f"cost cap reached: ${rate:.2f}/h now and ${price:.2f}/h more would exceed "
-                                 f"max_cost_per_hour ${per_hour:.2f}")
+                raise OverBudget(
+                    f"cost cap reached: ${rate:.2f}/h now and ${price:.2f}/h more would exceed "
+                    f"max_cost_per_hour ${per_hour:.2f}"
+                )
             self._reserved[name] = (price, now)
 
     def release(self, name: str) -> None:

@@ -58,10 +58,24 @@ class PodSSH(SSHCommandRunner):
     def _knock(self) -> None:
         """Finds out whether the pod takes the key. Anything else is left to the command that follows."""
         done = subprocess.run(
-            ["ssh", "-o", "BatchMode=yes", "-o", "ControlMaster=no", "-o", "ControlPath=none",
-             *self.ssh_options.to_ssh_options_list(timeout=10), f"{self.ssh_user}@{self.ssh_ip}", "true"],
+            [
+                "ssh",
+                "-o",
+                "BatchMode=yes",
+                "-o",
+                "ControlMaster=no",
+                "-o",
+                "ControlPath=none",
+                *self.ssh_options.to_ssh_options_list(timeout=10),
+                f"{self.ssh_user}@{self.ssh_ip}",
+                "true",
+            ],
             # What is typed is for the command that follows.
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode == 0:
             self._is_welcome = True
         elif "Permission denied" in done.stderr:
@@ -69,5 +83,6 @@ class PodSSH(SSHCommandRunner):
             self._first_refusal = self._first_refusal or now
             self._refusals += 1
             if self._refusals >= REFUSALS and now - self._first_refusal >= PATIENCE_S:
-                self.provider.give_up(self.node_id, f"pod {self.node_id} refuses the cluster's SSH key "
-                                                    f"({self.ssh_private_key})")
+                self.provider.give_up(
+                    self.node_id, f"pod {self.node_id} refuses the cluster's SSH key ({self.ssh_private_key})"
+                )

@@ -97,8 +97,15 @@ def delete_this_pod(base: str) -> bool:
 class HeadWatch:
     """One look at a time at the whole cluster, from its head."""
 
-    def __init__(self, config: dict[str, Any], api: Api, purse: Purse, *, busy: Callable[[], bool],
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        api: Api,
+        purse: Purse,
+        *,
+        busy: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._cluster = config["cluster_name"]
         settings = Settings.read(config["provider"])
         self._key = fingerprint(settings.public_key)
@@ -123,8 +130,9 @@ class HeadWatch:
 
     def delete_all(self) -> None:
         """The workers, then the rest, the head last."""
-        pods = sorted((pod for pod in self._api.pods() if self._is_ours(pod)),
-                      key=lambda pod: fixed_tags(pod).get(KIND) == "head")
+        pods = sorted(
+            (pod for pod in self._api.pods() if self._is_ours(pod)), key=lambda pod: fixed_tags(pod).get(KIND) == "head"
+        )
         for pod in pods:
             self._api.delete_pod(pod["id"])
 
@@ -151,6 +159,7 @@ def has_jobs() -> bool:
 def watch_cluster_from_head() -> None:
     """Returns once the head has asked for its own deletion."""
     from altgrad_cluster.provider import spending_file
+
     config = json.loads(BOOTSTRAP.expanduser().read_text())
     settings = Settings.read(config["provider"])
     api = Api(keys.api_key, settings.api_base)

@@ -41,8 +41,14 @@ class Plan:
                 for lr in self.lrs:
                     for seed in range(self.seeds):
                         optimizer = ARMS[arm].model_copy(update={"lr": lr})
-                        yield TrainConfig(format=name, optimizer=optimizer, policy=self.policy, seed=seed,
-                                          steps=self.steps, **self.overrides)
+                        yield TrainConfig(
+                            format=name,
+                            optimizer=optimizer,
+                            policy=self.policy,
+                            seed=seed,
+                            steps=self.steps,
+                            **self.overrides,
+                        )
 
 
 def stall(step: int = 30, value: float = 0.05, layer: str = "lm_head") -> Outcome:
@@ -99,8 +105,16 @@ def _rows(config: TrainConfig, result: float | Outcome) -> list[dict[str, Any]]:
         healthy = 0.95 - 0.02 * config.seed + own[step - 1]
         stalled = isinstance(result, Outcome) and result.signal == "flip_yield"
         flip_yield = 0.9 * math.exp(-step / 8) if stalled else healthy
-        rows.append({"step": step, "train_loss": loss, "flip_yield": flip_yield, "stall_ratio": 0.9,
-                     "stable_rank": 12.0, "layers": {}})
+        rows.append(
+            {
+                "step": step,
+                "train_loss": loss,
+                "flip_yield": flip_yield,
+                "stall_ratio": 0.9,
+                "stable_rank": 12.0,
+                "layers": {},
+            }
+        )
     if isinstance(result, Outcome) and result.signal == "train_loss":
         rows[-1]["train_loss"] = result.value
     if not isinstance(result, Outcome):

@@ -14,13 +14,21 @@ from altgrad.analysis.cells import Cell, Study, build_study, compare, judge
 from altgrad.analysis.load import load
 
 
-def cell(losses: dict[int, float], stops: tuple[int, ...] = (), missing: tuple[int, ...] = (),
-         **changes: object) -> Cell:
-    fields = {"format": "E5M2", "arm": "adamw", "policy": "uniform", "lr": 1e-3, "rung_clip": math.nan,
-              "geometry": False, "outcomes": {}, "signals": {}} | changes
+def cell(
+    losses: dict[int, float], stops: tuple[int, ...] = (), missing: tuple[int, ...] = (), **changes: object
+) -> Cell:
+    fields = {
+        "format": "E5M2",
+        "arm": "adamw",
+        "policy": "uniform",
+        "lr": 1e-3,
+        "rung_clip": math.nan,
+        "geometry": False,
+        "outcomes": {},
+        "signals": {},
+    } | changes
     fields.setdefault("starts", dict.fromkeys(losses, 5.5))
-    return Cell(losses=losses, stops=dict.fromkeys(stops, ("flip_yield", "lm_head")), missing=missing,
-                **fields)  # type: ignore[arg-type]
+    return Cell(losses=losses, stops=dict.fromkeys(stops, ("flip_yield", "lm_head")), missing=missing, **fields)  # type: ignore[arg-type]
 
 
 def study_of(tmp_path: Path, plan: Plan) -> Study:
@@ -30,31 +38,42 @@ def study_of(tmp_path: Path, plan: Plan) -> Study:
 BF16 = cell({0: 2.0, 1: 2.02}, format="BF16")
 
 
-@pytest.mark.parametrize(("own", "verdict", "decided"), [
-    (cell({0: 2.05, 1: 2.06}), "trains", True),
-    (cell({0: 1.90, 1: 1.91}), "trains", True),
-    (cell({0: 2.05}), "trains", False),                                # one seed
-    (cell({0: 2.05, 1: 2.06}, missing=(2,)), "trains", False),         # a seed is still to come
-    (cell({0: 2.00, 1: 2.21}), "trains", False),                       # a third seed could well be outside
-    (cell({0: 2.60, 1: 2.61}), "fails", True),
-    (cell({0: 2.60}), "fails", False),
-    (cell({}, stops=(0, 1)), "fails", True),
-    (cell({}, stops=(0,)), "fails", False),
-    (cell({1: 2.6}, stops=(0,)), "fails", True),                       # stopped or outside, in every seed
-    (cell({1: 2.05}, stops=(0,)), "unclear", False),
-    (cell({0: 2.05, 1: 2.60}), "unclear", False),
-    (cell({}, missing=(0, 1)), "no result", False),
-])
+@pytest.mark.parametrize(
+    ("own", "verdict", "decided"),
+    [
+        (cell({0: 2.05, 1: 2.06}), "trains", True),
+        (cell({0: 1.90, 1: 1.91}), "trains", True),
+        (cell({0: 2.05}), "trains", False),  # one seed
+        (cell({0: 2.05, 1: 2.06}, missing=(2,)), "trains", False),  # a seed is still to come
+        (cell({0: 2.00, 1: 2.21}), "trains", False),  # a third seed could well be outside
+        (cell({0: 2.60, 1: 2.61}), "fails", True),
+        (cell({0: 2.60}), "fails", False),
+        (cell({}, stops=(0, 1)), "fails", True),
+        (cell({}, stops=(0,)), "fails", False),
+        (cell({1: 2.6}, stops=(0,)), "fails", True),  # stopped or outside, in every seed
+        (cell({1: 2.05}, stops=(0,)), "unclear", False),
+        (cell({0: 2.05, 1: 2.60}), "unclear", False),
+        (cell({}, missing=(0, 1)), "no result", False),
+    ],
+)
 def test_verdicts(own: Cell, verdict: str, decided: bool) -> None:
     judged = judge(own, BF16)
     assert (judged.verdict, judged.decided) == (verdict, decided)
 
 
-@pytest.mark.parametrize(("start", "end", "learned"), [
-    (5.545, 5.503, False), (5.5, 5.01, False), (5.5, 4.99, True),                # half a nat
-    (2.0, 1.81, False), (2.0, 1.79, True),                                       # a tenth
-    (5.5, 1.2e11, False), (math.nan, 2.0, False), (5.5, math.nan, False),
-])
+@pytest.mark.parametrize(
+    ("start", "end", "learned"),
+    [
+        (5.545, 5.503, False),
+        (5.5, 5.01, False),
+        (5.5, 4.99, True),  # half a nat
+        (2.0, 1.81, False),
+        (2.0, 1.79, True),  # a tenth
+        (5.5, 1.2e11, False),
+        (math.nan, 2.0, False),
+        (5.5, math.nan, False),
+    ],
+)
 def test_learning_is_a_clear_fall_from_the_first_step(start: float, end: float, learned: bool) -> None:
     assert cell({0: end}, starts={0: start}).learned is learned
 
@@ -98,8 +117,12 @@ def test_a_stopped_seed_leaves_no_mean_and_no_difference() -> None:
 
 def test_interval_of_a_difference_equals_scipys_paired_t(tmp_path: Path) -> None:
     offsets = np.random.default_rng(5).normal(0.05, 0.02, 5)
-    study = study_of(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], seeds=5,
-                                    offset=lambda name, _, seed: offsets[seed] if name == "E5M2" else 0.0))
+    study = study_of(
+        tmp_path,
+        Plan(
+            ["BF16", "E5M2"], ["adamw"], seeds=5, offset=lambda name, _, seed: offsets[seed] if name == "E5M2" else 0.0
+        ),
+    )
     item = study.comparison(study.cells[0])
     assert item is not None and item.paired is not None
     oracle = scipy_stats.ttest_rel(list(item.cell.losses.values()), list(item.other.losses.values()))
@@ -137,8 +160,13 @@ def test_geometry_rescues_and_losses_are_told_from_measured_gains(tmp_path: Path
 def test_arms_on_the_grid_are_also_compared_with_the_plain_arm_on_the_grid(tmp_path: Path) -> None:
     study = study_of(tmp_path, Plan(["E4M3"], ["adamw", "adamw_sr", "manifold", "manifold_sr", "grid"]))
     pairs = {(item.cell.arm, item.other.arm) for item in study.geometry}
-    assert pairs == {("manifold", "adamw"), ("manifold_sr", "adamw"), ("manifold_sr", "adamw_sr"),
-                     ("grid", "adamw"), ("grid", "adamw_sr")}
+    assert pairs == {
+        ("manifold", "adamw"),
+        ("manifold_sr", "adamw"),
+        ("manifold_sr", "adamw_sr"),
+        ("grid", "adamw"),
+        ("grid", "adamw_sr"),
+    }
 
 
 def test_formats_are_in_order_of_exponent_bits(tmp_path: Path) -> None:

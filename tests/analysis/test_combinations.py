@@ -37,8 +37,11 @@ def trained(name: str, arm: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         logits = model(tokens[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
-    return {layer: (before[layer], weight, weight.grad) for layer, (weight, _) in parameters.items()
-            if weight.grad is not None}
+    return {
+        layer: (before[layer], weight, weight.grad)
+        for layer, (weight, _) in parameters.items()
+        if weight.grad is not None
+    }
 
 
 def named(item: Combination) -> str:

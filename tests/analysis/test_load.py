@@ -18,8 +18,7 @@ from altgrad.training.guards import DEFAULT_GUARDS
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 
-def record(out_dir: Path, config: TrainConfig, outcome: Outcome | None,
-           rows: list[dict] | None = None) -> None:
+def record(out_dir: Path, config: TrainConfig, outcome: Outcome | None, rows: list[dict] | None = None) -> None:
     trial_id = config.trial_id(DATA)
     with Ledger(out_dir / "ledger.sqlite") as ledger:
         ledger.add_trials({trial_id: config}, DATA)
@@ -38,15 +37,18 @@ def test_non_finite_numbers_come_back(tmp_path: Path, value: float) -> None:
     assert records.trials["state"][0] == "failed"
 
 
-@pytest.mark.parametrize(("outcome", "state", "shown"), [
-    (None, "unresolved", "pending"),
-    (Outcome(OutcomeKind.DONE, 100), "finished", "done"),
-    (Outcome(OutcomeKind.DONE, 60), "unresolved", "pending"),
-    (stall(), "failed", "stalled"),
-    (Outcome(OutcomeKind.PRUNED, 20, val_loss=3.0), "unresolved", "pruned"),
-    (Outcome(OutcomeKind.OOM, 20), "unresolved", "oom"),
-    (Outcome(OutcomeKind.BUG, 0, message="boom"), "unresolved", "bug"),
-])
+@pytest.mark.parametrize(
+    ("outcome", "state", "shown"),
+    [
+        (None, "unresolved", "pending"),
+        (Outcome(OutcomeKind.DONE, 100), "finished", "done"),
+        (Outcome(OutcomeKind.DONE, 60), "unresolved", "pending"),
+        (stall(), "failed", "stalled"),
+        (Outcome(OutcomeKind.PRUNED, 20, val_loss=3.0), "unresolved", "pruned"),
+        (Outcome(OutcomeKind.OOM, 20), "unresolved", "oom"),
+        (Outcome(OutcomeKind.BUG, 0, message="boom"), "unresolved", "bug"),
+    ],
+)
 def test_state_of_an_ending(tmp_path: Path, outcome: Outcome | None, state: str, shown: str) -> None:
     record(tmp_path, TrainConfig(steps=100), outcome, [{"step": 100, "val_loss": 2.5}])
     trial = load(tmp_path).trials.iloc[0]
@@ -62,15 +64,21 @@ def test_the_final_loss_is_read_from_the_last_row(tmp_path: Path, value: float |
     assert trial["state"] == state and (trial["val_loss"] == 2.5) == (state == "finished")
 
 
-LATER = [Outcome(OutcomeKind.DONE, 40, val_loss=1.9), stall(step=30), explode(step=33),
-         Outcome(OutcomeKind.PRUNED, 40, signal="val_loss")]
+LATER = [
+    Outcome(OutcomeKind.DONE, 40, val_loss=1.9),
+    stall(step=30),
+    explode(step=33),
+    Outcome(OutcomeKind.PRUNED, 40, signal="val_loss"),
+]
 
 
 @pytest.mark.parametrize("later", LATER, ids=lambda outcome: str(outcome.kind))
 def test_a_longer_run_is_read_at_the_step_asked_for(tmp_path: Path, later: Outcome) -> None:
-    rows = [{"step": 10, "train_loss": 5.0, "flip_yield": 0.9},
-            {"step": 20, "train_loss": 2.7, "val_loss": 2.8, "bits_per_byte": 4.0, "flip_yield": 0.8},
-            {"step": 30, "train_loss": 2.2, "flip_yield": 0.1}]
+    rows = [
+        {"step": 10, "train_loss": 5.0, "flip_yield": 0.9},
+        {"step": 20, "train_loss": 2.7, "val_loss": 2.8, "bits_per_byte": 4.0, "flip_yield": 0.8},
+        {"step": 30, "train_loss": 2.2, "flip_yield": 0.1},
+    ]
     record(tmp_path, TrainConfig(steps=20), later, rows)
     records = load(tmp_path)
     trial = records.trials.iloc[0]
@@ -98,8 +106,9 @@ def test_a_stop_by_a_guard_that_is_gone_is_no_result(tmp_path: Path) -> None:
 
 
 def test_final_signals_are_the_last_that_were_measured(tmp_path: Path) -> None:
-    rows = [{"step": step, "train_loss": 2.0, "flip_yield": value}
-            for step, value in enumerate([0.9, 0.7, None], start=1)]
+    rows = [
+        {"step": step, "train_loss": 2.0, "flip_yield": value} for step, value in enumerate([0.9, 0.7, None], start=1)
+    ]
     record(tmp_path, TrainConfig(), None, rows)
     trial = load(tmp_path).trials.iloc[0]
     assert trial["flip_yield"] == 0.7 and math.isnan(trial["stable_rank"])
@@ -111,8 +120,10 @@ def test_columns_of_the_results(tmp_path: Path) -> None:
     assert len(results) == 8 and set(results["optimizer"]) == {"adamw", "grid"}
     assert results[results["optimizer"] == "grid"]["rung_clip"].eq(10).all()
     assert results[results["optimizer"] == "adamw"]["rung_clip"].isna().all()
-    needed = ("trial_id format optimizer policy lr rung_clip seed outcome signal layer step value limit "
-              "val_loss bits_per_byte")
+    needed = (
+        "trial_id format optimizer policy lr rung_clip seed outcome signal layer step value limit "
+        "val_loss bits_per_byte"
+    )
     assert set(needed.split()) <= set(results.columns)
 
 
@@ -168,7 +179,9 @@ def test_an_empty_ledger_has_no_trials(tmp_path: Path) -> None:
 
 
 def test_the_floor_needs_no_ray() -> None:
-    code = ("import sys, altgrad.analysis.report; "
-            "print([name for name in ('ray', 'wandb', 'datasets') if name in sys.modules])")
+    code = (
+        "import sys, altgrad.analysis.report; "
+        "print([name for name in ('ray', 'wandb', 'datasets') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -31,8 +31,7 @@ def mixed(name: str, arm: str, seed: int):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("sweep")
-    manifest = {"spec": {"name": "four <formats>", "formats": ["BF16", "E5M2"]},
-                "manifest": {"git": {"sha": "f00d"}}}
+    manifest = {"spec": {"name": "four <formats>", "formats": ["BF16", "E5M2"]}, "manifest": {"git": {"sha": "f00d"}}}
     plan = Plan(["FP32", "BF16", "E0M7", "E5M2", "E7M0"], ["adamw", "manifold", "grid"], offset=mixed)
     write_report(write_ledger(out_dir, plan, manifest))
     return out_dir / "report"
@@ -40,8 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files(written: Path) -> None:
     figures = {path.name for path in (written / "figures").iterdir()}
-    assert figures == {"heat_map.png", "loss_curves.png", "excess_curves.png", "stop_reasons.png",
-                       "flip_yield.png"}
+    assert figures == {"heat_map.png", "loss_curves.png", "excess_curves.png", "stop_reasons.png", "flip_yield.png"}
     linked = re.findall(r"\]\((figures/[^)]+)\)", (written / "report.md").read_text())
     assert {Path(link).name for link in linked} == figures
 
@@ -92,12 +90,15 @@ def test_without_stops_it_says_so_and_keeps_no_old_picture(tmp_path: Path) -> No
     assert not stale.exists() and "No run was stopped by a guard." in html
 
 
-@pytest.mark.parametrize(("formats", "arms", "seeds"), [
-    (["E5M2"], ["adamw"], 1),
-    (["BF16"], ["adamw"], 1),
-    (["BF16", "E5M2"], ["adamw"], 20),
-    (["FP32", "FP16", "BF16", "E1M3", *EIGHT_BIT], list(ARMS), 1),
-])
+@pytest.mark.parametrize(
+    ("formats", "arms", "seeds"),
+    [
+        (["E5M2"], ["adamw"], 1),
+        (["BF16"], ["adamw"], 1),
+        (["BF16", "E5M2"], ["adamw"], 20),
+        (["FP32", "FP16", "BF16", "E1M3", *EIGHT_BIT], list(ARMS), 1),
+    ],
+)
 def test_sizes_from_one_to_many(tmp_path: Path, formats: list[str], arms: list[str], seeds: int) -> None:
     write_report(write_ledger(tmp_path, Plan(formats, arms, seeds, steps=20, offset=mixed)))
     for path in (tmp_path / "report" / "figures").glob("*.png"):
@@ -128,8 +129,7 @@ def test_learning_rates_are_listed_where_there_are_several(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("shift", "said"), [(0.0, "as they must"), (1e-4, "Fault in the numerics")])
 def test_one_grid_under_two_names_is_a_control(tmp_path: Path, shift: float, said: str) -> None:
-    plan = Plan(["E0M7", "E1M6"], ["adamw"], steps=20,
-                offset=lambda name, *_: shift if name == "E1M6" else 0.0)
+    plan = Plan(["E0M7", "E1M6"], ["adamw"], steps=20, offset=lambda name, *_: shift if name == "E1M6" else 0.0)
     write_report(write_ledger(tmp_path, plan))
     for name in ("report.md", "report.html"):
         assert said in (tmp_path / "report" / name).read_text()
@@ -157,13 +157,26 @@ def test_it_renders_in_a_browser(written: Path, tmp_path: Path, size: str) -> No
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}", "--dump-dom"]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={size}",
+        "--dump-dom",
+    ]
     page = tmp_path / "probe.html"
-    probe = ("<script>onload = () => document.title = JSON.stringify({wide: "
-             "document.documentElement.scrollWidth > innerWidth, "
-             "images: [...document.images].map(i => i.naturalWidth)})</script>")
+    probe = (
+        "<script>onload = () => document.title = JSON.stringify({wide: "
+        "document.documentElement.scrollWidth > innerWidth, "
+        "images: [...document.images].map(i => i.naturalWidth)})</script>"
+    )
     page.write_text((written / "report.html").read_text().replace("</body>", probe + "</body>"))
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
     seen = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1))  # type: ignore[union-attr]
@@ -172,8 +185,11 @@ def test_it_renders_in_a_browser(written: Path, tmp_path: Path, size: str) -> No
 
 def test_a_pruned_trial_is_a_result_and_not_a_number(tmp_path: Path) -> None:
     pruned = Outcome(kind=OutcomeKind.PRUNED, step=50, signal="val_loss", value=4.0, limit=3.0, val_loss=4.0)
-    plan = Plan(["BF16", "E5M2"], ["adamw", "manifold"],
-                offset=lambda name, arm, seed: pruned if (name, arm) == ("E5M2", "manifold") else 0.0)
+    plan = Plan(
+        ["BF16", "E5M2"],
+        ["adamw", "manifold"],
+        offset=lambda name, arm, seed: pruned if (name, arm) == ("E5M2", "manifold") else 0.0,
+    )
     finding = write_report(write_ledger(tmp_path, plan))
     assert (finding.results, finding.trials) == (8, 8) and "Incomplete" not in finding.certainty
     assert "E5M2 with manifold" not in finding.headline
@@ -189,8 +205,16 @@ def sweep_of(out_dir: Path, plan: Plan) -> list[str]:
 def test_the_report_is_of_the_sweep_that_ran_last(tmp_path: Path) -> None:
     last = Plan(["BF16", "E5M2"], ["adamw"], steps=20)
     sweep_of(tmp_path, last)
-    wide = sweep_of(tmp_path, Plan(["BF16", "E5M2", "E4M3"], ["adamw"], seeds=3, steps=20,
-                                   offset=lambda name, *_: None if name == "E4M3" else 0.0))
+    wide = sweep_of(
+        tmp_path,
+        Plan(
+            ["BF16", "E5M2", "E4M3"],
+            ["adamw"],
+            seeds=3,
+            steps=20,
+            offset=lambda name, *_: None if name == "E4M3" else 0.0,
+        ),
+    )
     ids = sweep_of(tmp_path, last)
     finding = write_report(tmp_path)
     assert (finding.results, finding.trials) == (4, 4) and "Incomplete" not in finding.certainty
@@ -207,8 +231,9 @@ def test_trials_of_other_lengths_are_not_mixed_in(tmp_path: Path) -> None:
     """Trained to 20, a part of it on to 40, then more seeds at 20: all compare at 20."""
     sweep_of(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], steps=20))
     sweep_of(tmp_path, Plan(["BF16"], ["adamw"], steps=40, offset=lambda *_: -0.9))
-    short = Plan(["BF16", "E5M2"], ["adamw"], seeds=3, steps=20,
-                 offset=lambda name, _, seed: 0.0 if seed == 2 else None)
+    short = Plan(
+        ["BF16", "E5M2"], ["adamw"], seeds=3, steps=20, offset=lambda name, _, seed: 0.0 if seed == 2 else None
+    )
     sweep_of(tmp_path, short)
     finding = write_report(tmp_path)
     assert (finding.results, finding.trials) == (4, 6), "the rows at step 20 were written over without a loss"
@@ -223,7 +248,8 @@ def test_a_sweep_that_the_ledger_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 def test_a_blown_up_reference_still_gives_a_report(tmp_path: Path) -> None:
-    finding = write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw", "grid"], steps=20,
-                                                       offset=lambda *_: 1.2e11)))
+    finding = write_report(
+        write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw", "grid"], steps=20, offset=lambda *_: 1.2e11))
+    )
     assert "did not learn" in finding.headline
     assert "reference (did not learn)" in (tmp_path / "report" / "report.md").read_text()

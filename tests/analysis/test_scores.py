@@ -16,28 +16,54 @@ from altgrad.training.outcome import Outcome, OutcomeKind
 BASELINE = 0.5
 
 
-def write(folder: Path, f1: dict[tuple[str, str], float], val_loss: float = 2.0,
-          on_validation: dict[tuple[str, str], float] | None = None) -> Path:
+def write(
+    folder: Path,
+    f1: dict[tuple[str, str], float],
+    val_loss: float = 2.0,
+    on_validation: dict[tuple[str, str], float] | None = None,
+) -> Path:
     """A ledger of classifiers whose loss has risen, with these F1 (plus .01 per seed) by format and arm."""
     with Ledger(folder / "ledger.sqlite") as ledger:
         for (name, arm), score in f1.items():
             for seed in range(3):
-                config = TrainConfig(task="classify", data={"source": "synthetic"}, format=name, seed=seed,
-                                     optimizer=ARMS[arm].model_dump(), steps=100)
+                config = TrainConfig(
+                    task="classify",
+                    data={"source": "synthetic"},
+                    format=name,
+                    seed=seed,
+                    optimizer=ARMS[arm].model_dump(),
+                    steps=100,
+                )
                 trial_id = config.trial_id(DATA)
                 ledger.add_trials({trial_id: config}, DATA)
-                ledger.record_rows(trial_id, [
-                    {"step": 1, "train_loss": 1.0},
-                    {"step": 100, "train_loss": 0.1, "val_loss": val_loss, "f1_micro": score + 0.01 * seed,
-                     "f1_macro": score / 2, "baseline_f1_micro": BASELINE, "threshold": 0.4, "samples_per_s": 300.0}
-                    | ({"val_f1_micro": on_validation[name, arm]} if on_validation else {})])
+                ledger.record_rows(
+                    trial_id,
+                    [
+                        {"step": 1, "train_loss": 1.0},
+                        {
+                            "step": 100,
+                            "train_loss": 0.1,
+                            "val_loss": val_loss,
+                            "f1_micro": score + 0.01 * seed,
+                            "f1_macro": score / 2,
+                            "baseline_f1_micro": BASELINE,
+                            "threshold": 0.4,
+                            "samples_per_s": 300.0,
+                        }
+                        | ({"val_f1_micro": on_validation[name, arm]} if on_validation else {}),
+                    ],
+                )
                 ledger.record_outcome(trial_id, Outcome(OutcomeKind.DONE, 100, train_loss=0.1, val_loss=val_loss))
     return folder
 
 
 def test_a_risen_loss_does_not_hide_what_was_learned(tmp_path: Path):
-    finding = write_report(write(tmp_path, {
-        ("BF16", "adamw"): 0.7, ("E4M3", "adamw"): 0.695, ("E7M0", "adamw"): 0.55, ("E4M3", "manifold"): 0.705}))
+    finding = write_report(
+        write(
+            tmp_path,
+            {("BF16", "adamw"): 0.7, ("E4M3", "adamw"): 0.695, ("E7M0", "adamw"): 0.55, ("E4M3", "manifold"): 0.705},
+        )
+    )
     assert "E4M3 trains within 10% of BF16's error (0.290 in 1 − F1 micro)" in finding.headline
     assert "E7M0 fails" in finding.headline and "nats" not in finding.headline
     assert "E4M3 with manifold: −0.010 in 1 − F1 micro" in finding.headline
@@ -46,10 +72,17 @@ def test_a_risen_loss_does_not_hide_what_was_learned(tmp_path: Path):
 
 def test_the_headline_says_on_which_documents_the_best_is_best(tmp_path: Path):
     reference, first, second = ("BF16", "adamw"), ("E4M3", "adamw"), ("E5M2", "adamw")
-    finding = write_report(write(tmp_path, {reference: 0.7, first: 0.7, second: 0.69},
-                                 on_validation={reference: 0.7, first: 0.6, second: 0.68}))
-    assert ("best on validation documents is E5M2 with adamw: +0.010 in 1 − F1 micro [+0.010, +0.010] from BF16 on "
-            "test documents" in finding.headline)
+    finding = write_report(
+        write(
+            tmp_path,
+            {reference: 0.7, first: 0.7, second: 0.69},
+            on_validation={reference: 0.7, first: 0.6, second: 0.68},
+        )
+    )
+    assert (
+        "best on validation documents is E5M2 with adamw: +0.010 in 1 − F1 micro [+0.010, +0.010] from BF16 on "
+        "test documents" in finding.headline
+    )
 
 
 def test_a_reference_no_better_than_the_commonest_labels_decides_nothing(tmp_path: Path):
@@ -90,13 +123,30 @@ def test_learning_rates_are_chosen_by_validation_and_not_by_test(tmp_path: Path)
         for lr, on_test, on_validation in ((1e-3, 0.60, 0.70), (4e-3, 0.68, 0.50)):
             for seed in range(2):
                 arm = ARMS["adamw"].model_copy(update={"lr": lr})
-                config = TrainConfig(task="classify", data={"source": "synthetic"}, format="BF16", seed=seed,
-                                     optimizer=arm.model_dump(), steps=100)
+                config = TrainConfig(
+                    task="classify",
+                    data={"source": "synthetic"},
+                    format="BF16",
+                    seed=seed,
+                    optimizer=arm.model_dump(),
+                    steps=100,
+                )
                 trial_id = config.trial_id(DATA)
                 ledger.add_trials({trial_id: config}, DATA)
-                ledger.record_rows(trial_id, [
-                    {"step": 100, "train_loss": 0.1, "val_loss": 1.0, "f1_micro": on_test, "f1_macro": 0.3,
-                     "val_f1_micro": on_validation, "baseline_f1_micro": BASELINE}])
+                ledger.record_rows(
+                    trial_id,
+                    [
+                        {
+                            "step": 100,
+                            "train_loss": 0.1,
+                            "val_loss": 1.0,
+                            "f1_micro": on_test,
+                            "f1_macro": 0.3,
+                            "val_f1_micro": on_validation,
+                            "baseline_f1_micro": BASELINE,
+                        }
+                    ],
+                )
                 ledger.record_outcome(trial_id, Outcome(OutcomeKind.DONE, 100, train_loss=0.1, val_loss=1.0))
     (cell,) = build_cells(judged(load(tmp_path).trials))
     assert cell.lr == 1e-3 and cell.choices == 2

@@ -18,8 +18,10 @@ VALUES = st.lists(st.integers(-50, 50).map(lambda value: value / 10), min_size=1
 
 def brute_sign_flip(values: list[float]) -> float:
     observed = abs(sum(values))
-    sums = [abs(sum(sign * value for sign, value in zip(signs, values, strict=True)))
-            for signs in itertools.product((1, -1), repeat=len(values))]
+    sums = [
+        abs(sum(sign * value for sign, value in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
     return sum(total >= observed - 1e-9 for total in sums) / len(sums)
 
 
@@ -109,8 +111,7 @@ def test_max_t_keeps_equal_and_zero_differences_apart() -> None:
 
 def test_max_t_does_not_lose_to_holm_on_correlated_cells() -> None:
     shared = np.random.default_rng(0).normal(1.0, 0.2, 6)
-    table = [{seed: float(value) + 0.01 * cell * seed for seed, value in enumerate(shared)}
-             for cell in range(8)]
+    table = [{seed: float(value) + 0.01 * cell * seed for seed, value in enumerate(shared)} for cell in range(8)]
     p_values, method = adjust(table)
     assert method == "joint max-T" and max(p_values) <= 0.05
     assert min(holm([sign_flip_p(list(cell.values())) for cell in table])) > 0.05

@@ -17,10 +17,12 @@ def test_the_file_is_current() -> None:
 
 def test_published_numbers_stand_in_it() -> None:
     text = render()
-    for line in ("| E5M2 | ieee | 8 | 15 | 57344 | 2^-14 | 2^-16 | 256 | yes | yes |",
-                 "| E4M3 | fn | 8 | 7 | 448 | 2^-6 | 2^-9 | 256 | no | yes |",
-                 "| E0M7 | finite | 8 | – | 0.9921875 | – | 2^-7 | 256 | no | no |",
-                 "| E7M0 | finite | 8 | 63 | 1.844674407e+19 | 2^-62 | – | 256 | no | no |"):
+    for line in (
+        "| E5M2 | ieee | 8 | 15 | 57344 | 2^-14 | 2^-16 | 256 | yes | yes |",
+        "| E4M3 | fn | 8 | 7 | 448 | 2^-6 | 2^-9 | 256 | no | yes |",
+        "| E0M7 | finite | 8 | – | 0.9921875 | – | 2^-7 | 256 | no | no |",
+        "| E7M0 | finite | 8 | 63 | 1.844674407e+19 | 2^-62 | – | 256 | no | no |",
+    ):
         assert line in text
 
 

@@ -117,12 +117,16 @@ def threshold_by_folds(method: Method, documents: list[str]) -> float:
     found = []
     for held in parts:
         with tempfile.TemporaryDirectory() as scratch:
-            rest, own = ([documents[i] for i in np.concatenate([p for p in parts if (p is held) == is_held])]
-                         for is_held in (False, True))
+            rest, own = (
+                [documents[i] for i in np.concatenate([p for p in parts if (p is held) == is_held])]
+                for is_held in (False, True)
+            )
             found.append(method(write(Path(scratch), train=rest, dev=own, test=own)))
     labels = sorted({label for fitted in found for label in fitted.labels})
-    chances, truth = (np.concatenate([columns_of(fitted, values, labels) for fitted, values in each])
-                      for each in ([(f, f.test) for f in found], [(f, f.test_truth) for f in found]))
+    chances, truth = (
+        np.concatenate([columns_of(fitted, values, labels) for fitted, values in each])
+        for each in ([(f, f.test) for f in found], [(f, f.test_truth) for f in found])
+    )
     candidates = np.arange(0.01, 1.0, 0.01)
     return float(max(candidates, key=lambda threshold: scores_of(truth, chances, threshold)[1]))
 
@@ -152,13 +156,13 @@ def scores_of(truth: np.ndarray, chances: np.ndarray, threshold: float) -> Score
     return micro, f1_macro(truth, given), over_all
 
 
-def line(
-    method: str, fitted: str, truth: np.ndarray, chances: np.ndarray, threshold: float, seconds: float
-) -> Scores:
+def line(method: str, fitted: str, truth: np.ndarray, chances: np.ndarray, threshold: float, seconds: float) -> Scores:
     """Prints a line of the table and returns its scores."""
     micro, macro, over_all = found = scores_of(truth, chances, threshold)
-    print(f"{method:34} {fitted:10} {micro:9.3f} {macro:9.3f} {over_all:9.3f} {threshold:10.3f} {seconds:6.0f}",
-          flush=True)
+    print(
+        f"{method:34} {fitted:10} {micro:9.3f} {macro:9.3f} {over_all:9.3f} {threshold:10.3f} {seconds:6.0f}",
+        flush=True,
+    )
     return found
 
 
@@ -182,10 +186,17 @@ def fit_tfidf(folder: Path, field: str) -> Fitted:
     known = len(documents.labels)
     model = OneVsRestClassifier(LogisticRegression(C=10, class_weight="balanced", max_iter=1000))
     model.fit(features, truth_of(documents, documents.train)[:, :known])
-    val, test = (np.pad(model.predict_proba(words.transform(texts(split))), ((0, 0), (0, len(documents.unseen))))
-                 for split in (documents.val, documents.test))
-    return Fitted([*documents.labels, *documents.unseen], val, truth_of(documents, documents.val), test,
-                  truth_of(documents, documents.test))
+    val, test = (
+        np.pad(model.predict_proba(words.transform(texts(split))), ((0, 0), (0, len(documents.unseen))))
+        for split in (documents.val, documents.test)
+    )
+    return Fitted(
+        [*documents.labels, *documents.unseen],
+        val,
+        truth_of(documents, documents.val),
+        test,
+        truth_of(documents, documents.test),
+    )
 
 
 def fit_encoder(folder: Path, field: str, seed: int, weight_decay: float) -> Fitted:
@@ -195,15 +206,28 @@ def fit_encoder(folder: Path, field: str, seed: int, weight_decay: float) -> Fit
     intervals = shape["steps"] / shape["log_interval"] * len(documents_of(folder, field).train) / DOCUMENTS
     steps = round(intervals) * shape["log_interval"]
     shape |= {"steps": steps, "eval_interval": steps, "checkpoint_interval": steps}
-    trainer = Trainer(TrainConfig(task="classify", format="BF16", seed=seed, guards=(), **shape,
-                                  optimizer={"kind": "adamw", "weight_decay": weight_decay}))
+    trainer = Trainer(
+        TrainConfig(
+            task="classify",
+            format="BF16",
+            seed=seed,
+            guards=(),
+            **shape,
+            optimizer={"kind": "adamw", "weight_decay": weight_decay},
+        )
+    )
     trainer.run()
     task: Any = trainer.task
     trainer.model.eval()
     with torch.no_grad():
         val, test = (task.predict(trainer.model, split) for split in (task.data.val, task.data.test))
-    return Fitted([*task.data.labels, *task.data.unseen], val[0].sigmoid().numpy(), val[1].numpy(),
-                  test[0].sigmoid().numpy(), test[1].numpy())
+    return Fitted(
+        [*task.data.labels, *task.data.unseen],
+        val[0].sigmoid().numpy(),
+        val[1].numpy(),
+        test[0].sigmoid().numpy(),
+        test[1].numpy(),
+    )
 
 
 if __name__ == "__main__":

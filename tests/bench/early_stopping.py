@@ -193,11 +193,13 @@ def finding(grid: Grid, steps: Mapping[str, int]) -> Finding:
         loss = grid.intervals[trial_id][-1][-1].get(SCORE)
         if steps[trial_id] >= config.steps and loss is not None and math.isfinite(loss):
             whole[config.format, config.arm][config.optimizer.lr][config.seed] = loss
-    return Finding({
-        cell: kept
-        for cell, rates in whole.items()
-        if (kept := {lr: found for lr, found in rates.items() if set(found) == seeds})
-    })  # fmt: skip
+    return Finding(
+        {
+            cell: kept
+            for cell, rates in whole.items()
+            if (kept := {lr: found for lr, found in rates.items() if set(found) == seeds})
+        }
+    )
 
 
 def decided(differences: Sequence[float]) -> int:
@@ -229,8 +231,15 @@ def compare(grid: Grid, full: Finding, own: Finding, steps: Mapping[str, int]) -
 
 
 def table(grid: Grid, slots: Sequence[int]) -> str:
-    head = ("policy", "trials at once", "steps", "best cell", "best rate where the grid decides",
-            "best rate elsewhere", "sign of manifold - standard")  # fmt: skip
+    head = (
+        "policy",
+        "trials at once",
+        "steps",
+        "best cell",
+        "best rate where the grid decides",
+        "best rate elsewhere",
+        "sign of manifold - standard",
+    )
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     full = finding(grid, {trial_id: config.steps for trial_id, config in grid.trials.items()})
     for at_once in slots:
@@ -257,10 +266,20 @@ def main() -> None:
 
 @pytest.mark.bench
 def test_the_benchmark_runs_and_prints_its_table(tmp_path: Path) -> None:
-    spec = SweepSpec.model_validate({
-        "formats": "E5M2", "optimizers": "adamw,manifold", "lrs": "1e-3,4e-3,1.6e-2", "seeds": 2, "steps": 40,
-        "guards": "off", "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "eval_interval": 10,
-        "checkpoint_interval": 20, "data": {"batch": 2, "eval_batches": 1}})  # fmt: skip
+    spec = SweepSpec.model_validate(
+        {
+            "formats": "E5M2",
+            "optimizers": "adamw,manifold",
+            "lrs": "1e-3,4e-3,1.6e-2",
+            "seeds": 2,
+            "steps": 40,
+            "guards": "off",
+            "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+            "eval_interval": 10,
+            "checkpoint_interval": 20,
+            "data": {"batch": 2, "eval_batches": 1},
+        }
+    )
     result = run_sweep(spec, RunOptions(out=tmp_path / "grid"))
     text = table(read_grid(result.out), [2])
     print(text)

@@ -58,8 +58,13 @@ def provenance(commit: str) -> Row:
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     card = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {"card": card or torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "commit": commit, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {
+        "card": card or torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def ceilings() -> list[Row]:
@@ -69,8 +74,10 @@ def ceilings() -> list[Row]:
     copy = milliseconds(lambda: out.copy_(x))
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = milliseconds(lambda: a @ b)
-    return [{"what": "copy of 2^28 float32", "ms": copy, "TB/s": 2 * 4 * 2**28 / copy / 1e9},
-            {"what": "8192³ bf16 product", "ms": product, "TFLOP/s": 2 * 8192**3 / product / 1e9}]
+    return [
+        {"what": "copy of 2^28 float32", "ms": copy, "TB/s": 2 * 4 * 2**28 / copy / 1e9},
+        {"what": "8192³ bf16 product", "ms": product, "TFLOP/s": 2 * 8192**3 / product / 1e9},
+    ]
 
 
 def rounding_equals_the_cpus(elements: int = 2**26) -> list[Row]:
@@ -86,8 +93,15 @@ def rounding_equals_the_cpus(elements: int = 2**26) -> list[Row]:
             cpus = quantize(x, name, 0.37, rounding=rounding, seed=7)
             both_nan = own.isnan() & cpus.isnan()
             differ = int(((own.view(torch.int32) != cpus.view(torch.int32)) & ~both_nan).sum())
-            rows.append({"format": name, "rounding": rounding, "elements": elements, "differ": differ,
-                         "kernels": f"{dispatch.kernel_in_use(on_card)} / {dispatch.kernel_in_use(x)}"})
+            rows.append(
+                {
+                    "format": name,
+                    "rounding": rounding,
+                    "elements": elements,
+                    "differ": differ,
+                    "kernels": f"{dispatch.kernel_in_use(on_card)} / {dispatch.kernel_in_use(x)}",
+                }
+            )
     return rows
 
 
@@ -101,11 +115,22 @@ def rounding(elements: int = 2**28) -> list[Row]:
         for name in SPLITS:
             for kind in ("nearest", "stochastic"):
                 copy = milliseconds(lambda out=out, x=x: out.copy_(x), 10)
-                own = milliseconds(lambda out=out, x=x, name=name, kind=kind, scale=scale:
-                                   quantize(x, name, scale, rounding=kind, seed=1, out=out), 10)  # fmt: skip
+                own = milliseconds(
+                    lambda out=out, x=x, name=name, kind=kind, scale=scale: quantize(
+                        x, name, scale, rounding=kind, seed=1, out=out
+                    ),
+                    10,
+                )
                 again = milliseconds(lambda out=out, x=x: out.copy_(x), 10)
-                rows.append({"dtype": str(dtype).removeprefix("torch."), "format": name, "rounding": kind, "ms": own,
-                             "over_copy": own / ((copy + again) / 2)})  # fmt: skip
+                rows.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "format": name,
+                        "rounding": kind,
+                        "ms": own,
+                        "over_copy": own / ((copy + again) / 2),
+                    }
+                )
     return rows
 
 
@@ -169,20 +194,30 @@ def products() -> list[Row]:
             native, emulated = (matmul_transposed(*operands, kind).double() for kind in ("native", "emulated"))
             exact = operands[0].values.double() @ operands[1].values.double().T
             size = operands[0].values.double().abs() @ operands[1].values.double().abs().T
-            rows.append({"formats": f"{left} · {right}", "K": k,
-                         "native_error": float(((native - exact).abs() / size).max()),
-                         "emulated_error": float(((emulated - exact).abs() / size).max())})  # fmt: skip
+            rows.append(
+                {
+                    "formats": f"{left} · {right}",
+                    "K": k,
+                    "native_error": float(((native - exact).abs() / size).max()),
+                    "emulated_error": float(((emulated - exact).abs() / size).max()),
+                }
+            )
     return rows
 
 
 def step_config(model: ModelConfig, batch: int, **changes: Any) -> TrainConfig:
     return TrainConfig(
         **{
-            "model": model.model_dump(), "data": {"source": os.environ.get("ALTGRAD_BENCH_TEXT", "pydoc"),
-                                                  "batch": batch, "eval_batches": 1},
-            "steps": 10_000, "guards": (), "log_interval": 20, "eval_interval": 10_000, "checkpoint_interval": 10_000,
-        } | changes
-    )  # fmt: skip
+            "model": model.model_dump(),
+            "data": {"source": os.environ.get("ALTGRAD_BENCH_TEXT", "pydoc"), "batch": batch, "eval_batches": 1},
+            "steps": 10_000,
+            "guards": (),
+            "log_interval": 20,
+            "eval_interval": 10_000,
+            "checkpoint_interval": 10_000,
+        }
+        | changes
+    )
 
 
 def plain_step(batch: int, model_config: ModelConfig, steps: int = 20) -> Row:
@@ -212,10 +247,19 @@ def plain_step(batch: int, model_config: ModelConfig, steps: int = 20) -> Row:
 
 def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2) -> list[Row]:
     """A whole step of the trainer, by format, policy and product, over that in BF16 without observers."""
-    cases = [("BF16", "uniform", False), ("BF16", "uniform", True), ("E4M3", "uniform", False),
-             ("E4M3", "uniform", True), ("E5M2", "uniform", True), ("E3M4", "uniform", True), ("E7M0", "uniform", True),
-             ("E4M3", "uniform_full", True), ("E5M2", "uniform_full", True), ("E0M7", "uniform_full", True),
-             ("FP32", "uniform", False)]  # fmt: skip
+    cases = [
+        ("BF16", "uniform", False),
+        ("BF16", "uniform", True),
+        ("E4M3", "uniform", False),
+        ("E4M3", "uniform", True),
+        ("E5M2", "uniform", True),
+        ("E3M4", "uniform", True),
+        ("E7M0", "uniform", True),
+        ("E4M3", "uniform_full", True),
+        ("E5M2", "uniform_full", True),
+        ("E0M7", "uniform_full", True),
+        ("FP32", "uniform", False),
+    ]
     rows: list[Row] = []
     plain = plain_step(batch, model)
     for name, policy, observe in cases:
@@ -229,8 +273,14 @@ def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2
             next(turns)
         torch.cuda.synchronize()
         ms = (time.perf_counter() - start) * 1e3 / (intervals * own.log_interval)
-        row = {"format": name, "policy": policy, "observed": observe, "ms": ms,
-               "tokens_per_s": batch * model.block / ms * 1e3, "loss": trainer.rows[-1]["train_loss"]}
+        row = {
+            "format": name,
+            "policy": policy,
+            "observed": observe,
+            "ms": ms,
+            "tokens_per_s": batch * model.block / ms * 1e3,
+            "loss": trainer.rows[-1]["train_loss"],
+        }
         row["over_bf16"] = ms / rows[0]["ms"] if rows else 1.0
         turns.close()
         del trainer, turns
@@ -241,9 +291,13 @@ def training_step(batch: int = 16, model: ModelConfig = GPT2, intervals: int = 2
 
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
-    "ceilings": ceilings, "equality": rounding_equals_the_cpus, "rounding": rounding, "optimizers": optimizers,
-    "products": products, "step": training_step,
-}  # fmt: skip
+    "ceilings": ceilings,
+    "equality": rounding_equals_the_cpus,
+    "rounding": rounding,
+    "optimizers": optimizers,
+    "products": products,
+    "step": training_step,
+}
 
 
 def main() -> None:

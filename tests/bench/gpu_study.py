@@ -34,11 +34,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     asked = parser.parse_args()
     config = TrainConfig(
-        model=MODELS[asked.model], data={"source": asked.text, "batch": asked.batch, "eval_batches": 8},
-        format=asked.format, policy=asked.policy, optimizer=ARMS[asked.arm].model_copy(update={"lr": asked.lr}),
-        schedule={"kind": "cosine", "warmup": 100}, steps=asked.steps, seed=asked.seed, log_interval=20,
-        eval_interval=200, checkpoint_interval=asked.steps, guards=(), observe={"shadow_every": 10},
-    )  # fmt: skip
+        model=MODELS[asked.model],
+        data={"source": asked.text, "batch": asked.batch, "eval_batches": 8},
+        format=asked.format,
+        policy=asked.policy,
+        optimizer=ARMS[asked.arm].model_copy(update={"lr": asked.lr}),
+        schedule={"kind": "cosine", "warmup": 100},
+        steps=asked.steps,
+        seed=asked.seed,
+        log_interval=20,
+        eval_interval=200,
+        checkpoint_interval=asked.steps,
+        guards=(),
+        observe={"shadow_every": 10},
+    )
     name = f"{asked.format}-{asked.arm}-{asked.policy}-{asked.seed}".replace("/", "_")
     trainer = Trainer(config, folder=asked.out / name, device=asked.device)
     started = time.perf_counter()
@@ -46,13 +55,25 @@ def main() -> None:
     seconds = time.perf_counter() - started
     cosines = [row["gradient_cosine"] for row in trainer.rows if "gradient_cosine" in row]
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    print(json.dumps({
-        "trial": name, "kind": outcome.kind, "steps": outcome.step, "parameters_millions": round(parameters, 1),
-        "first_loss": trainer.rows[0]["train_loss"], "val_loss": outcome.val_loss, "least_cosine": min(cosines),
-        "last_cosine": cosines[-1], "nonfinite_rows": sum("nonfinite_layer" in row for row in trainer.rows),
-        "seconds": round(seconds, 1), "ms_per_step": round(seconds / asked.steps * 1e3, 1),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if asked.device == "cuda" else None,
-    }), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "trial": name,
+                "kind": outcome.kind,
+                "steps": outcome.step,
+                "parameters_millions": round(parameters, 1),
+                "first_loss": trainer.rows[0]["train_loss"],
+                "val_loss": outcome.val_loss,
+                "least_cosine": min(cosines),
+                "last_cosine": cosines[-1],
+                "nonfinite_rows": sum("nonfinite_layer" in row for row in trainer.rows),
+                "seconds": round(seconds, 1),
+                "ms_per_step": round(seconds / asked.steps * 1e3, 1),
+                "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if asked.device == "cuda" else None,
+            }
+        ),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -34,11 +34,19 @@ ROWS = 10
 
 def spec_of(trials: int) -> SweepSpec:
     """As many trials, nearly: ten formats x eight arms x six seeds, the rest learning rates."""
-    return SweepSpec.model_validate({
-        "name": "large", "formats": "all", "seeds": 6, "steps": 10 * ROWS,
-        "optimizers": "adamw,adamw_nearest,adamw_sr,manifold,manifold_sr,grid,eco,muon",
-        "lrs": tuple(1e-3 * 1.1**i for i in range(max(1, trials // 480))),
-        "model": TINY, "data": {"batch": 2, "eval_batches": 1}, "eval_interval": 10})
+    return SweepSpec.model_validate(
+        {
+            "name": "large",
+            "formats": "all",
+            "seeds": 6,
+            "steps": 10 * ROWS,
+            "optimizers": "adamw,adamw_nearest,adamw_sr,manifold,manifold_sr,grid,eco,muon",
+            "lrs": tuple(1e-3 * 1.1**i for i in range(max(1, trials // 480))),
+            "model": TINY,
+            "data": {"batch": 2, "eval_batches": 1},
+            "eval_interval": 10,
+        }
+    )
 
 
 def fill(out: Path, spec: SweepSpec) -> int:
@@ -49,12 +57,23 @@ def fill(out: Path, spec: SweepSpec) -> int:
         ledger.add_trials(trials, sha256)
         for number, (trial_id, config) in enumerate(trials.items()):
             loss = 2.5 + 0.1 * len(config.format) + 0.01 * (number % 7)
-            rows = [{"step": 10 * (i + 1), "train_loss": 5.5 - (3 - loss / 2) * i / ROWS,
-                     "val_loss": loss + (9 - i) / 10,
-                     "flip_yield": 0.9, "stall_ratio": 0.4} for i in range(ROWS)]
+            rows = [
+                {
+                    "step": 10 * (i + 1),
+                    "train_loss": 5.5 - (3 - loss / 2) * i / ROWS,
+                    "val_loss": loss + (9 - i) / 10,
+                    "flip_yield": 0.9,
+                    "stall_ratio": 0.4,
+                }
+                for i in range(ROWS)
+            ]
             ledger.record_rows(trial_id, rows)
-            ledger.record_outcome(trial_id, Outcome(OutcomeKind.DONE, 10 * ROWS, train_loss=loss, val_loss=loss,
-                                                    bits_per_byte=loss / 0.693, seconds=1.0))
+            ledger.record_outcome(
+                trial_id,
+                Outcome(
+                    OutcomeKind.DONE, 10 * ROWS, train_loss=loss, val_loss=loss, bits_per_byte=loss / 0.693, seconds=1.0
+                ),
+            )
     return len(trials)
 
 
@@ -90,8 +109,11 @@ def growth(trials: int, folder: Path) -> float:
     path.write_text(spec.model_dump_json())
     trials = len(spec.expand())
     environment = os.environ | {"PYTHONPATH": planted_path(folder, STUB)}
-    driver = subprocess.Popen([sys.executable, "-m", "altgrad", "run", str(path), "--out", str(folder / "many")],
-                              env=environment, stdout=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "altgrad", "run", str(path), "--out", str(folder / "many")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     readings: list[tuple[int, int]] = []
     while driver.poll() is None:
         ended = len(list((folder / "many" / "trials").glob("*/outcome.json")))
@@ -123,9 +145,11 @@ def measured(trials: int, stubs: int) -> dict[str, Any]:
         count = fill(out, spec)
         path = Path(name) / "large.json"
         path.write_text(spec.model_dump_json())
-        for what, words in ((f"status of {count} trials", ("status", str(out))),
-                            ("report", ("report", str(out))),
-                            ("starting again, with its report", ("run", str(path), "--out", str(out)))):
+        for what, words in (
+            (f"status of {count} trials", ("status", str(out))),
+            ("report", ("report", str(out))),
+            ("starting again, with its report", ("run", str(path), "--out", str(out))),
+        ):
             found[f"{what}, s"], found[f"{what}, CPU-s"] = timed(*words)
         if stubs:
             found[f"driver's growth over {stubs} trivial trials, MB"] = growth(stubs, Path(name))

@@ -69,8 +69,12 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - start
 
 
-SETTINGS = {"flips and updates": (True, 0), "as it comes": (True, COUNT_EVERY), "all at every step": (True, 1),
-            "no telemetry": (False, 1)}  # fmt: skip
+SETTINGS = {
+    "flips and updates": (True, 0),
+    "as it comes": (True, COUNT_EVERY),
+    "all at every step": (True, 1),
+    "no telemetry": (False, 1),
+}
 """`telemetry` and `count_every` of the columns; 0 stands for flips and updates alone, at every step."""
 
 
@@ -109,8 +113,10 @@ def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -
     """The measured arms as markdown."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    lines = ["| arm | " + " | ".join(SETTINGS) + " | telemetry adds, as it comes / at every step |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| arm | " + " | ".join(SETTINGS) + " | telemetry adds, as it comes / at every step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     try:
         for name in names:
             lines.append(_line(name, rounds, shape))
@@ -119,27 +125,22 @@ def table(names: list[str], rounds: int, threads: int, shape: tuple[int, int]) -
         torch.set_num_threads(before)
     count = sum(p.numel() for p in gpt_tensors(*shape))
     head = f"# Time of an optimizer step, × torch's fused AdamW\n\n{provenance()}\n\n{count / 1e6:.1f} M parameters, "
-    return (
-        head
-        + f"E4M3, {threads} thread{'s' * (threads > 1)}, median of {rounds}.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    return head + f"E4M3, {threads} thread{'s' * (threads > 1)}, median of {rounds}.\n\n" + "\n".join(lines) + "\n"
 
 
 def _line(name: str, rounds: int, shape: tuple[int, int]) -> str:
     moves, usual, always, bare = ratios(ARMS[name], rounds, shape)
     if "torch" in name:
         return f"| {name} | – | – | – | {bare:.2f} | – |"
-    return (f"| {name} | {moves:.2f} | {usual:.2f} | {always:.2f} | {bare:.2f} | {100 * (usual / bare - 1):+.0f} % / "
-            f"{100 * (always / bare - 1):+.0f} % |")  # fmt: skip
+    return (
+        f"| {name} | {moves:.2f} | {usual:.2f} | {always:.2f} | {bare:.2f} | {100 * (usual / bare - 1):+.0f} % / "
+        f"{100 * (always / bare - 1):+.0f} % |"
+    )
 
 
 def main() -> None:
     """Measures, prints and saves the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=9, help="of which the median is kept")
     parser.add_argument("--threads", type=int, default=1)

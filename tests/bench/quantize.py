@@ -81,9 +81,7 @@ def torch_casts() -> Iterator[Case]:
     """torch's float8 types, there and back."""
     for dtype in (torch.float32, torch.bfloat16):
         for name, small in (("E4M3", torch.float8_e4m3fn), ("E5M2", torch.float8_e5m2)):
-            yield Case(
-                f"torch cast {name}", dtype, 1 << 40, lambda x, _, small=small: lambda: x.to(small).to(x.dtype)
-            )
+            yield Case(f"torch cast {name}", dtype, 1 << 40, lambda x, _, small=small: lambda: x.to(small).to(x.dtype))
 
 
 def rivals() -> Iterator[Case]:
@@ -110,16 +108,20 @@ def rivals() -> Iterator[Case]:
 
         for rounding in ("nearest", "stochastic"):
             yield Case(
-                f"qtorch E4M3 {rounding}", torch.float32, 1 << 22,
+                f"qtorch E4M3 {rounding}",
+                torch.float32,
+                1 << 22,
                 lambda x, _, rounding=rounding: lambda: float_quantize(x, exp=4, man=3, rounding=rounding),
-            )  # fmt: skip
+            )
     if _has("torchao"):
         from torchao.prototype.custom_fp_utils import _f32_to_floatx_unpacked, _floatx_unpacked_to_f32
 
         yield Case(
-            "torchao E3M2", torch.float32, SLOW,
+            "torchao E3M2",
+            torch.float32,
+            SLOW,
             lambda x, _: lambda: _floatx_unpacked_to_f32(_f32_to_floatx_unpacked(x, 3, 2), 3, 2),
-        )  # fmt: skip
+        )
 
 
 def _has(package: str) -> bool:
@@ -178,10 +180,14 @@ def table(elements: int, rounds: int, threads: tuple[int, ...]) -> Table:
     finally:
         torch.set_num_threads(before)
     rows = [
-        Row(case.name, str(case.dtype).removeprefix("torch."), min(elements, case.limit),
-            {count: columns[count][i] for count in usable})
+        Row(
+            case.name,
+            str(case.dtype).removeprefix("torch."),
+            min(elements, case.limit),
+            {count: columns[count][i] for count in usable},
+        )
         for i, case in enumerate(cases)
-    ]  # fmt: skip
+    ]
     return Table(rows, copies)
 
 
@@ -222,11 +228,7 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    fields = (
-        dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        if info.exists()
-        else {}
-    )
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
     named = {key.strip(): value.strip() for key, value in fields.items()}
     if "model name" not in named:
         return platform.processor() or platform.machine()
@@ -242,9 +244,7 @@ def _commit() -> str:
 
 def main() -> None:
     """Measures, prints and saves the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 24, help="of each tensor")
     parser.add_argument("--rounds", type=int, default=11, help="of which the median is kept")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -260,9 +260,7 @@ def main() -> None:
 def test_the_benchmark_runs_and_prints_its_table() -> None:
     text = as_markdown(table(1 << 16, 3, (1, 2)))
     print(text)
-    assert all(
-        f"altgrad {name} {rounding}" in text for name in SPLITS for rounding in ("nearest", "stochastic")
-    )
+    assert all(f"altgrad {name} {rounding}" in text for name in SPLITS for rounding in ("nearest", "stochastic"))
 
 
 if __name__ == "__main__":

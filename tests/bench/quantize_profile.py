@@ -115,8 +115,11 @@ def _beside_copies(kernel: Any, loop: Loop, source: Tensor, rounds: int) -> tupl
     kernel(*arrays, *loop.numbers), target.copy_(source)
     own, ratio = [], []
     for _ in range(rounds):
-        times = [_seconds(lambda: target.copy_(source)), _seconds(lambda: kernel(*arrays, *loop.numbers)),
-                 _seconds(lambda: target.copy_(source))]  # fmt: skip
+        times = [
+            _seconds(lambda: target.copy_(source)),
+            _seconds(lambda: kernel(*arrays, *loop.numbers)),
+            _seconds(lambda: target.copy_(source)),
+        ]
         own.append(times[1])
         ratio.append(2 * times[1] / (times[0] + times[2]))
     return statistics.median(own) * 16e9 / len(source), statistics.median(ratio)
@@ -185,9 +188,7 @@ def conclusion(rows: list[Row]) -> str:
 
 def main() -> None:
     """Measures, prints and saves the profile."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 24, help="of each tensor")
     parser.add_argument("--rounds", type=int, default=21, help="of which the median is kept")
     parser.add_argument("--save", type=Path, default=SAVED, help="markdown file to write")

@@ -54,9 +54,7 @@ def matrices(layers: int, width: int, head: int) -> dict[str, Tensor]:
 
 def drifted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights with a share of their energy renewed."""
-    return {
-        name: w * (1 - DRIFT) ** 0.5 + torch.randn_like(w) * w.std() * DRIFT**0.5 for name, w in weights.items()
-    }
+    return {name: w * (1 - DRIFT) ** 0.5 + torch.randn_like(w) * w.std() * DRIFT**0.5 for name, w in weights.items()}
 
 
 def measure(weights: dict[str, Tensor], rounds: int) -> list[Round]:

@@ -62,12 +62,22 @@ CASES = (
     Case("collapse of lm_head", faults.collapse, signal="spread_ratio/min", layer=faults.HEAD),
     Case("collapse of a c_proj", faults.collapse_branch, signal="spread_ratio/min", layer=faults.BRANCH),
     Case("learning rate x 100", changes={"lr": 100.0}, signal="spectral_ratio/max"),
-    Case("bad activation scale", partial(faults.bad_scale, role="activation"), {"policy": "uniform_act"},
-         "activation_overflow/max", faults.MIDDLE),
-    Case("bad weight scale", partial(faults.bad_scale, role="weight"), {"arms": ("adamw", "manifold")},
-         "weight_overflow/max", faults.MIDDLE),
+    Case(
+        "bad activation scale",
+        partial(faults.bad_scale, role="activation"),
+        {"policy": "uniform_act"},
+        "activation_overflow/max",
+        faults.MIDDLE,
+    ),
+    Case(
+        "bad weight scale",
+        partial(faults.bad_scale, role="weight"),
+        {"arms": ("adamw", "manifold")},
+        "weight_overflow/max",
+        faults.MIDDLE,
+    ),
     Case("E7M0 to nearest", changes={"format": "E7M0", "arms": ("adamw_nearest",)}, signal="flip_yield"),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -83,9 +93,20 @@ class Run:
 def config(arm: str, format: str, seed: int, steps: int, **changes: Any) -> TrainConfig:
     optimizer = ARMS[arm].model_dump()
     optimizer["lr"] *= changes.pop("lr", 1.0)
-    return TrainConfig(**({
-        "format": format, "optimizer": optimizer, "seed": seed, "steps": steps, "guards": (), "eval_interval": steps,
-        "checkpoint_interval": steps} | changes))  # fmt: skip
+    return TrainConfig(
+        **(
+            {
+                "format": format,
+                "optimizer": optimizer,
+                "seed": seed,
+                "steps": steps,
+                "guards": (),
+                "eval_interval": steps,
+                "checkpoint_interval": steps,
+            }
+            | changes
+        )
+    )
 
 
 def train(kind: str, own: TrainConfig, reference: Trainer | None, plant: Callable[[Trainer, int], None] | None) -> Run:
@@ -174,8 +195,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    runs = collect(asked.formats.split(","), asked.arms.split(","), asked.seeds, asked.steps,
-                   lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    runs = collect(
+        asked.formats.split(","),
+        asked.arms.split(","),
+        asked.seeds,
+        asked.steps,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(table(runs))
 
 

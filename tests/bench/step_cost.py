@@ -35,10 +35,17 @@ INTERVAL = 10
 def config(steps: int, batch: int, model: ModelConfig, **changes: object) -> TrainConfig:
     return TrainConfig(
         **{
-            "model": model.model_dump(), "data": {"batch": batch, "eval_batches": 1}, "steps": steps, "guards": (),
-            "log_interval": INTERVAL, "eval_interval": steps, "checkpoint_interval": steps, "format": "E4M3",
-        } | changes
-    )  # fmt: skip
+            "model": model.model_dump(),
+            "data": {"batch": batch, "eval_batches": 1},
+            "steps": steps,
+            "guards": (),
+            "log_interval": INTERVAL,
+            "eval_interval": steps,
+            "checkpoint_interval": steps,
+            "format": "E4M3",
+        }
+        | changes
+    )
 
 
 def plain_loop(model_config: ModelConfig, batch: int, steps: int) -> Iterator[float]:

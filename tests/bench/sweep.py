@@ -74,9 +74,21 @@ tune.Tuner(how, param_space={"trial": tune.grid_search(trials)},
 
 def spec_text(trials: int) -> str:
     """A sweep of so many trivial trials: one format, the rest seeds."""
-    return json.dumps({"name": "trivial", "formats": ["BF16"], "optimizers": ["adamw"], "seeds": trials, "steps": 10,
-                       "model": TINY, "data": {"batch": 2, "eval_batches": 1}, "log_interval": 10,
-                       "eval_interval": 10, "checkpoint_interval": 10, "guards": "off"})  # fmt: skip
+    return json.dumps(
+        {
+            "name": "trivial",
+            "formats": ["BF16"],
+            "optimizers": ["adamw"],
+            "seeds": trials,
+            "steps": 10,
+            "model": TINY,
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 10,
+            "eval_interval": 10,
+            "checkpoint_interval": 10,
+            "guards": "off",
+        }
+    )
 
 
 def cluster_cost(words: list[str]) -> tuple[float, int]:
@@ -123,8 +135,9 @@ def measured(trials: int, few: int, kinds: list[str]) -> list[str]:
                     "Tune function, reused actor": [*theirs, "plain", name],
                     "Tune over TorchTrainer": [*theirs, "nested", name],
                 }[kind]
-                plain = subprocess.run([sys.executable, str(folder / "plain.py"), str(spec)], capture_output=True,
-                                       text=True, check=True)  # fmt: skip
+                plain = subprocess.run(
+                    [sys.executable, str(folder / "plain.py"), str(spec)], capture_output=True, text=True, check=True
+                )
                 total, processes = cluster_cost(words)
                 costs.append((total - float(plain.stdout), processes))
             (base, first), (total, all_of_them) = costs

@@ -12,10 +12,19 @@ from altgrad_cluster.provider import RunPodNodeProvider
 from fake_runpod import FakeRunPod
 
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOneKeyOfATestThatIsNone someone"
-POD = {"image": "runpod/pytorch:x", "gpus": ["NVIDIA H100 80GB HBM3", "NVIDIA L40S"],
-       "data_centers": ["EU-RO-1", "US-KS-2"]}
-WORKER = {"ray-node-type": "worker", "ray-user-node-type": "worker", "ray-launch-request": "r1",
-          "ray-launch-config": "c1", "ray-node-name": "ray-one-worker", "ray-node-status": "uninitialized"}
+POD = {
+    "image": "runpod/pytorch:x",
+    "gpus": ["NVIDIA H100 80GB HBM3", "NVIDIA L40S"],
+    "data_centers": ["EU-RO-1", "US-KS-2"],
+}
+WORKER = {
+    "ray-node-type": "worker",
+    "ray-user-node-type": "worker",
+    "ray-launch-request": "r1",
+    "ray-launch-config": "c1",
+    "ray-node-name": "ray-one-worker",
+    "ray-node-status": "uninitialized",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +49,14 @@ def provider(account: FakeRunPod) -> Callable[..., RunPodNodeProvider]:
     """Makes a provider as the head's autoscaler would; `changes` go into the `provider` section."""
 
     def make(cluster: str = "one", *, public_key: str = PUBLIC_KEY, **changes: Any) -> RunPodNodeProvider:
-        config = {"type": "external", "module": "x", "api_base": account.url, "public_key": public_key,
-                  "on_head": True, **changes}
+        config = {
+            "type": "external",
+            "module": "x",
+            "api_base": account.url,
+            "public_key": public_key,
+            "on_head": True,
+            **changes,
+        }
         return RunPodNodeProvider(config, cluster, api=Api(lambda: account.key, account.url))
 
     return make

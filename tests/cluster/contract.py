@@ -33,8 +33,9 @@ class Contract:
         self._registry = Registry().with_resource("urn:runpod", resource)
         self._paths = [(re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), path) for path in self._document["paths"]]
 
-    def violations(self, method: str, path: str, query: dict[str, str], body: Any, status: int,
-                   answer: Any) -> list[str]:
+    def violations(
+        self, method: str, path: str, query: dict[str, str], body: Any, status: int, answer: Any
+    ) -> list[str]:
         """One line for each thing that is not as documented."""
         found = next((template for pattern, template in self._paths if pattern.fullmatch(path)), None)
         operation = self._document["paths"].get(found, {}).get(method.lower())
@@ -68,5 +69,7 @@ class Contract:
             return [] if value in (None, {}) else [f"{where}: no body is documented"]
         schema = json.loads(json.dumps(schema).replace('"$ref": "#/', '"$ref": "urn:runpod#/'))
         validator = Draft202012Validator(schema, registry=self._registry)
-        return [f"{where}: {'/'.join(map(str, error.absolute_path))}: {error.message[:200]}"
-                for error in validator.iter_errors(value)]
+        return [
+            f"{where}: {'/'.join(map(str, error.absolute_path))}: {error.message[:200]}"
+            for error in validator.iter_errors(value)
+        ]

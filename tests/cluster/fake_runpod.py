@@ -23,17 +23,30 @@ from typing import Any, Protocol
 from contract import Contract, document
 
 PRICES = {
-    "NVIDIA RTX A4000": 0.25, "NVIDIA RTX A4500": 0.25, "NVIDIA RTX A5000": 0.27, "NVIDIA L4": 0.39,
-    "NVIDIA GeForce RTX 3090": 0.46, "NVIDIA A40": 0.40, "NVIDIA H100 80GB HBM3": 2.69, "NVIDIA H100 PCIe": 2.39,
-    "NVIDIA H200": 3.59, "NVIDIA A100-SXM4-80GB": 1.49, "NVIDIA A100 80GB PCIe": 1.39, "NVIDIA L40S": 0.86,
+    "NVIDIA RTX A4000": 0.25,
+    "NVIDIA RTX A4500": 0.25,
+    "NVIDIA RTX A5000": 0.27,
+    "NVIDIA L4": 0.39,
+    "NVIDIA GeForce RTX 3090": 0.46,
+    "NVIDIA A40": 0.40,
+    "NVIDIA H100 80GB HBM3": 2.69,
+    "NVIDIA H100 PCIe": 2.39,
+    "NVIDIA H200": 3.59,
+    "NVIDIA A100-SXM4-80GB": 1.49,
+    "NVIDIA A100 80GB PCIe": 1.39,
+    "NVIDIA L40S": 0.86,
     "NVIDIA GeForce RTX 4090": 0.69,
 }
 """USD an hour, in the order of magnitude of the real ones."""
 DATA_CENTERS = {"EU-RO-1": True, "EU-CZ-1": True, "US-KS-2": True, "US-IL-1": True, "CA-MTL-3": True, "US-OLD-1": False}
 """With whether they have global networking."""
-STATUS_ACTIONS = {"RUNNING": ["stop", "restart", "terminate"], "EXITED": ["start", "terminate"],
-                  "ERROR": ["start", "terminate"], "PROVISIONING": ["stop", "terminate"],
-                  "STARTING": ["stop", "terminate"]}
+STATUS_ACTIONS = {
+    "RUNNING": ["stop", "restart", "terminate"],
+    "EXITED": ["start", "terminate"],
+    "ERROR": ["start", "terminate"],
+    "PROVISIONING": ["stop", "terminate"],
+    "STARTING": ["stop", "terminate"],
+}
 
 
 class Backend(Protocol):
@@ -103,8 +116,9 @@ class FakeRunPod:
         self.boot_s = boot_s
         self.faults = Faults()
         self.pods: dict[str, dict[str, Any]] = {}
-        self.volumes = [{"id": "vol0altgrad", "name": "altgrad", "size": 50, "dataCenter": "EU-RO-1",
-                         "type": "STANDARD"}]
+        self.volumes = [
+            {"id": "vol0altgrad", "name": "altgrad", "size": 50, "dataCenter": "EU-RO-1", "type": "STANDARD"}
+        ]
         self.requests: list[tuple[float, str, str, int]] = []
         self.bodies: list[dict[str, Any]] = []
         self.violations: list[str] = []
@@ -142,8 +156,11 @@ class FakeRunPod:
     def of_kind(self, kind: str) -> list[str]:
         """Ids of the live pods of a kind, head or worker, by their names."""
         with self._lock:
-            return [pod_id for pod_id, pod in self.pods.items() if f"--{kind}--" in pod["name"]
-                    and pod["status"] in ("PROVISIONING", "STARTING", "RUNNING")]
+            return [
+                pod_id
+                for pod_id, pod in self.pods.items()
+                if f"--{kind}--" in pod["name"] and pod["status"] in ("PROVISIONING", "STARTING", "RUNNING")
+            ]
 
     def interrupt(self, pod_id: str) -> None:
         """The pod's machine takes it away: EXITED, as RunPod does it."""
@@ -174,8 +191,9 @@ class FakeRunPod:
                 self.violations += self._contract.violations(method, parts.path, known, body, status, answer)
         return status, answer, headers
 
-    def _answer(self, method: str, path: str, query: dict[str, str], key: str,
-                body: Any) -> tuple[int, Any, dict[str, str]]:
+    def _answer(
+        self, method: str, path: str, query: dict[str, str], key: str, body: Any
+    ) -> tuple[int, Any, dict[str, str]]:
         own_pod = self._pod_keys.get(key)
         if key != self.key and own_pod is None:
             return *_problem(401, "Unauthorized", "invalid bearer token"), {}
@@ -184,7 +202,8 @@ class FakeRunPod:
         with self._lock:
             if time.monotonic() < self.faults.rate_limited_until:
                 return *_problem(429, "Too Many Requests", "60 requests a minute"), {
-                    "Retry-After": str(self.faults.retry_after)}
+                    "Retry-After": str(self.faults.retry_after)
+                }
             if self.faults.statuses:
                 return *_problem(self.faults.statuses.pop(0), "Upstream", "planted"), {}
         steps = path.strip("/").split("/")[1:]
@@ -202,24 +221,40 @@ class FakeRunPod:
     def _read(self, steps: list[str], query: dict[str, str]) -> tuple[int, Any, dict[str, str]]:
         if steps == ["pods"]:
             with self._lock:
-                shown = [self._shown(pod) for pod_id, pod in self.pods.items()
-                         if self._hidden.get(pod_id, 0.0) < time.monotonic()]
+                shown = [
+                    self._shown(pod)
+                    for pod_id, pod in self.pods.items()
+                    if self._hidden.get(pod_id, 0.0) < time.monotonic()
+                ]
             size = self.faults.page_size
             if size is None:
                 return 200, {"pods": shown}, {}
             page = int(query.get("page", 0))
             more = {"Link": f'</v2/pods?page={page + 1}>; rel="next"'} if len(shown) > (page + 1) * size else {}
-            return 200, {"pods": shown[page * size:(page + 1) * size]}, more
+            return 200, {"pods": shown[page * size : (page + 1) * size]}, more
         if steps[0] == "pods" and steps[1] in self.pods:
             with self._lock:
                 return 200, self._shown(self.pods[steps[1]]), {}
         if steps == ["catalog", "gpus"]:
             return 200, {"gpus": [_gpu(name, price) for name, price in PRICES.items()]}, {}
         if steps == ["catalog", "datacenters"]:
-            return 200, {"dataCenters": [
-                {"id": name, "name": name, "region": "EUROPE" if name.startswith("EU") else "NORTH_AMERICA",
-                 "networkVolumeTypes": ["STANDARD"], "compliance": [], "globalNetwork": networked}
-                for name, networked in DATA_CENTERS.items()]}, {}
+            return (
+                200,
+                {
+                    "dataCenters": [
+                        {
+                            "id": name,
+                            "name": name,
+                            "region": "EUROPE" if name.startswith("EU") else "NORTH_AMERICA",
+                            "networkVolumeTypes": ["STANDARD"],
+                            "compliance": [],
+                            "globalNetwork": networked,
+                        }
+                        for name, networked in DATA_CENTERS.items()
+                    ]
+                },
+                {},
+            )
         if steps == ["network-volumes"]:
             return 200, {"networkVolumes": self.volumes}, {}
         return *_problem(404, "Not Found", "/".join(steps)), {}
@@ -241,8 +276,9 @@ class FakeRunPod:
                 return _problem(400, "Bad Request", f"the volume lies in {homes[volume[0]['volumeId']]}")
             free = [place for place in places if not {gpu, f"{gpu}@{place}"} & self.faults.no_capacity]
             if not free:
-                return _problem(400, "Bad Request", "There are no longer any instances available with the requested "
-                                                    "specifications.")
+                return _problem(
+                    400, "Bad Request", "There are no longer any instances available with the requested specifications."
+                )
             pod = self._add(body | {"dataCenterIds": free})
             if self.faults.lost_answers:
                 self.faults.lost_answers -= 1
@@ -255,13 +291,27 @@ class FakeRunPod:
         gpu = {"id": body["gpu"]["id"], "count": body["gpu"].get("count", 1)}
         key = f"podkey_{secrets.token_hex(12)}"
         pod = {
-            "id": pod_id, "name": body["name"], "status": body.get("status", "PROVISIONING"), "image": body["image"],
-            "args": "", "disk": body.get("disk", 20), "ports": body.get("ports", []), "env": body.get("env", {}),
-            "registry": None, "mounts": body.get("mounts", {}), "gpu": gpu, "cloud": body.get("cloud", "SECURE"),
-            "dataCenterId": (body.get("dataCenterIds") or ["EU-RO-1"])[0], "cudaVersion": "12.8",
-            "ssh": {"proxy": None, "direct": None}, "template": None,
-            "cost": PRICES[gpu["id"]] * gpu["count"] * self.faults.price_factor, "locked": False, "runtime": None,
-            "createdAt": now.isoformat().replace("+00:00", "Z"), "startedAt": None,
+            "id": pod_id,
+            "name": body["name"],
+            "status": body.get("status", "PROVISIONING"),
+            "image": body["image"],
+            "args": "",
+            "disk": body.get("disk", 20),
+            "ports": body.get("ports", []),
+            "env": body.get("env", {}),
+            "registry": None,
+            "mounts": body.get("mounts", {}),
+            "gpu": gpu,
+            "cloud": body.get("cloud", "SECURE"),
+            "dataCenterId": (body.get("dataCenterIds") or ["EU-RO-1"])[0],
+            "cudaVersion": "12.8",
+            "ssh": {"proxy": None, "direct": None},
+            "template": None,
+            "cost": PRICES[gpu["id"]] * gpu["count"] * self.faults.price_factor,
+            "locked": False,
+            "runtime": None,
+            "createdAt": now.isoformat().replace("+00:00", "Z"),
+            "startedAt": None,
             "globalNetworking": {"enabled": bool(body.get("globalNetworking"))},
         }
         with self._lock:
@@ -287,11 +337,18 @@ class FakeRunPod:
             pod["startedAt"] = pod["createdAt"]
             pod["runtime"] = {"uptime": 1, "ports": []}
             if pod["globalNetworking"]["enabled"]:
-                pod["globalNetworking"] = {"enabled": True, "ip": place["ip"],
-                                           "internalDns": f"{pod['id']}.runpod.internal"}
+                pod["globalNetworking"] = {
+                    "enabled": True,
+                    "ip": place["ip"],
+                    "internalDns": f"{pod['id']}.runpod.internal",
+                }
             if "22/tcp" in pod["ports"]:
-                pod["ssh"]["direct"] = {"host": place["host"], "port": place["port"], "username": "root",
-                                        "command": f"ssh root@{place['host']} -p {place['port']}"}
+                pod["ssh"]["direct"] = {
+                    "host": place["host"],
+                    "port": place["port"],
+                    "username": "root",
+                    "command": f"ssh root@{place['host']} -p {place['port']}",
+                }
 
     def _shown(self, pod: dict[str, Any]) -> dict[str, Any]:
         if pod["status"] == "RUNNING" and not self.backend.is_alive(pod["id"]):
@@ -311,9 +368,19 @@ def _problem(status: int, title: str, detail: str) -> tuple[int, dict[str, Any]]
 
 
 def _gpu(name: str, price: float) -> dict[str, Any]:
-    return {"id": name, "name": name.removeprefix("NVIDIA "), "pool": None, "manufacturer": "NVIDIA", "memory": 24,
-            "secure": True, "community": False, "price": {"secure": price, "community": price},
-            "maxCount": {"secure": 8, "community": 0}, "availability": "HIGH", "dataCenters": []}
+    return {
+        "id": name,
+        "name": name.removeprefix("NVIDIA "),
+        "pool": None,
+        "manufacturer": "NVIDIA",
+        "memory": 24,
+        "secure": True,
+        "community": False,
+        "price": {"secure": price, "community": price},
+        "maxCount": {"secure": 8, "community": 0},
+        "availability": "HIGH",
+        "dataCenters": [],
+    }
 
 
 def _handler(fake: FakeRunPod) -> type[BaseHTTPRequestHandler]:

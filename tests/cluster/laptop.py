@@ -29,10 +29,16 @@ class Laptop:
         (folder / "tmp").mkdir(parents=True)
         self.home.mkdir()
         self.environment = {
-            "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.home),
-            "TMPDIR": str(folder / "tmp"), "PYTHONPATH": f"{ROOT}:{ROOT / 'cluster'}", "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0", "LANG": "C.UTF-8",
-            "RUNPOD_API_KEY": key or account.key, "RUNPOD_API_BASE": account.url}
+            "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.home),
+            "TMPDIR": str(folder / "tmp"),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'cluster'}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "LANG": "C.UTF-8",
+            "RUNPOD_API_KEY": key or account.key,
+            "RUNPOD_API_BASE": account.url,
+        }
         self.seconds: dict[str, float] = {}
 
     def file(self, name: str = "runpod.yaml", **provider: object) -> Path:
@@ -48,13 +54,20 @@ class Laptop:
         changed.write_text(yaml.safe_dump(config, sort_keys=False))
         return changed
 
-    def run(self, *words: str | Path, timeout: float = 180, check: bool = True, typed: str = "",
-            **environment: str) -> str:
+    def run(
+        self, *words: str | Path, timeout: float = 180, check: bool = True, typed: str = "", **environment: str
+    ) -> str:
         """Output and errors together; `typed` is what is typed into it."""
         started = time.monotonic()
-        done = subprocess.run(["timeout", "-k", "5", str(timeout), *map(str, words)], cwd=ROOT, text=True,
-                              env={**self.environment, **environment}, input=typed,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            ["timeout", "-k", "5", str(timeout), *map(str, words)],
+            cwd=ROOT,
+            text=True,
+            env={**self.environment, **environment},
+            input=typed,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.seconds[" ".join(map(str, words[:2]))] = time.monotonic() - started
         said = f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout[-6000:]}"
         assert not check or done.returncode == 0, said
@@ -68,9 +81,15 @@ class Laptop:
         """`ray dashboard`: the address at which the head's dashboard answers here."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        process = subprocess.Popen(["ray", "dashboard", str(file), "--port", str(port)], cwd=ROOT, env=self.environment,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            ["ray", "dashboard", str(file), "--port", str(port)],
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             until(lambda: _is_open(port), 60, "the tunnel is open")
             yield f"http://127.0.0.1:{port}"
@@ -95,6 +114,8 @@ def ledger(out: Path) -> dict[str, object]:
     with contextlib.closing(sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True)) as found:
         endings = [kind for (kind,) in found.execute("SELECT kind FROM outcomes")]
         rows = dict(found.execute("SELECT trial_id, count(*) FROM rows GROUP BY trial_id"))
-    steps = {path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
-             for path in out.glob("trials/*/metrics.jsonl")}
+    steps = {
+        path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        for path in out.glob("trials/*/metrics.jsonl")
+    }
     return {"endings": endings, "rows": rows, "steps": steps}

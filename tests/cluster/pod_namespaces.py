@@ -129,9 +129,27 @@ class Namespaces:
         environment = {"PATH": SYSTEM_PATH, "HOME": "/root", **pod["env"]}
         with (self.root(pod["id"]) / "boot.log").open("w") as log:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", name, "unshare", "-m", "-p", "-f", "-u", "--mount-proc", "--kill-child", "bash",
-                 str(script)],
-                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    name,
+                    "unshare",
+                    "-m",
+                    "-p",
+                    "-f",
+                    "-u",
+                    "--mount-proc",
+                    "--kill-child",
+                    "bash",
+                    str(script),
+                ],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         forwarder = Forwarder((self._address(number), 22))
         with self._lock:
             self._processes[pod["id"]], self._forwarders[pod["id"]] = process, forwarder
@@ -209,15 +227,20 @@ class Namespaces:
         # /tmp last: what is mounted from may lie there.
         lines += [f"mount --rbind {stead} {hidden}" for hidden, stead in own.items() if hidden != TMP]
         lines += [
-            f"mount --bind {self._hosts} /etc/hosts", "mount -t tmpfs -o size=2g tmpfs /dev/shm",
-            "mount -t tmpfs tmpfs /run", "mkdir -p /run/sshd",
-            f"mount --rbind {own[TMP]} /tmp", "chmod 1777 /tmp",
-            "umask 077", 'printf "%s\\n" "$PUBLIC_KEY" > /root/.ssh/authorized_keys',
+            f"mount --bind {self._hosts} /etc/hosts",
+            "mount -t tmpfs -o size=2g tmpfs /dev/shm",
+            "mount -t tmpfs tmpfs /run",
+            "mkdir -p /run/sshd",
+            f"mount --rbind {own[TMP]} /tmp",
+            "chmod 1777 /tmp",
+            "umask 077",
+            'printf "%s\\n" "$PUBLIC_KEY" > /root/.ssh/authorized_keys',
             "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/host_key",
             # As a child: sshd writes its title over the environment, which is read from the first process.
             "$(command -v sshd) -D -e -f /dev/null -h /root/.ssh/host_key -o UsePAM=no -o PasswordAuthentication=no "
             "-o PermitRootLogin=prohibit-password -o StrictModes=no -o MaxSessions=50 -o MaxStartups=50:30:100 "
-            "-o PidFile=none -o Subsystem='sftp internal-sftp' &", "wait",
+            "-o PidFile=none -o Subsystem='sftp internal-sftp' &",
+            "wait",
         ]
         return "\n".join(lines) + "\n"
 

@@ -24,11 +24,23 @@ from pod_namespaces import OUTSIDE, Namespaces, run, why_not
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 STEPS = 600
-SWEEP = {"name": "drill", "formats": ["E5M2"], "optimizers": ["adamw"], "seeds": 1, "steps": STEPS, "guards": "off",
-         "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-         "log_interval": 10, "eval_interval": 500, "checkpoint_interval": 10}
-ONE_GPU_EACH = ("import ray, time; ray.init(); f = ray.remote(num_gpus=1)(lambda: time.sleep(3) or "
-                "ray.util.get_node_ip_address()); print(sorted(set(ray.get([f.remote() for _ in range(2)]))))")
+SWEEP = {
+    "name": "drill",
+    "formats": ["E5M2"],
+    "optimizers": ["adamw"],
+    "seeds": 1,
+    "steps": STEPS,
+    "guards": "off",
+    "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+    "data": {"batch": 2, "eval_batches": 1},
+    "log_interval": 10,
+    "eval_interval": 500,
+    "checkpoint_interval": 10,
+}
+ONE_GPU_EACH = (
+    "import ray, time; ray.init(); f = ray.remote(num_gpus=1)(lambda: time.sleep(3) or "
+    "ray.util.get_node_ip_address()); print(sorted(set(ray.get([f.remote() for _ in range(2)]))))"
+)
 
 
 class Cluster:
@@ -67,8 +79,9 @@ def test_a_wrong_key_ends_ray_up_at_once_with_one_line(cluster: Cluster, capsys)
     stranger = Laptop(cluster.folder / "stranger", cluster.account, key="rpa_wrong")
     before = len(cluster.account.requests)
     said = stranger.run("ray", "up", "-y", stranger.file(), "--disable-usage-stats", check=False)
-    assert said.splitlines()[-1] == ("altgrad: RUNPOD_API_KEY: RunPod refuses this key (401): a valid API key of the "
-                                     "account is expected")
+    assert said.splitlines()[-1] == (
+        "altgrad: RUNPOD_API_KEY: RunPod refuses this key (401): a valid API key of the account is expected"
+    )
     assert "Traceback" not in said and cluster.account.count("POST") == 1
     refused = [status for _, _, _, status in cluster.account.requests[before:] if status == 401]
     assert len(refused) == 1
@@ -83,9 +96,30 @@ def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_kill
     account.pods[cluster.head]["cost"] = 100.0
     account.faults.no_capacity = {"NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"}
     with laptop.tunnel(cluster.file) as dashboard:
-        said = laptop.run("ray", "job", "submit", "--no-wait", "--address", dashboard, "--working-dir", ".", "--",
-                          "python3", "-m", "altgrad", "run", "/workspace/drill.json", "--address", "auto",
-                          "--gpus-per-trial", "1", "--max-concurrent", "1", "--out", "/workspace/runs/drill")
+        said = laptop.run(
+            "ray",
+            "job",
+            "submit",
+            "--no-wait",
+            "--address",
+            dashboard,
+            "--working-dir",
+            ".",
+            "--",
+            "python3",
+            "-m",
+            "altgrad",
+            "run",
+            "/workspace/drill.json",
+            "--address",
+            "auto",
+            "--gpus-per-trial",
+            "1",
+            "--max-concurrent",
+            "1",
+            "--out",
+            "/workspace/runs/drill",
+        )
         job = re.search(r"raysubmit_\w+", said)[0]
 
         def job_status() -> str:
@@ -141,22 +175,45 @@ def test_nothing_answers_without_the_token_from_inside(cluster: Cluster) -> None
     # The head's control service, with Ray's own client, from another pod.
     for name, given in tokens.items():
         mode = "disabled" if name == "none" else "token"
-        said = _in_pod(cluster, workers[0], "env", f"RAY_AUTH_MODE={mode}", f"RAY_AUTH_TOKEN={given}", "python3", "-c",
-                       ASK_CONTROL, f"{head_ip}:6379")
+        said = _in_pod(
+            cluster,
+            workers[0],
+            "env",
+            f"RAY_AUTH_MODE={mode}",
+            f"RAY_AUTH_TOKEN={given}",
+            "python3",
+            "-c",
+            ASK_CONTROL,
+            f"{head_ip}:6379",
+        )
         expected, other = ("LET IN", "InvalidAuthToken") if name == "right" else ("InvalidAuthToken", "LET IN")
         assert expected in said and other not in said, (name, said[-500:])
 
     # The raylet of every node.
     (cluster.pods.root(cluster.head) / "tmp/ask.py").write_text(ASK_RAYLETS)
     codes = _json(_in_pod(cluster, cluster.head, "python3", "/tmp/ask.py", json.dumps(tokens)))
-    assert len(codes) == 3 and all(code == {"none": "UNAUTHENTICATED", "wrong": "UNAUTHENTICATED", "right": "OK"}
-                                   for code in codes.values()), codes
+    assert len(codes) == 3 and all(
+        code == {"none": "UNAUTHENTICATED", "wrong": "UNAUTHENTICATED", "right": "OK"} for code in codes.values()
+    ), codes
 
     # The Jobs API: on the head's loopback only, and with the token only.
     for name, status in (("none", "401"), ("wrong", "403"), ("right", "200")):
         header = ("-H", f"Authorization: Bearer {tokens[name]}") if name != "none" else ()
-        assert _in_pod(cluster, cluster.head, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header,
-                       "http://127.0.0.1:8265/api/jobs/") == status, name
+        assert (
+            _in_pod(
+                cluster,
+                cluster.head,
+                "curl",
+                "-s",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                *header,
+                "http://127.0.0.1:8265/api/jobs/",
+            )
+            == status
+        ), name
     for worker in workers:
         assert "onnect" in _in_pod(cluster, worker, "curl", "-sS", "-m", "5", f"http://{head_ip}:8265/api/jobs/")
         answers = _answers_to_strangers(cluster, cluster.head, _private(cluster, worker))
@@ -173,8 +230,9 @@ def test_secrets_are_only_where_they_belong(cluster: Cluster) -> None:
     tokens = {laptop.home / ".ray/auth_token", *(home / ".ray/auth_token" for home in homes)}
     gone = {pods.root(pod_id.name) for pod_id in pods.folder.iterdir() if pod_id.name not in nodes}
     for secret, places in ((key, keys), (token, tokens)):
-        found = subprocess.run(["grep", "-rlaF", "--", secret, str(cluster.folder), str(ROOT / "cluster")],
-                               capture_output=True, text=True).stdout.splitlines()
+        found = subprocess.run(
+            ["grep", "-rlaF", "--", secret, str(cluster.folder), str(ROOT / "cluster")], capture_output=True, text=True
+        ).stdout.splitlines()
         here = {Path(path) for path in found}
         assert {path for path in here if not any(path.is_relative_to(old) for old in gone)} == places
         assert {path.name for path in here} <= {"runpod_api_key", "auth_token"}
@@ -221,8 +279,10 @@ def test_workers_delete_themselves_when_the_head_is_gone(cluster: Cluster, capsy
 
 def _want_two_workers(cluster: Cluster) -> set[str]:
     """Two GPUs are asked for, until the head is told otherwise or restarted; the workers' ids."""
-    ask = ("import ray; from ray.autoscaler.sdk import request_resources as ask; ray.init(); "
-           "ask(bundles=[{'GPU': 1}, {'GPU': 1}])")
+    ask = (
+        "import ray; from ray.autoscaler.sdk import request_resources as ask; ray.init(); "
+        "ask(bundles=[{'GPU': 1}, {'GPU': 1}])"
+    )
     cluster.laptop.on_head(cluster.file, f'python3 -c "{ask}"')
     until(lambda: len(cluster.workers) == 2, 120, "two workers")
     return set(cluster.workers)
@@ -246,10 +306,26 @@ def _in_pod(cluster: Cluster, pod_id: str, *words: str) -> str:
     direct = cluster.account.pods[pod_id]["ssh"]["direct"]
     key = cluster.laptop.home / ".altgrad/clusters/drill/id_ed25519"
     done = subprocess.run(
-        ["ssh", "-i", str(key), "-p", str(direct["port"]), "-o", "StrictHostKeyChecking=no", "-o",
-         "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"root@{direct['host']}",
-         f". ~/.bashrc; {shlex.join(words)}"],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        [
+            "ssh",
+            "-i",
+            str(key),
+            "-p",
+            str(direct["port"]),
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "LogLevel=ERROR",
+            f"root@{direct['host']}",
+            f". ~/.bashrc; {shlex.join(words)}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
     return (done.stdout + done.stderr).strip()
 
 
@@ -310,10 +386,12 @@ def _answers_to_strangers(cluster: Cluster, pod_id: str, address: str) -> list[s
 
 def _open_ports(address: str) -> list[int]:
     """Every TCP port of the address that accepts a connection from here."""
+
     def accepts(port: int) -> bool:
         with socket.socket() as one:
             one.settimeout(5)
             return one.connect_ex((address, port)) == 0
+
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         return [port for port, is_open in enumerate(pool.map(accepts, range(1, 65536)), 1) if is_open]
 

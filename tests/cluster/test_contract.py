@@ -22,8 +22,12 @@ def test_all_that_is_asked_and_answered_is_as_documented(account, provider):
     assert client.gpus() and client.data_centers() and client.volumes()
     account.faults.no_capacity = set(POD["gpus"])
     body = account.bodies[0]
-    for plant in ({"no_capacity": set(POD["gpus"])}, {"no_capacity": set(), "forbidden": set(POD["gpus"])},
-                  {"forbidden": set(), "no_balance": True}, {"no_balance": False, "lost_answers": 1}):
+    for plant in (
+        {"no_capacity": set(POD["gpus"])},
+        {"no_capacity": set(), "forbidden": set(POD["gpus"])},
+        {"forbidden": set(), "no_balance": True},
+        {"no_balance": False, "lost_answers": 1},
+    ):
         for name, value in plant.items():
             setattr(account.faults, name, value)
         with pytest.raises(ApiError):
@@ -41,23 +45,37 @@ def test_all_that_is_asked_and_answered_is_as_documented(account, provider):
     client.delete_pod(pod_id)
     client.delete_pod(pod_id)
     assert set(account.endings()) >= {
-        "POST 201", "POST 400", "POST 402", "POST 403", "POST 422", "POST 429", "POST 500", "GET 200", "GET 401",
-        "GET 404", "DELETE 204", "DELETE 404"}
+        "POST 201",
+        "POST 400",
+        "POST 402",
+        "POST 403",
+        "POST 422",
+        "POST 429",
+        "POST 500",
+        "GET 200",
+        "GET 401",
+        "GET 404",
+        "DELETE 204",
+        "DELETE 404",
+    }
     assert not account.violations
 
 
 PROBLEM = {"title": "", "status": 400, "detail": ""}
 
 
-@pytest.mark.parametrize(("method", "path", "query", "body", "status", "answer"), [
-    ("POST", "/v2/pods", {}, {"name": "x", "image": "x", "gpuTypeIds": []}, 400, PROBLEM),
-    ("POST", "/v2/pods", {}, {"name": "x", "image": "x"}, 201, {"id": "x"}),
-    ("GET", "/v2/pods", {}, None, 200, {"pods": [{"id": "x"}]}),
-    ("GET", "/v2/pods", {"limit": "5"}, None, 200, {"pods": []}),
-    ("GET", "/v2/pods", {}, None, 429, {"error": "slow down"}),
-    ("DELETE", "/v2/pods/x", {}, None, 204, {"id": "x"}),
-    ("GET", "/v1/pods", {}, None, 200, {}),
-])
+@pytest.mark.parametrize(
+    ("method", "path", "query", "body", "status", "answer"),
+    [
+        ("POST", "/v2/pods", {}, {"name": "x", "image": "x", "gpuTypeIds": []}, 400, PROBLEM),
+        ("POST", "/v2/pods", {}, {"name": "x", "image": "x"}, 201, {"id": "x"}),
+        ("GET", "/v2/pods", {}, None, 200, {"pods": [{"id": "x"}]}),
+        ("GET", "/v2/pods", {"limit": "5"}, None, 200, {"pods": []}),
+        ("GET", "/v2/pods", {}, None, 429, {"error": "slow down"}),
+        ("DELETE", "/v2/pods/x", {}, None, 204, {"id": "x"}),
+        ("GET", "/v1/pods", {}, None, 200, {}),
+    ],
+)
 def test_the_judge_finds_what_is_not_documented(method, path, query, body, status, answer):
     judge = Contract(document())
     assert judge.violations(method, path, query, body, status, answer)

@@ -56,8 +56,11 @@ def test_bootstrap_fills_in_keys_code_and_the_volume(config, account, own_home):
     assert account.key not in text and token not in text
     assert done["provider"]["network_volume"] == {"id": "vol0altgrad", "path": "/workspace", "data_center": "EU-RO-1"}
     assert "{" not in "".join(done["head_setup_commands"] + done["worker_setup_commands"])
-    for path in (done["auth"]["ssh_private_key"], done["file_mounts"][keys.REMOTE_API_KEY],
-                 done["file_mounts"][keys.REMOTE_TOKEN]):
+    for path in (
+        done["auth"]["ssh_private_key"],
+        done["file_mounts"][keys.REMOTE_API_KEY],
+        done["file_mounts"][keys.REMOTE_TOKEN],
+    ):
         assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
     assert {"~/altgrad/altgrad", "~/altgrad/cluster", "~/altgrad/sweeps"} <= set(done["file_mounts"])
     validate_config(copy.deepcopy(done))
@@ -124,20 +127,36 @@ def test_a_provider_that_needs_what_is_not_shipped(tmp_path):
 WORKER = "available_node_types.worker.node_config"
 
 
-@pytest.mark.parametrize(("change", "line"), [
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(gpus=["NVIDIA H100 80GB HBM2"]),
-     f"{WORKER}.gpus: 'NVIDIA H100 80GB HBM2' is no GPU of RunPod; nearest: NVIDIA H100 80GB HBM3"),
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(data_centers=["US-KS-2"]),
-     f"{WORKER}.data_centers: US-KS-2 is not allowed with the network volume vol0altgrad, which "
-     "lies in EU-RO-1: a pod can mount it only there"),
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(data_centers=["EU-RO-1", "EU-RO-9"]),
-     f"{WORKER}.data_centers: 'EU-RO-9' is no data centre of RunPod; nearest: EU-RO-1"),
-    (lambda c: (c["provider"].pop("network_volume"),
-                c["available_node_types"]["worker"]["node_config"].update(data_centers=["US-OLD-1"])),
-     f"{WORKER}.data_centers: 'US-OLD-1' is not allowed: pods can't reach each other there (no global networking)"),
-    (lambda c: c["provider"]["network_volume"].update(name="altgard"),
-     "provider.network_volume.name: 'altgard': none in this account; there are altgrad; nearest: altgrad"),
-])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda c: c["available_node_types"]["worker"]["node_config"].update(gpus=["NVIDIA H100 80GB HBM2"]),
+            f"{WORKER}.gpus: 'NVIDIA H100 80GB HBM2' is no GPU of RunPod; nearest: NVIDIA H100 80GB HBM3",
+        ),
+        (
+            lambda c: c["available_node_types"]["worker"]["node_config"].update(data_centers=["US-KS-2"]),
+            f"{WORKER}.data_centers: US-KS-2 is not allowed with the network volume vol0altgrad, which "
+            "lies in EU-RO-1: a pod can mount it only there",
+        ),
+        (
+            lambda c: c["available_node_types"]["worker"]["node_config"].update(data_centers=["EU-RO-1", "EU-RO-9"]),
+            f"{WORKER}.data_centers: 'EU-RO-9' is no data centre of RunPod; nearest: EU-RO-1",
+        ),
+        (
+            lambda c: (
+                c["provider"].pop("network_volume"),
+                c["available_node_types"]["worker"]["node_config"].update(data_centers=["US-OLD-1"]),
+            ),
+            f"{WORKER}.data_centers: 'US-OLD-1' is not allowed: pods can't reach each other there "
+            "(no global networking)",
+        ),
+        (
+            lambda c: c["provider"]["network_volume"].update(name="altgard"),
+            "provider.network_volume.name: 'altgard': none in this account; there are altgrad; nearest: altgrad",
+        ),
+    ],
+)
 def test_what_only_the_account_knows(config, api, account, change, line):
     change(config)
     assert complaints(config, api) == {"GPUs, data centres and the volume": [line]}
@@ -146,23 +165,41 @@ def test_what_only_the_account_knows(config, api, account, change, line):
     assert str(caught.value) == line and not account.pods
 
 
-@pytest.mark.parametrize(("change", "line"), [
-    (lambda c: c["provider"].update(max_cost_per_houre=3),
-     "provider.max_cost_per_houre: unknown; allowed: network_volume, max_cost_per_hour, max_cost_total"),
-    (lambda c: c["provider"].update(max_cost_total="much"), "provider.max_cost_total: 'much' is not allowed: a number"),
-    (lambda c: c["provider"].update(network_volume="altgrad"), "provider.network_volume: 'altgrad' is not allowed"),
-    (lambda c: c.update(cluster_name="My Cluster"), "cluster_name: 'My Cluster' is not allowed: lower case"),
-    (lambda c: c.update(cluster_name="a--b"), "cluster_name: 'a--b' is not allowed"),
-    (lambda c: c.pop("rsync_filter"), "rsync_filter: missing; an external provider has no defaults"),
-    (lambda c: c["available_node_types"]["head"].update(resources={"CPU": 4}), "available_node_types.head.resources: "
-     "{'CPU': 4} is not allowed: trials on the head could read the API key"),
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(gpus=[]), f"{WORKER}.gpus: [] is not allowed"),
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(disk="big"), f"{WORKER}.disk: 'big' is"),
-    (lambda c: c["available_node_types"]["worker"]["node_config"].update(env={"WANDB_API_KEY": "x"}),
-     f"{WORKER}.env.WANDB_API_KEY: not allowed"),
-    (lambda c: c.update(head_start_ray_commands=["ray start --head"]), "head_start_ray_commands: `ray start` without"),
-    (lambda c: c.update(max_workers=-1), "max_workers: -1 is less than the minimum of 0"),
-])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda c: c["provider"].update(max_cost_per_houre=3),
+            "provider.max_cost_per_houre: unknown; allowed: network_volume, max_cost_per_hour, max_cost_total",
+        ),
+        (
+            lambda c: c["provider"].update(max_cost_total="much"),
+            "provider.max_cost_total: 'much' is not allowed: a number",
+        ),
+        (lambda c: c["provider"].update(network_volume="altgrad"), "provider.network_volume: 'altgrad' is not allowed"),
+        (lambda c: c.update(cluster_name="My Cluster"), "cluster_name: 'My Cluster' is not allowed: lower case"),
+        (lambda c: c.update(cluster_name="a--b"), "cluster_name: 'a--b' is not allowed"),
+        (lambda c: c.pop("rsync_filter"), "rsync_filter: missing; an external provider has no defaults"),
+        (
+            lambda c: c["available_node_types"]["head"].update(resources={"CPU": 4}),
+            "available_node_types.head.resources: {'CPU': 4} is not allowed: trials on the head could read the API key",
+        ),
+        (
+            lambda c: c["available_node_types"]["worker"]["node_config"].update(gpus=[]),
+            f"{WORKER}.gpus: [] is not allowed",
+        ),
+        (lambda c: c["available_node_types"]["worker"]["node_config"].update(disk="big"), f"{WORKER}.disk: 'big' is"),
+        (
+            lambda c: c["available_node_types"]["worker"]["node_config"].update(env={"WANDB_API_KEY": "x"}),
+            f"{WORKER}.env.WANDB_API_KEY: not allowed",
+        ),
+        (
+            lambda c: c.update(head_start_ray_commands=["ray start --head"]),
+            "head_start_ray_commands: `ray start` without",
+        ),
+        (lambda c: c.update(max_workers=-1), "max_workers: -1 is less than the minimum of 0"),
+    ],
+)
 def test_what_the_file_alone_shows(config, api, change, line):
     change(config)
     found = complaints(config, api)["the file"]
@@ -180,7 +217,8 @@ def test_a_nodes_secrets_are_checked(own_home, monkeypatch):
     keys.auth_token_file()
     keys.write_private(own_home / "home/.altgrad/runpod_api_key", "rpa_x")
     assert [line for line in node_check.troubles("worker", "2.60.0") if "auth" not in line and "key" in line] == [
-        f"{own_home}/home/.altgrad/runpod_api_key: not allowed on a worker"]
+        f"{own_home}/home/.altgrad/runpod_api_key: not allowed on a worker"
+    ]
 
 
 def test_status_cost_and_gc(config, account, capsys):

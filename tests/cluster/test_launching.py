@@ -22,10 +22,15 @@ def placed(account, provider, **changes):
     return found["gpu"], found["data_center"]
 
 
-@pytest.mark.parametrize(("full", "expected"), [
-    (set(), (H100, "EU-RO-1")), ({f"{H100}@EU-RO-1"}, (H100, "US-KS-2")), ({H100}, (L40S, "EU-RO-1")),
-    ({H100, f"{L40S}@EU-RO-1"}, (L40S, "US-KS-2")),
-])
+@pytest.mark.parametrize(
+    ("full", "expected"),
+    [
+        (set(), (H100, "EU-RO-1")),
+        ({f"{H100}@EU-RO-1"}, (H100, "US-KS-2")),
+        ({H100}, (L40S, "EU-RO-1")),
+        ({H100, f"{L40S}@EU-RO-1"}, (L40S, "US-KS-2")),
+    ],
+)
 def test_the_first_candidate_with_room_is_taken(account, provider, full, expected):
     account.faults.no_capacity = full
     assert placed(account, provider) == expected
@@ -59,8 +64,9 @@ def test_without_any_room_the_reason_names_the_candidates(account, provider):
     assert account.endings()["POST 400"] == 4 and not account.pods
 
 
-@pytest.mark.parametrize(("status", "word"), [(401, "key refused"), (402, "balance"), (422, "422"), (409, "409"),
-                                              (503, "503")])
+@pytest.mark.parametrize(
+    ("status", "word"), [(401, "key refused"), (402, "balance"), (422, "422"), (409, "409"), (503, "503")]
+)
 def test_what_no_other_candidate_would_cure_holds_everything_back(account, provider, monkeypatch, status, word):
     monkeypatch.setattr(launcher, "LOOKS", (0.1,))
     nodes = provider()
@@ -130,6 +136,7 @@ def test_a_doubt_that_nothing_came_of_ends(account, provider, monkeypatch):
     def broken(body):
         monkeypatch.setattr(nodes._api, "create_pod", original)
         raise ApiError("POST", 502, "bad gateway")
+
     monkeypatch.setattr(nodes._api, "create_pod", broken)
     with pytest.raises(NodeLaunchException, match="502"):
         nodes.create_node(POD, WORKER, 1)
@@ -221,7 +228,9 @@ def test_rays_status_says_why_a_launch_failed():
     error = LaunchNodeError("worker", 1, "r", 0)
     error.__cause__ = ValueError("cost cap reached")
     instance = Instance(instance_id="i", status=Instance.REQUESTED)
-    InstanceManager._update_instance(instance, InstanceUpdateEvent(
-        instance_id="i", new_instance_status=Instance.ALLOCATION_FAILED, details=str(error)))
+    InstanceManager._update_instance(
+        instance,
+        InstanceUpdateEvent(instance_id="i", new_instance_status=Instance.ALLOCATION_FAILED, details=str(error)),
+    )
     said = InstanceUtil.get_last_status_transition(instance, Instance.ALLOCATION_FAILED).details
     assert said.startswith("Failed to launch 1 nodes") and said.endswith("cost cap reached")

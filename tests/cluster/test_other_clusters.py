@@ -51,10 +51,15 @@ def manifest() -> dict[str, Any]:
 
 
 @pytest.mark.skipif(crd() is None, reason=f"KubeRay's {CRD} is not at hand (ALTGRAD_KUBERAY_CRD says where)")
-@pytest.mark.parametrize(("change", "is_valid"), [
-    (lambda spec: None, True), (lambda spec: spec["authOptions"].update(mode="tokens"), False),
-    (lambda spec: spec.update(workerGroups=[]), False), (lambda spec: spec["headGroupSpec"].pop("template"), False),
-])
+@pytest.mark.parametrize(
+    ("change", "is_valid"),
+    [
+        (lambda spec: None, True),
+        (lambda spec: spec["authOptions"].update(mode="tokens"), False),
+        (lambda spec: spec.update(workerGroups=[]), False),
+        (lambda spec: spec["headGroupSpec"].pop("template"), False),
+    ],
+)
 def test_the_manifest_satisfies_kuberays_definition(change: Any, is_valid: bool) -> None:
     path = crd()
     assert path is not None

@@ -19,8 +19,15 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 
 def running(provider: RunPodNodeProvider, count: int) -> list[str]:
-    return until(lambda: (ids := [n for n in provider.non_terminated_nodes({}) if provider.is_running(n)])
-                 and len(ids) == count and ids, 10, f"{count} running pods")
+    return until(
+        lambda: (
+            (ids := [n for n in provider.non_terminated_nodes({}) if provider.is_running(n)])
+            and len(ids) == count
+            and ids
+        ),
+        10,
+        f"{count} running pods",
+    )
 
 
 def test_a_pod_is_created_seen_reached_and_deleted(account, provider):
@@ -54,10 +61,16 @@ def test_fixed_tags_come_from_the_pod_and_changing_ones_from_this_machine(accoun
     first.set_node_tags(pod_id, {"ray-node-status": "setting-up"})
     first.set_node_tags(pod_id, {"ray-runtime-config": "h1"})
     config = {"type": "external", "api_base": account.url, "public_key": PUBLIC_KEY, "on_head": True}
-    code = (f"from altgrad_cluster.provider import RunPodNodeProvider\np = RunPodNodeProvider({config!r}, 'one')\n"
-            f"print(sorted(p.node_tags({pod_id!r}).items()))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "RUNPOD_API_KEY": account.key, "PYTHONPATH": ":".join(sys.path)})
+    code = (
+        f"from altgrad_cluster.provider import RunPodNodeProvider\np = RunPodNodeProvider({config!r}, 'one')\n"
+        f"print(sorted(p.node_tags({pod_id!r}).items()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RUNPOD_API_KEY": account.key, "PYTHONPATH": ":".join(sys.path)},
+    )
     expected = {**WORKER, "ray-node-status": "setting-up", "ray-runtime-config": "h1"}
     assert done.stdout.strip() == str(sorted(expected.items())), done.stderr[-2000:]
 
@@ -79,8 +92,17 @@ def test_a_listing_without_environments_still_tells_kind_and_type(account, provi
     assert (tags["ray-node-type"], tags["ray-user-node-type"]) == ("worker", "worker")
 
 
-@pytest.mark.parametrize("name", ["ag--one-b--KEY--worker--worker--0", "ag--on--KEY--head--head--0", "one", "ag--one",
-                                  "ag--one--ffffffff--worker--worker--0", "ray-one-worker"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ag--one-b--KEY--worker--worker--0",
+        "ag--on--KEY--head--head--0",
+        "one",
+        "ag--one",
+        "ag--one--ffffffff--worker--worker--0",
+        "ray-one-worker",
+    ],
+)
 def test_pods_of_others_are_never_ours(account, provider, name):
     other = account.add_pod(name.replace("KEY", naming.fingerprint(PUBLIC_KEY)), status="RUNNING")
     stopped = account.add_pod(name.replace("KEY", naming.fingerprint(PUBLIC_KEY)), status="EXITED")
@@ -146,8 +168,15 @@ def test_one_round_of_questions_costs_one_listing(account, provider):
     time.sleep(1.6)
     before = account.count("GET", "/v2/pods")
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda _: [nodes.node_tags(n) and nodes.is_running(n) and nodes.internal_ip(n)
-                                 for n in nodes.non_terminated_nodes({})], range(16)))
+        list(
+            pool.map(
+                lambda _: [
+                    nodes.node_tags(n) and nodes.is_running(n) and nodes.internal_ip(n)
+                    for n in nodes.non_terminated_nodes({})
+                ],
+                range(16),
+            )
+        )
     assert account.count("GET", "/v2/pods") - before == 1
 
 
@@ -161,8 +190,14 @@ def test_pages_are_followed_should_the_listing_have_any(account, provider):
 
 def test_a_listing_of_a_thousand_strangers_holds_our_one(account, provider):
     for number in range(1000):
-        account.pods[f"s{number}"] = {**account.pods.get("s0", {}), "id": f"s{number}", "name": f"stranger-{number}",
-                                      "status": "RUNNING", "env": {}, "cost": 1.0}
+        account.pods[f"s{number}"] = {
+            **account.pods.get("s0", {}),
+            "id": f"s{number}",
+            "name": f"stranger-{number}",
+            "status": "RUNNING",
+            "env": {},
+            "cost": 1.0,
+        }
     account._contract = None
     nodes = provider()
     (pod_id,) = nodes.create_node(POD, WORKER, 1)
@@ -170,8 +205,9 @@ def test_a_listing_of_a_thousand_strangers_holds_our_one(account, provider):
 
 
 def test_on_the_laptop_a_wrong_key_ends_in_one_line(account):
-    nodes = RunPodNodeProvider({"api_base": account.url, "public_key": PUBLIC_KEY}, "one",
-                               api=Api(lambda: "wrong", account.url))
+    nodes = RunPodNodeProvider(
+        {"api_base": account.url, "public_key": PUBLIC_KEY}, "one", api=Api(lambda: "wrong", account.url)
+    )
     with pytest.raises(SystemExit, match=r"^altgrad: RUNPOD_API_KEY: RunPod refuses this key"):
         nodes.non_terminated_nodes({})
 

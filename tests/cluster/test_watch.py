@@ -20,8 +20,13 @@ class Head:
     def __init__(self, account, tmp_path, limits=Limits()):  # noqa: B008
         self.now, self.busy = 0.0, False
         config = {"cluster_name": "one", "provider": {"public_key": PUBLIC_KEY, "head_idle_minutes": 10}}
-        self.watch = watch.HeadWatch(config, Api(lambda: account.key, account.url), Purse(tmp_path / "s", limits),
-                                     busy=lambda: self.busy, clock=lambda: self.now)
+        self.watch = watch.HeadWatch(
+            config,
+            Api(lambda: account.key, account.url),
+            Purse(tmp_path / "s", limits),
+            busy=lambda: self.busy,
+            clock=lambda: self.now,
+        )
 
     def needed_after(self, minutes: float) -> bool:
         self.now += 60 * minutes
@@ -30,8 +35,10 @@ class Head:
 
 @pytest.fixture
 def pods(account):
-    return {kind: account.add_pod(f"ag--one--{KEY}--{kind}--{kind}--{n}", status="RUNNING")
-            for n, kind in enumerate(("head", "worker"))} | {"other": account.add_pod("other", status="RUNNING")}
+    return {
+        kind: account.add_pod(f"ag--one--{KEY}--{kind}--{kind}--{n}", status="RUNNING")
+        for n, kind in enumerate(("head", "worker"))
+    } | {"other": account.add_pod("other", status="RUNNING")}
 
 
 def test_a_head_is_needed_while_there_are_workers_or_jobs_and_for_a_while_after(account, pods, tmp_path):

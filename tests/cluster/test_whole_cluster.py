@@ -13,8 +13,22 @@ from laptop import ROOT, Laptop, ledger
 from pod_namespaces import OUTSIDE, Namespaces, why_not
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
-SWEEP = ("python3", "sweeps/format_ablation.py", "--preset", "quick", "--workers-per-trial", "1",
-         "--gpus-per-trial", "1", "--max-concurrent", "2", "--address", "auto", "--out", "/workspace/runs/quick")
+SWEEP = (
+    "python3",
+    "sweeps/format_ablation.py",
+    "--preset",
+    "quick",
+    "--workers-per-trial",
+    "1",
+    "--gpus-per-trial",
+    "1",
+    "--max-concurrent",
+    "2",
+    "--address",
+    "auto",
+    "--out",
+    "/workspace/runs/quick",
+)
 
 
 def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,8 +50,9 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
         assert "nodes: 1" in laptop.run("ray", "submit", file, tmp_path / "hello.py")
         laptop.run("ray", "rsync-up", file, tmp_path / "hello.py", "/tmp/hello-again.py")
         assert (pods.root(head) / "tmp" / "hello-again.py").exists()
-        assert "attached: 42" in laptop.run("ray", "attach", file, timeout=60,
-                                            typed="echo attached: $((6 * 7))\nexit\n")
+        assert "attached: 42" in laptop.run(
+            "ray", "attach", file, timeout=60, typed="echo attached: $((6 * 7))\nexit\n"
+        )
         mark("exec, submit, rsync-up, attach")
         with laptop.tunnel(file) as dashboard:
             done = threading.Event()
@@ -47,8 +62,9 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
                     most[0] = max(most[0], len(account.of_kind("worker")))
 
             threading.Thread(target=count, daemon=True).start()
-            said = laptop.run("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *SWEEP,
-                              timeout=900)
+            said = laptop.run(
+                "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *SWEEP, timeout=900
+            )
             done.set()
         mark("the sweep, from 0 workers")
         assert "succeeded" in said and "report: /workspace/runs/quick/report/report.html" in said

@@ -60,23 +60,10 @@ def hard_inputs(fmt: FloatFormat | str, random: int = 4000) -> torch.Tensor:
     )
     around = torch.randn(random, generator=generator) * fmt.max / 2
     small = torch.randn(random, generator=generator) * fmt.min_spacing * 3
-    patterns = (
-        torch.randint(-(2**31), 2**31, (random,), generator=generator).to(torch.int32).view(torch.float32)
-    )
-    special = torch.tensor(
-        [0.0, math.inf, math.nan, 1e-45, 1e-40, 2.0**-126, 3.4028235e38, fmt.max, fmt.max * 1.01]
-    )
+    patterns = torch.randint(-(2**31), 2**31, (random,), generator=generator).to(torch.int32).view(torch.float32)
+    special = torch.tensor([0.0, math.inf, math.nan, 1e-45, 1e-40, 2.0**-126, 3.4028235e38, fmt.max, fmt.max * 1.01])
     x = torch.cat(
-        [
-            exact,
-            exact.nextafter(infinity),
-            exact.nextafter(-infinity),
-            spread,
-            around,
-            small,
-            patterns,
-            special,
-        ]
+        [exact, exact.nextafter(infinity), exact.nextafter(-infinity), spread, around, small, patterns, special]
     )
     return torch.cat([x, -x])
 

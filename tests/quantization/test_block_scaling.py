@@ -43,15 +43,12 @@ def hard_blocks(name: str, size: int = 32, random: int = 60) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     element = get_block_format(name).element
     blocks = [
-        torch.randn(size, generator=generator)
-        * 2.0 ** float(torch.randint(-120, 120, (), generator=generator))
+        torch.randn(size, generator=generator) * 2.0 ** float(torch.randint(-120, 120, (), generator=generator))
         for _ in range(random)
     ]
     values = element.values[element.values >= 0].double()
     points = torch.cat([values, (values[1:] + values[:-1]) / 2]).float()
-    near = torch.cat(
-        [points, torch.nextafter(points, torch.tensor(math.inf)), points.nextafter(torch.tensor(0.0))]
-    )
+    near = torch.cat([points, torch.nextafter(points, torch.tensor(math.inf)), points.nextafter(torch.tensor(0.0))])
     top = 2.0 ** math.floor(math.log2(element.max))
     for exponent in (-100, -7, 0, 60):
         for start in range(0, len(near), size - 1):
@@ -59,8 +56,24 @@ def hard_blocks(name: str, size: int = 32, random: int = 60) -> torch.Tensor:
             part = near[start : start + size - 1]
             block[1 : 1 + len(part)] = part * (-1.0) ** torch.arange(len(part))
             blocks.append(block * 2.0**exponent)
-    for largest in (1.0, 0.99999994, 1.9999999, 448.0, 464.0, 480.0, 6.0, 7.0, 7.9999995, FLOAT32_MAX, 2.0**127,
-                    2.0**-126, 2.0**-127, 2.0**-130, 2.0**-149, 3 * 2.0**-149):  # fmt: skip
+    for largest in (
+        1.0,
+        0.99999994,
+        1.9999999,
+        448.0,
+        464.0,
+        480.0,
+        6.0,
+        7.0,
+        7.9999995,
+        FLOAT32_MAX,
+        2.0**127,
+        2.0**-126,
+        2.0**-127,
+        2.0**-130,
+        2.0**-149,
+        3 * 2.0**-149,
+    ):
         for sign in (1.0, -1.0):
             block = torch.linspace(-0.97, 0.97, size) * largest
             block[3] = sign * largest
@@ -100,17 +113,13 @@ def test_stored_scales_are_those_of_gfloat(name):
     blocks = hard_blocks(name, random=300)
     fmt = getattr(gfloat.formats, f"format_info_{name.lower()}")
     rows = blocks.double().numpy()
-    expected = [
-        gfloat.encode_float(fmt.stype, gfloat.compute_scale_amax(fmt.etype.emax, row)) for row in rows
-    ]
+    expected = [gfloat.encode_float(fmt.stype, gfloat.compute_scale_amax(fmt.etype.emax, row)) for row in rows]
     assert block_encode(blocks, name).scales.flatten().tolist() == expected
 
 
 def test_mxint8_is_the_int8_grid_without_its_lowest_code():
     blocks = hard_blocks("MXINT8")
-    blocks = blocks[
-        (blocks == 0).all(-1) | ((blocks.abs().amax(-1) >= 2.0**-126) & (blocks.abs().amax(-1) < 2.0**127))
-    ]
+    blocks = blocks[(blocks == 0).all(-1) | ((blocks.abs().amax(-1) >= 2.0**-126) & (blocks.abs().amax(-1) < 2.0**127))]
     scale = block_scale(blocks, "MXINT8")
     expected = by_gfloat("MXINT8", blocks)
     assert (expected == -scale).any(), "no element takes the lowest code"
@@ -123,14 +132,7 @@ def test_mxint8_is_the_int8_grid_without_its_lowest_code():
 @pytest.mark.parametrize("name", [*MX_FLOAT, "MXINT8"])
 def test_scale_follows_the_rule_of_the_specification(name):
     blocks = hard_blocks(name, random=400)
-    emax = {
-        "MXFP8_E4M3": 8,
-        "MXFP8_E5M2": 15,
-        "MXFP6_E3M2": 4,
-        "MXFP6_E2M3": 2,
-        "MXFP4_E2M1": 2,
-        "MXINT8": -1,
-    }
+    emax = {"MXFP8_E4M3": 8, "MXFP8_E5M2": 15, "MXFP6_E3M2": 4, "MXFP6_E2M3": 2, "MXFP4_E2M1": 2, "MXINT8": -1}
     for stored, block in zip(block_encode(blocks, name).scales.flatten().tolist(), blocks, strict=True):
         largest = block.abs().max().item()
         exponent = math.frexp(largest)[1] - 1 - emax[name] if largest else -127

@@ -13,9 +13,7 @@ ALL = list(BLOCK_FORMATS)
 def test_compiles_to_the_same_bits():
     x = torch.randn(5, 70)
     for name in ALL:
-        traced = torch.compile(
-            lambda t, name=name: block_quantize(t, name), fullgraph=True, backend="aot_eager"
-        )
+        traced = torch.compile(lambda t, name=name: block_quantize(t, name), fullgraph=True, backend="aot_eager")
         assert torch.equal(traced(x).view(torch.int32), block_quantize(x, name).view(torch.int32))
         torch.compiler.reset()
 

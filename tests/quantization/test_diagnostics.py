@@ -106,7 +106,7 @@ def test_travel_counts_codes(fmt, scale):
 
 
 def test_travel_of_known_steps():
-    found = ulp_statistics(torch.tensor([1.0, 2.0, 0.0, -1.0]), torch.tensor([1.125, 2.0, -2**-9, -1.25]), "E4M3")
+    found = ulp_statistics(torch.tensor([1.0, 2.0, 0.0, -1.0]), torch.tensor([1.125, 2.0, -(2**-9), -1.25]), "E4M3")
     assert [value.item() for value in found] == [1.0, 2.0, -0.5, 0.75, 0.0]
     same = ulp_statistics(torch.tensor([1.0]), torch.tensor([1.0]), "E4M3")
     assert [value.item() for value in same] == [0.0] * 5

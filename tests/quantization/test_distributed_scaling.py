@@ -17,9 +17,7 @@ FORMATS_OF_A_STEP = ["E4M3", "E5M2", "E7M0", "E0M7", "BF16", "E6M1", "E4M3"]
 def data_of(rank: int, step: int) -> list[torch.Tensor]:
     """A step's tensors: other magnitudes on each rank, an early peak on rank 1, NaN and infinity, one all zero."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
-    tensors = [
-        torch.randn(50, generator=generator) * 2.0 ** (i - 3 * rank) for i in range(len(FORMATS_OF_A_STEP))
-    ]
+    tensors = [torch.randn(50, generator=generator) * 2.0 ** (i - 3 * rank) for i in range(len(FORMATS_OF_A_STEP))]
     if (rank, step) == (1, 2):
         tensors[0][4] = 1e4
     if step == 5:
@@ -57,9 +55,7 @@ def work(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
     workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     try:
@@ -73,9 +69,7 @@ def ranks(tmp_path_factory):
 
 def test_scales_are_equal_every_step(ranks):
     assert ranks[0]["scales"] == ranks[1]["scales"]
-    assert all(a != b for a, b in zip(ranks[0]["apart"], ranks[1]["apart"], strict=True)), (
-        "the control agrees"
-    )
+    assert all(a != b for a, b in zip(ranks[0]["apart"], ranks[1]["apart"], strict=True)), "the control agrees"
 
 
 def test_a_step_takes_one_collective(ranks):

@@ -48,10 +48,7 @@ def test_tracker_counts_per_layer_until_reset():
     weight = torch.tensor([1.0, 2.0, 4.0, -1.0])
     for _ in range(2):
         tracker.snapshot_pre_step("a", weight, "E3M4", 1.0, grad=torch.tensor([1.0, 1e-11, 0.0, -1.0]))
-        assert (
-            tracker.compute_flips_post_step("a", weight * torch.tensor([1.5, 1.0, 1.0, 1.0]), "E3M4", 1.0)
-            == 1
-        )
+        assert tracker.compute_flips_post_step("a", weight * torch.tensor([1.5, 1.0, 1.0, 1.0]), "E3M4", 1.0) == 1
     assert tracker.update_counts == {"a": 4} and tracker.flip_counts == {"a": 2}
     assert tracker.get_stall_ratios() == {"a": 0.5} and tracker.get_flip_rates() == {"a": 0.25}
     tracker.snapshot_pre_step("b", weight, "E3M4", 1.0)

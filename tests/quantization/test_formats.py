@@ -28,12 +28,23 @@ def test_the_table_of_formats(name):
 
 @pytest.mark.parametrize(
     ("name", "largest"),
-    [("E1M6/ieee", 1.96875), ("E1M6/fn", 3.9375), ("E2M5/ieee", 3.9375), ("E2M5/fn", 7.75), ("E3M4/fn", 30.0),
-     ("E3M4/finite", 31.0), ("E4M3/ieee", 240.0), ("E4M3/finite", 480.0), ("E5M2/fn", 98304.0),
-     ("E5M2/finite", 114688.0), ("E6M1/ieee", 3221225472.0), ("E6M1/fn", 4294967296.0),
-     ("E7M0/ieee", 2.0**63),
-     ("E7M0/fn", 2.0**63)],
-)  # fmt: skip
+    [
+        ("E1M6/ieee", 1.96875),
+        ("E1M6/fn", 3.9375),
+        ("E2M5/ieee", 3.9375),
+        ("E2M5/fn", 7.75),
+        ("E3M4/fn", 30.0),
+        ("E3M4/finite", 31.0),
+        ("E4M3/ieee", 240.0),
+        ("E4M3/finite", 480.0),
+        ("E5M2/fn", 98304.0),
+        ("E5M2/finite", 114688.0),
+        ("E6M1/ieee", 3221225472.0),
+        ("E6M1/fn", 4294967296.0),
+        ("E7M0/ieee", 2.0**63),
+        ("E7M0/fn", 2.0**63),
+    ],
+)
 def test_largest_value_by_variant(name, largest):
     assert get_format(name).max == largest
 
@@ -59,9 +70,7 @@ def test_scalar_transfer_functions_invert_each_other_on_every_code(name):
 @pytest.mark.parametrize("name", ["E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0", "BF16"])
 def test_scalar_rounding_agrees_with_tensors(name):
     fmt = get_format(name)
-    x = torch.cat(
-        [torch.randn(500) * fmt.max / 3, torch.randn(500) * fmt.min_spacing * 4, fmt.values[:300] * 1.0625]
-    )
+    x = torch.cat([torch.randn(500) * fmt.max / 3, torch.randn(500) * fmt.min_spacing * 4, fmt.values[:300] * 1.0625])
     scalar = [fmt.to_real(fmt.to_bits(value)) for value in x.tolist()]
     assert torch.equal(quantize(x, fmt), torch.tensor(scalar))
 
@@ -86,11 +95,18 @@ def test_names():
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("E4M33", "4 to 16"), ("E5M3x", "nearest: E5M2"), ("BF61", "BF16"), ("FP32", "FP16"),
-     ("E9M6", "at most 8"),
-     ("E0M7/ieee", "finite"), ("E8M7/finite", "float32"), ("E4M3/ocp", "ieee, fn, finite"),
-     ("E1M1", "3 bits")],
-)  # fmt: skip
+    [
+        ("E4M33", "4 to 16"),
+        ("E5M3x", "nearest: E5M2"),
+        ("BF61", "BF16"),
+        ("FP32", "FP16"),
+        ("E9M6", "at most 8"),
+        ("E0M7/ieee", "finite"),
+        ("E8M7/finite", "float32"),
+        ("E4M3/ocp", "ieee, fn, finite"),
+        ("E1M1", "3 bits"),
+    ],
+)
 def test_unknown_and_impossible_formats_say_why(name, reason):
     with pytest.raises(ValueError, match=reason):
         get_format(name)

@@ -17,8 +17,22 @@ from altgrad.quantization import compute_scale, get_format  # noqa: E402
 from altgrad.quantization.kernels import gpu, grid_of, reference  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-FORMATS = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E4M3/ieee", "E5M2", "E5M2/finite", "E6M1", "E7M0", "E2M1", "E3M2",
-           "BF16", "FP16")  # fmt: skip
+FORMATS = (
+    "E0M7",
+    "E1M6",
+    "E2M5",
+    "E3M4",
+    "E4M3",
+    "E4M3/ieee",
+    "E5M2",
+    "E5M2/finite",
+    "E6M1",
+    "E7M0",
+    "E2M1",
+    "E3M2",
+    "BF16",
+    "FP16",
+)
 SEED = 0x9876_5432_1FED_CBA9
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -163,8 +177,9 @@ def test_ratio_to_a_device_copy_is_printed(record_property):
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    ratio = (seconds(lambda: gpu.quantize(x, 1.0, grid, "nearest", "saturate", None, out))
-             / seconds(lambda: out.copy_(x)))  # fmt: skip
+    ratio = seconds(lambda: gpu.quantize(x, 1.0, grid, "nearest", "saturate", None, out)) / seconds(
+        lambda: out.copy_(x)
+    )
     record_property("quantize_over_copy", ratio)
     print(f"quantize / copy_ on {torch.cuda.get_device_name()}: {ratio:.2f}")
     assert torch.isfinite(out).all()

@@ -4,16 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from altgrad.quantization import (
-    code_index,
-    decode,
-    encode,
-    get_format,
-    index_to_value,
-    mix_seed,
-    quantize,
-    ulp,
-)
+from altgrad.quantization import code_index, decode, encode, get_format, index_to_value, mix_seed, quantize, ulp
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 

@@ -8,33 +8,13 @@ import pytest
 import torch
 from oracle import ALL, hard_inputs, nearest, same
 
-from altgrad.quantization import (
-    FloatFormat,
-    code_index,
-    decode,
-    encode,
-    get_format,
-    index_to_value,
-    quantize,
-    ulp,
-)
+from altgrad.quantization import FloatFormat, code_index, decode, encode, get_format, index_to_value, quantize, ulp
 from altgrad.quantization.kernels import cpu
 from altgrad.quantization.ops import hash_uniform, kernel_in_use, quantize_blocks
 
 ROUNDINGS = ["nearest", "stochastic", "toward_zero"]
 SPLITS = [f"E{e}M{7 - e}" for e in range(8)]
-WIDE_AND_SMALL = [
-    "E4M3/ieee",
-    "E2M1",
-    "E3M0",
-    "E1M2",
-    "E8M0/ieee",
-    "E8M3/ieee",
-    "E7M5",
-    "BF16",
-    "FP16",
-    "E1M14",
-]
+WIDE_AND_SMALL = ["E4M3/ieee", "E2M1", "E3M0", "E1M2", "E8M0/ieee", "E8M3/ieee", "E7M5", "BF16", "FP16", "E1M14"]
 POWERS = [2.0**-9, 2.0, 2.0**-60, 2.0**100, 2.0**-126, 0.5, 2.0**-121]
 
 
@@ -110,9 +90,7 @@ def test_threads_share_one_answer(dtype, rounding, monkeypatch):
             own = x.clone()
             quantize(own, "E5M2", rounding=rounding, seed=8, out=own)
             index = code_index(x, "E5M2", 0.3)
-            found.append(
-                (own.float(), index.float(), index_to_value(index, "E5M2"), hash_uniform((5001,), 4))
-            )
+            found.append((own.float(), index.float(), index_to_value(index, "E5M2"), hash_uniform((5001,), 4)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -201,9 +179,13 @@ def test_a_nan_among_the_scales_that_blocks_found_makes_nan():
 def test_a_scale_of_one_element_adds_no_axes(shape):
     x, scale = torch.randn(3, 4), torch.full(shape, 0.3)
     codes, index = encode(x, "E4M3", scale), code_index(x, "E4M3", scale)
-    pairs = [(quantize(x, "E4M3", scale), quantize(x, "E4M3", 0.3)), (ulp(x, "E4M3", scale), ulp(x, "E4M3", 0.3)),
-             (codes, encode(x, "E4M3", 0.3)), (decode(codes, "E4M3", scale), decode(codes, "E4M3", 0.3)),
-             (index_to_value(index, "E4M3", scale), index_to_value(index, "E4M3", 0.3))]  # fmt: skip
+    pairs = [
+        (quantize(x, "E4M3", scale), quantize(x, "E4M3", 0.3)),
+        (ulp(x, "E4M3", scale), ulp(x, "E4M3", 0.3)),
+        (codes, encode(x, "E4M3", 0.3)),
+        (decode(codes, "E4M3", scale), decode(codes, "E4M3", 0.3)),
+        (index_to_value(index, "E4M3", scale), index_to_value(index, "E4M3", 0.3)),
+    ]
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -224,9 +206,15 @@ def test_what_is_no_real_tensor_is_refused_everywhere(call, x, error, message):
 @pytest.mark.parametrize("call", [quantize, encode, code_index, ulp])
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("E4M4Q", "unknown format"), ("E9M6", "at most 8"), ("E1M1", "4 to 16 bits"), ("E8M8", "4 to 16 bits"),
-     ("E4M3/fnuz", "unknown variant 'fnuz'.*nearest: fn"), ("E0M7/ieee", "use E0M7/finite")],
-)  # fmt: skip
+    [
+        ("E4M4Q", "unknown format"),
+        ("E9M6", "at most 8"),
+        ("E1M1", "4 to 16 bits"),
+        ("E8M8", "4 to 16 bits"),
+        ("E4M3/fnuz", "unknown variant 'fnuz'.*nearest: fn"),
+        ("E0M7/ieee", "use E0M7/finite"),
+    ],
+)
 def test_unknown_and_impossible_formats_are_refused_everywhere(call, name, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4), name)

@@ -46,10 +46,11 @@ def test_every_format_is_the_enumerated_nearest(width, kernel, monkeypatch):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(SMALL), st.integers(-20, 20),
+    st.sampled_from(SMALL),
+    st.integers(-20, 20),
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20),
     st.integers(0, 2**64 - 1),
-)  # fmt: skip
+)
 def test_errors_codes_powers_and_neighbours(fmt, power, numbers, seed):
     x = torch.tensor(numbers, dtype=torch.float32)
     x = torch.cat([x, (x.sign() * fmt.min_spacing * (1 + x.abs().log1p())).clamp(-fmt.max, fmt.max)])

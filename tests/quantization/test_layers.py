@@ -98,8 +98,13 @@ def test_the_models_parameters_are_the_same_objects_under_the_same_names():
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     assert model.lm_head.weight is model.wte.weight and isinstance(model.wte, QuantizedEmbedding)
     assert {row.name: row.converted for row in table} == {
-        "wte": True, "wpe": False, "ln": False, "mlp.c_fc": True, "mlp.c_proj": True, "lm_head": True,
-    }  # fmt: skip
+        "wte": True,
+        "wpe": False,
+        "ln": False,
+        "mlp.c_fc": True,
+        "mlp.c_proj": True,
+        "lm_head": True,
+    }
     assert list(quantized_parameters(model)) == ["mlp.c_fc", "mlp.c_proj", "lm_head"]
     assert quantized_parameters(model)["lm_head"][0] is before["wte.weight"]
 
@@ -175,11 +180,13 @@ def test_what_cannot_be_converted_is_refused():
     model = Tiny()
     quantize_model(model, format="E4M3")
     for refused, arguments, message in [
-        (model, {"format": "E4M3"}, "already"), (nn.Linear(2, 2), {"format": "E4M3"}, "in place"),
-        (Tiny(), {}, "needs format"), (Tiny(), {"policy": "uniform"}, "needs format"),
+        (model, {"format": "E4M3"}, "already"),
+        (nn.Linear(2, 2), {"format": "E4M3"}, "in place"),
+        (Tiny(), {}, "needs format"),
+        (Tiny(), {"policy": "uniform"}, "needs format"),
         (Tiny(), {"format": "E4M3", "policy": PrecisionPolicy()}, "no meaning"),
         (Tiny(), {"format": "E4M3t"}, "nearest"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=message):
             quantize_model(refused, **arguments)
 

@@ -81,10 +81,17 @@ def numbers(fmt):
 def by_gfloat(fmt, x, *, saturates):
     nans = {"ieee": 2**fmt.mantissa_bits - 1, "fn": 1, "finite": 0}[fmt.variant]
     theirs = gfloat.FormatInfo(
-        fmt.name, fmt.total_bits, fmt.mantissa_bits + 1, bias=fmt.bias, is_signed=True, has_nz=True,
-        domain=Domain.Extended if fmt.has_inf else Domain.Finite, num_high_nans=nans, has_subnormals=True,
+        fmt.name,
+        fmt.total_bits,
+        fmt.mantissa_bits + 1,
+        bias=fmt.bias,
+        is_signed=True,
+        has_nz=True,
+        domain=Domain.Extended if fmt.has_inf else Domain.Finite,
+        num_high_nans=nans,
+        has_subnormals=True,
         is_twos_complement=False,
-    )  # fmt: skip
+    )
     rounded = gfloat.round_ndarray(theirs, x.double().numpy(), gfloat.RoundMode.TiesToEven, sat=saturates)
     return torch.from_numpy(rounded).float()
 

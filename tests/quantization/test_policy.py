@@ -3,8 +3,14 @@ from pydantic import ValidationError
 
 from altgrad.quantization import POLICIES, LayerRule, PrecisionPolicy, named_policy
 
-LAYERS = ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc",
-          "transformer.h.0.mlp.c_proj", "lm_head", "classifier"]  # fmt: skip
+LAYERS = [
+    "transformer.h.0.attn.c_attn",
+    "transformer.h.0.attn.c_proj",
+    "transformer.h.0.mlp.c_fc",
+    "transformer.h.0.mlp.c_proj",
+    "lm_head",
+    "classifier",
+]
 
 
 def weights(policy: PrecisionPolicy) -> list[str | None]:
@@ -14,10 +20,15 @@ def weights(policy: PrecisionPolicy) -> list[str | None]:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("uniform", ["E4M3"] * 6), ("uniform_act", ["E4M3"] * 6), ("uniform_full", ["E4M3"] * 6),
-     ("attention_bf16", [None, None, "E4M3", "E4M3", "E4M3", "E4M3"]),
-     ("head_bf16", ["E4M3"] * 4 + [None, None]), ("classic", ["E5M2", None, "E3M4", None, None, None])],
-)  # fmt: skip
+    [
+        ("uniform", ["E4M3"] * 6),
+        ("uniform_act", ["E4M3"] * 6),
+        ("uniform_full", ["E4M3"] * 6),
+        ("attention_bf16", [None, None, "E4M3", "E4M3", "E4M3", "E4M3"]),
+        ("head_bf16", ["E4M3"] * 4 + [None, None]),
+        ("classic", ["E5M2", None, "E3M4", None, None, None]),
+    ],
+)
 def test_named_policies(name, expected):
     assert weights(named_policy(name, "E4M3")) == expected
     assert named_policy(name, "FP32") == PrecisionPolicy()
@@ -25,9 +36,13 @@ def test_named_policies(name, expected):
 
 @pytest.mark.parametrize(
     ("name", "fmt", "activation", "gradient"),
-    [("uniform", "E3M4", "BF16", "BF16"), ("uniform_act", "E3M4", "E3M4", "BF16"),
-     ("uniform_full", "E3M4", "E3M4", "E3M4"), ("uniform_full", "E4M3", "E4M3", "E5M2")],
-)  # fmt: skip
+    [
+        ("uniform", "E3M4", "BF16", "BF16"),
+        ("uniform_act", "E3M4", "E3M4", "BF16"),
+        ("uniform_full", "E3M4", "E3M4", "E3M4"),
+        ("uniform_full", "E4M3", "E4M3", "E5M2"),
+    ],
+)
 def test_roles_of_the_uniform_policies(name, fmt, activation, gradient):
     rule = named_policy(name, fmt).resolve("anything")
     assert (str(rule.activation), str(rule.gradient)) == (activation, gradient)
@@ -44,10 +59,13 @@ def test_the_first_match_wins():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"pattern": "(", "weight": "E4M3"}, "regular expression"),
-     ({"pattern": "", "weight": "E4M3z"}, "nearest: E4M3"),
-     ({"pattern": "", "wieght": "E4M3"}, "wieght"), ({"pattern": "", "gradient": "FP31"}, "FP16")],
-)  # fmt: skip
+    [
+        ({"pattern": "(", "weight": "E4M3"}, "regular expression"),
+        ({"pattern": "", "weight": "E4M3z"}, "nearest: E4M3"),
+        ({"pattern": "", "wieght": "E4M3"}, "wieght"),
+        ({"pattern": "", "gradient": "FP31"}, "FP16"),
+    ],
+)
 def test_bad_rules_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         LayerRule(**fields)
@@ -58,11 +76,4 @@ def test_unknown_policies_name_the_nearest():
         named_policy("unifrom", "E4M3")
     with pytest.raises(ValueError, match="E4M3"):
         named_policy("uniform", "E4M3q")
-    assert set(POLICIES) == {
-        "uniform",
-        "uniform_act",
-        "uniform_full",
-        "attention_bf16",
-        "head_bf16",
-        "classic",
-    }
+    assert set(POLICIES) == {"uniform", "uniform_act", "uniform_full", "attention_bf16", "head_bf16", "classic"}

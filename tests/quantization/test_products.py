@@ -35,8 +35,10 @@ def accumulation_bound(a: Operand, b: Operand, is_native: bool = False) -> torch
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize(("left", "right"), [("E4M3", "E4M3"), ("E5M2", "E4M3"), ("E4M3", "E5M2"), ("E0M7", "E0M7"),
-                                             ("E1M6", "E1M6"), ("E0M7", "E1M6")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("E4M3", "E4M3"), ("E5M2", "E4M3"), ("E4M3", "E5M2"), ("E0M7", "E0M7"), ("E1M6", "E1M6"), ("E0M7", "E1M6")],
+)
 def test_native_equals_emulated(left, right, power_of_two):
     a, b = operand((48, 128), left, 1, power_of_two), operand((32, 128), right, 2, power_of_two)
     exact = a.values.double() @ b.values.double().T

@@ -49,8 +49,7 @@ def test_layout_does_not_matter():
         strided = x.t().contiguous().t()
         assert kernel_in_use(strided) == "reference" and kernel_in_use(x) == "numba"
         assert torch.equal(
-            quantize(strided, "E4M3", rounding=rounding, seed=1),
-            quantize(x, "E4M3", rounding=rounding, seed=1),
+            quantize(strided, "E4M3", rounding=rounding, seed=1), quantize(x, "E4M3", rounding=rounding, seed=1)
         )
     assert torch.equal(quantize(x[:, ::3], "E4M3"), quantize(x, "E4M3")[:, ::3])
 
@@ -67,24 +66,26 @@ def test_out_receives_the_result_and_may_be_the_input():
 
 
 def test_empty_and_scalar_tensors():
-    assert (
-        quantize(torch.empty(0, 3), "E4M3").shape == (0, 3)
-        and code_index(torch.empty(0), "E4M3").numel() == 0
-    )
-    assert (
-        quantize(torch.tensor(0.3), "E2M1").item() == 0.5 and encode(torch.tensor(1.0), "E4M3").item() == 0x38
-    )
+    assert quantize(torch.empty(0, 3), "E4M3").shape == (0, 3) and code_index(torch.empty(0), "E4M3").numel() == 0
+    assert quantize(torch.tensor(0.3), "E2M1").item() == 0.5 and encode(torch.tensor(1.0), "E4M3").item() == 0x38
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"fmt": "E4M2Q"}, "nearest"), ({"rounding": "stochastics", "seed": 1}, "stochastic"),
-     ({"scale": 0.0}, "positive"),
-     ({"scale": -1.0}, "positive"), ({"scale": math.nan}, "positive"), ({"scale": 1e-60}, "positive"),
-     ({"rounding": "stochastic"}, "seed"), ({"overflow": "inf"}, "E4M3 has none"),
-     ({"overflow": "wrap"}, "saturate"),
-     ({"ste": "clip"}, "clipped"), ({"out": torch.empty(3)}, "out must be")],
-)  # fmt: skip
+    [
+        ({"fmt": "E4M2Q"}, "nearest"),
+        ({"rounding": "stochastics", "seed": 1}, "stochastic"),
+        ({"scale": 0.0}, "positive"),
+        ({"scale": -1.0}, "positive"),
+        ({"scale": math.nan}, "positive"),
+        ({"scale": 1e-60}, "positive"),
+        ({"rounding": "stochastic"}, "seed"),
+        ({"overflow": "inf"}, "E4M3 has none"),
+        ({"overflow": "wrap"}, "saturate"),
+        ({"ste": "clip"}, "clipped"),
+        ({"out": torch.empty(3)}, "out must be"),
+    ],
+)
 def test_bad_arguments_say_what_is_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantize(torch.randn(4), **({"fmt": "E4M3"} | arguments))

@@ -4,12 +4,7 @@ import math
 import pytest
 from torch import nn
 
-from altgrad.quantization import (
-    RankHealthMonitor,
-    RankTrendDetector,
-    ReferenceRatioDetector,
-    compute_stable_rank,
-)
+from altgrad.quantization import RankHealthMonitor, RankTrendDetector, ReferenceRatioDetector, compute_stable_rank
 
 
 def test_thresholds_are_stricter_for_heads_and_projections():
@@ -81,8 +76,11 @@ def test_checks_further_apart_than_the_window_are_still_compared():
 
 
 def test_detectors_resume_where_they_were():
-    pairs = [(RankHealthMonitor(), RankHealthMonitor()), (RankTrendDetector(), RankTrendDetector()),
-             (ReferenceRatioDetector(), ReferenceRatioDetector())]  # fmt: skip
+    pairs = [
+        (RankHealthMonitor(), RankHealthMonitor()),
+        (RankTrendDetector(), RankTrendDetector()),
+        (ReferenceRatioDetector(), ReferenceRatioDetector()),
+    ]
     ranks = [10.0, math.nan, 4.0, 3.0, 2.0]
 
     def see(detector, step):

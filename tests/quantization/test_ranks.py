@@ -92,8 +92,11 @@ def test_known_matrices(size):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_is_not_finite_has_no_rank(bad, whole):
-    weight = torch.full((6, 4), bad) if whole else torch.randn(6, 4).index_put((torch.tensor(2), torch.tensor(3)),
-                                                                             torch.tensor(bad))  # fmt: skip
+    weight = (
+        torch.full((6, 4), bad)
+        if whole
+        else torch.randn(6, 4).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(bad))
+    )
     assert all(getattr(spectrum(weight), name).isnan() for name in NUMBERS)
     found = SpectralNormTracker().update("a", weight)
     assert all(value.isnan() for value in vars(found).values())
@@ -170,10 +173,16 @@ def test_a_broken_check_leaves_the_vector_alone(bad):
 
 
 def test_matrices_searched_together_do_not_disturb_each_other():
-    weights = {"a": torch.randn(48, 64), "zero": torch.zeros(48, 64), "b": torch.randn(48, 64),
-               "other": torch.randn(8, 3), "nan": torch.full((48, 64), math.nan),
-               "tiny": torch.randn(48, 64) * 1e-30, "rank 1": torch.ones(48, 64),
-               "large": torch.randn(600, 500)}  # fmt: skip
+    weights = {
+        "a": torch.randn(48, 64),
+        "zero": torch.zeros(48, 64),
+        "b": torch.randn(48, 64),
+        "other": torch.randn(8, 3),
+        "nan": torch.full((48, 64), math.nan),
+        "tiny": torch.randn(48, 64) * 1e-30,
+        "rank 1": torch.ones(48, 64),
+        "large": torch.randn(600, 500),
+    }
     together = SpectralNormTracker()
     for check in range(3):
         found = together.update_all(weights)

@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad.quantization import (
-    LayerRule,
-    PrecisionPolicy,
-    QuantizedLinear,
-    Role,
-    get_format,
-    quantize,
-    quantize_model,
-)
+from altgrad.quantization import LayerRule, PrecisionPolicy, QuantizedLinear, Role, get_format, quantize, quantize_model
 from altgrad.quantization.scaling import ScaleRule
 
 DELAYED = ScaleRule(kind="delayed", history=4)
@@ -52,10 +44,14 @@ def test_a_layer_equals_a_plain_product_of_its_operands(role, kind):
     roles = {"weight": Role(format="E4M3"), "activation": None, "gradient": None} | {role: ROLES[kind]}
     layer = make(**roles)
     x, g = data()
-    operands = {name: quantizer.operand({"weight": layer.weight, "activation": x, "gradient": g}[name], advance=False)
-                for name, quantizer in layer.quantizers().items()}  # fmt: skip
-    w, a, d = (operands[name].values if name in operands else plain
-               for name, plain in (("weight", layer.weight), ("activation", x), ("gradient", g)))  # fmt: skip
+    operands = {
+        name: quantizer.operand({"weight": layer.weight, "activation": x, "gradient": g}[name], advance=False)
+        for name, quantizer in layer.quantizers().items()
+    }
+    w, a, d = (
+        operands[name].values if name in operands else plain
+        for name, plain in (("weight", layer.weight), ("activation", x), ("gradient", g))
+    )
     y, grad_x = step(layer, 0)
     expected = (a @ w.T).detach()
     assert torch.equal(y, expected if layer.activation_quantizer is None else expected.bfloat16().float())

@@ -26,10 +26,17 @@ def kernel(request, monkeypatch):
 def as_gfloat(fmt):
     nans = {"ieee": 2**fmt.mantissa_bits - 1, "fn": 1, "finite": 0}[fmt.variant]
     return gfloat.FormatInfo(
-        fmt.name, fmt.total_bits, fmt.mantissa_bits + 1, bias=fmt.bias, is_signed=True, has_nz=True,
-        domain=Domain.Extended if fmt.has_inf else Domain.Finite, num_high_nans=nans, has_subnormals=True,
+        fmt.name,
+        fmt.total_bits,
+        fmt.mantissa_bits + 1,
+        bias=fmt.bias,
+        is_signed=True,
+        has_nz=True,
+        domain=Domain.Extended if fmt.has_inf else Domain.Finite,
+        num_high_nans=nans,
+        has_subnormals=True,
         is_twos_complement=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -51,10 +58,18 @@ def test_agrees_with_gfloat(name, rounding, kernel):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("E3M4", ml_dtypes.float8_e3m4), ("E4M3/ieee", ml_dtypes.float8_e4m3), ("E4M3", ml_dtypes.float8_e4m3fn),
-     ("E5M2", ml_dtypes.float8_e5m2), ("E2M3", ml_dtypes.float6_e2m3fn), ("E3M2", ml_dtypes.float6_e3m2fn),
-     ("E2M1", ml_dtypes.float4_e2m1fn), ("BF16", ml_dtypes.bfloat16), ("FP16", np.float16)],
-)  # fmt: skip
+    [
+        ("E3M4", ml_dtypes.float8_e3m4),
+        ("E4M3/ieee", ml_dtypes.float8_e4m3),
+        ("E4M3", ml_dtypes.float8_e4m3fn),
+        ("E5M2", ml_dtypes.float8_e5m2),
+        ("E2M3", ml_dtypes.float6_e2m3fn),
+        ("E3M2", ml_dtypes.float6_e3m2fn),
+        ("E2M1", ml_dtypes.float4_e2m1fn),
+        ("BF16", ml_dtypes.bfloat16),
+        ("FP16", np.float16),
+    ],
+)
 def test_agrees_with_ml_dtypes_in_values_and_in_codes(name, dtype, kernel):
     fmt, x = get_format(name), hard_inputs(name)
     x = x[x.abs() <= fmt.max]
@@ -66,12 +81,7 @@ def test_agrees_with_ml_dtypes_in_values_and_in_codes(name, dtype, kernel):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("E5M2", torch.float8_e5m2),
-        ("E4M3", torch.float8_e4m3fn),
-        ("BF16", torch.bfloat16),
-        ("FP16", torch.float16),
-    ],
+    [("E5M2", torch.float8_e5m2), ("E4M3", torch.float8_e4m3fn), ("BF16", torch.bfloat16), ("FP16", torch.float16)],
 )
 def test_agrees_with_torch_casts(name, dtype, kernel):
     fmt, x = get_format(name), hard_inputs(name)
@@ -85,13 +95,22 @@ def test_agrees_with_torch_casts(name, dtype, kernel):
 
 @pytest.mark.parametrize(
     ("name", "x", "expected"),
-    [("E5M2", 5.340576171875e-05, 6.103515625e-05), ("E4M3", 0.0146484375, 0.015625), ("E1M6", 1.984375, 2.0),
-     ("E2M5", 0.984375, 1.0), ("E3M4", 0.2421875, 0.25),
-     ("E6M1", 6.984919309616089e-10, 9.313225746154785e-10),
-     ("E7M0", 1.5, 2.0), ("E7M0", 3.0, 2.0), ("E7M0", 6.0, 8.0), ("E7M0", 2.0**-63, 0.0),
-     ("E7M0", 2.0**-63 * 1.01, 2.0**-62),
-     ("E4M3", 1e9, 448.0), ("E4M3", -math.inf, -448.0)],
-)  # fmt: skip
+    [
+        ("E5M2", 5.340576171875e-05, 6.103515625e-05),
+        ("E4M3", 0.0146484375, 0.015625),
+        ("E1M6", 1.984375, 2.0),
+        ("E2M5", 0.984375, 1.0),
+        ("E3M4", 0.2421875, 0.25),
+        ("E6M1", 6.984919309616089e-10, 9.313225746154785e-10),
+        ("E7M0", 1.5, 2.0),
+        ("E7M0", 3.0, 2.0),
+        ("E7M0", 6.0, 8.0),
+        ("E7M0", 2.0**-63, 0.0),
+        ("E7M0", 2.0**-63 * 1.01, 2.0**-62),
+        ("E4M3", 1e9, 448.0),
+        ("E4M3", -math.inf, -448.0),
+    ],
+)
 def test_inputs_that_were_once_wrong(name, x, expected, kernel):
     assert quantize(torch.tensor([x]), name).item() == expected
 
@@ -112,8 +131,7 @@ def test_kernels_agree_bit_for_bit(name, monkeypatch):
         for scale in (1.0, 0.37, 2.0**-9, torch.tensor(5.4e-20)):
             index = code_index(x, fmt, scale)
             found += [
-                quantize(x, fmt, scale, rounding=mode, seed=7)
-                for mode in ("nearest", "stochastic", "toward_zero")
+                quantize(x, fmt, scale, rounding=mode, seed=7) for mode in ("nearest", "stochastic", "toward_zero")
             ]
             found += [index.view(torch.float32), index_to_value(index, fmt, scale), ulp(x, fmt, scale)]
             if fmt.has_inf:
@@ -170,9 +188,7 @@ def test_ulp_is_the_distance_to_the_next_value(name, kernel):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero"])
 def test_e0m7_and_e1m6_are_one_grid(rounding, kernel):
-    x = torch.cat(
-        [torch.randn(20000), torch.randn(2000) * 1e-5, torch.tensor([1.0, -1.0, 9.0, math.inf, math.nan])]
-    )
+    x = torch.cat([torch.randn(20000), torch.randn(2000) * 1e-5, torch.tensor([1.0, -1.0, 9.0, math.inf, math.nan])])
     fine = quantize(x, "E0M7", 0.5, rounding=rounding, seed=3)
     coarse = quantize(x, "E1M6", 0.125, rounding=rounding, seed=3)
     assert same(fine, coarse)
@@ -205,9 +221,7 @@ def test_stochastic_rounding_leaves_the_grid_alone_and_saturates(name, kernel):
 def test_stochastic_draws_depend_on_the_seed_and_the_place_alone():
     x = torch.rand(10000)
     first = quantize(x, "E4M3", rounding="stochastic", seed=1)
-    assert torch.equal(
-        first, quantize(x.clone().view(100, 100), "E4M3", rounding="stochastic", seed=1).view(-1)
-    )
+    assert torch.equal(first, quantize(x.clone().view(100, 100), "E4M3", rounding="stochastic", seed=1).view(-1))
     assert torch.equal(first[:77], quantize(x[:77], "E4M3", rounding="stochastic", seed=1))
     for other in (2, 1 + 2**32, 1 + 2**63, -1):
         assert not torch.equal(first, quantize(x, "E4M3", rounding="stochastic", seed=other))
@@ -217,9 +231,7 @@ def test_draws_of_neighbouring_seeds_and_places_are_uncorrelated():
     from altgrad.quantization.ops import hash_uniform, mix_seed
 
     n = 1 << 16
-    draws = torch.stack(
-        [hash_uniform((n,), seed) for seed in [0, 1, 2, mix_seed(0, 1), mix_seed(1, 0)]]
-    ).double()
+    draws = torch.stack([hash_uniform((n,), seed) for seed in [0, 1, 2, mix_seed(0, 1), mix_seed(1, 0)]]).double()
     assert draws.min() >= 0.0 and draws.max() < 1.0
     bound = 4.5 / math.sqrt(n)
     centred = draws - 0.5
@@ -231,9 +243,10 @@ def test_draws_of_neighbouring_seeds_and_places_are_uncorrelated():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(ALL), st.floats(2.0**-40, 2.0**40, width=32),
+    st.sampled_from(ALL),
+    st.floats(2.0**-40, 2.0**40, width=32),
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=30),
-)  # fmt: skip
+)
 def test_rounding_is_monotone_odd_and_idempotent(name, power, numbers):
     scale = 2.0 ** round(math.log2(power))
     x = torch.tensor(sorted(numbers), dtype=torch.float32)

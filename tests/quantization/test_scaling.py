@@ -31,9 +31,7 @@ def test_the_largest_magnitude_lands_on_the_largest_value(name):
 
 def test_tiny_scales_are_not_floored():
     assert compute_scale(torch.ones(3), "E7M0").item() == 2.0**-64
-    assert (
-        quantize(torch.tensor([1.0, 2.0**-100]), "E7M0", compute_scale(torch.ones(3), "E7M0"))[1] == 2.0**-100
-    )
+    assert quantize(torch.tensor([1.0, 2.0**-100]), "E7M0", compute_scale(torch.ones(3), "E7M0"))[1] == 2.0**-100
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
@@ -139,8 +137,7 @@ def test_channels_are_scaled_each_by_its_own(name):
     assert torch.equal(compute_channel_scale(weight.T, name, axis=-1), scales.T)
     power = compute_channel_scale(weight, name, power_of_two=True, headroom=2.0).flatten()
     assert all(
-        p == compute_scale(row, name, power_of_two=True, headroom=2.0)
-        for p, row in zip(power, weight, strict=True)
+        p == compute_scale(row, name, power_of_two=True, headroom=2.0) for p, row in zip(power, weight, strict=True)
     )
 
 
@@ -250,12 +247,21 @@ def test_rule_delayed_keeps_a_state_for_each_tensor():
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"history": 4}, {"shared": True}, {"block_size": 16}, {"kind": "delayed", "block_size": 16},
-        {"kind": "per_channel", "block_scale_format": "E4M3"}, {"kind": "block", "headroom": 2.0},
-        {"kind": "block", "power_of_two": True}, {"kind": "block", "margin": 1},
-        {"headroom": 0.0}, {"headroom": math.inf}, {"margin": -1}, {"kind": "tensor"}, {"windows": 3},
+        {"history": 4},
+        {"shared": True},
+        {"block_size": 16},
+        {"kind": "delayed", "block_size": 16},
+        {"kind": "per_channel", "block_scale_format": "E4M3"},
+        {"kind": "block", "headroom": 2.0},
+        {"kind": "block", "power_of_two": True},
+        {"kind": "block", "margin": 1},
+        {"headroom": 0.0},
+        {"headroom": math.inf},
+        {"margin": -1},
+        {"kind": "tensor"},
+        {"windows": 3},
     ],
-)  # fmt: skip
+)
 def test_rule_refuses_knobs_that_mean_nothing(knobs):
     with pytest.raises(ValueError, match=list(knobs)[-1]):
         ScaleRule(**knobs)

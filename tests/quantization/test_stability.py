@@ -150,12 +150,22 @@ def test_impossible_settings_are_refused(bad):
 
 
 NEIGHBOURS = [
-    ("E4M3", "overflow", "E5M2"), ("E4M3", "nonfinite", "E5M2"), ("E4M3", "stall", "E3M4"),
-    ("E5M2", "overflow", "E6M1"), ("E7M0", "overflow", "BF16"), ("E7M0", "stall", "E6M1"),
-    ("E0M7", "stall", "BF16"), ("E0M7", "overflow", "E1M6"), ("FP16", "overflow", "BF16"),
-    ("FP16", "stall", "FP32"), ("BF16", "overflow", "FP32"), ("BF16", "stall", "FP32"),
-    ("E4M3/ieee", "stall", "E3M4"), ("FP32", "overflow", None), ("FP32", "stall", None),
-]  # fmt: skip
+    ("E4M3", "overflow", "E5M2"),
+    ("E4M3", "nonfinite", "E5M2"),
+    ("E4M3", "stall", "E3M4"),
+    ("E5M2", "overflow", "E6M1"),
+    ("E7M0", "overflow", "BF16"),
+    ("E7M0", "stall", "E6M1"),
+    ("E0M7", "stall", "BF16"),
+    ("E0M7", "overflow", "E1M6"),
+    ("FP16", "overflow", "BF16"),
+    ("FP16", "stall", "FP32"),
+    ("BF16", "overflow", "FP32"),
+    ("BF16", "stall", "FP32"),
+    ("E4M3/ieee", "stall", "E3M4"),
+    ("FP32", "overflow", None),
+    ("FP32", "stall", None),
+]
 
 
 @pytest.mark.parametrize(("fmt", "reason", "expected"), NEIGHBOURS)

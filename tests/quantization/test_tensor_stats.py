@@ -29,8 +29,13 @@ def test_ranges_equal_the_enumerated_grid(fmt, scale):
     grid = magnitudes(get_format(fmt))
     top, small = grid[-2], grid[1]
     factors = [0.0, -0.0, 0.3, -0.3, 0.7, 1.0, -1.0, 3.0]
-    x = np.concatenate([np.array(factors) * small, np.array([0.5, 1.0, -1.0, 1.01, 1.9, -1.9]) * top,
-                        np.random.default_rng(0).normal(size=500) * top / 2])  # fmt: skip
+    x = np.concatenate(
+        [
+            np.array(factors) * small,
+            np.array([0.5, 1.0, -1.0, 1.01, 1.9, -1.9]) * top,
+            np.random.default_rng(0).normal(size=500) * top / 2,
+        ]
+    )
     edge = (top + grid[-1]) / 2
     x = np.concatenate([x, [edge, edge * (1 + 1e-6)]])
     x = x[np.abs(x) < 3.4e38]

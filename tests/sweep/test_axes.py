@@ -15,8 +15,16 @@ from altgrad.sweep.spec import SweepSpec, is_reference
 from altgrad.training.config import MODELS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "sweeps" / "configs").glob("*.yaml"))
-EXPERIMENTS = ["bf16_baseline", "e0m7_uniform", "e1m6_uniform", "e3m4_uniform", "e5m2_fp8", "e5m2_manifold",
-               "e5m2_standard", "e7m0_uniform"]  # fmt: skip
+EXPERIMENTS = [
+    "bf16_baseline",
+    "e0m7_uniform",
+    "e1m6_uniform",
+    "e3m4_uniform",
+    "e5m2_fp8",
+    "e5m2_manifold",
+    "e5m2_standard",
+    "e7m0_uniform",
+]
 
 
 def spec(**changes: object) -> SweepSpec:
@@ -28,9 +36,15 @@ def cells(found: SweepSpec) -> list:
 
 
 def test_a_field_multiplies_only_the_arms_that_have_it() -> None:
-    found = spec(optimizers="adamw,manifold,grid", seeds=3, axes={
-        "optimizer.beta2": [0.9, 0.95], "optimizer.precondition": ["update", "gradient"],
-        "optimizer.rung_clip": [1, 3, 10]})
+    found = spec(
+        optimizers="adamw,manifold,grid",
+        seeds=3,
+        axes={
+            "optimizer.beta2": [0.9, 0.95],
+            "optimizer.precondition": ["update", "gradient"],
+            "optimizer.rung_clip": [1, 3, 10],
+        },
+    )
     counts = Counter(trial.optimizer.kind for trial in cells(found))
     assert counts == {"adamw": 3 * 2, "manifold": 3 * 2 * 2, "grid": 3 * 2 * 3}
     assert len(found.expand()) == sum(counts.values()) + 3 * 2, "and a reference for each value that AdamW has"
@@ -46,8 +60,13 @@ def test_a_value_that_one_arm_does_not_know_multiplies_the_others() -> None:
 def test_an_arm_may_have_an_axis_of_its_own_in_place_of_the_common_one() -> None:
     found = spec(optimizers="grid,lion", lrs="1e-3,2e-3", axes={"lion.lr": [1e-4], "grid.momentum": [0.5, 0.9]})
     values = [(trial.arm, trial.optimizer.lr, trial.optimizer.momentum) for trial in cells(found)]
-    assert values == [("grid", 1e-3, 0.5), ("grid", 1e-3, 0.9), ("grid", 2e-3, 0.5), ("grid", 2e-3, 0.9),
-                      ("lion", 1e-4, 0.9)]  # fmt: skip
+    assert values == [
+        ("grid", 1e-3, 0.5),
+        ("grid", 1e-3, 0.9),
+        ("grid", 2e-3, 0.5),
+        ("grid", 2e-3, 0.9),
+        ("lion", 1e-4, 0.9),
+    ]
 
 
 def test_a_field_that_is_read_under_one_kind_multiplies_only_that_kind() -> None:
@@ -57,23 +76,38 @@ def test_a_field_that_is_read_under_one_kind_multiplies_only_that_kind() -> None
 
 
 def test_every_setting_has_its_own_reference() -> None:
-    found = spec(axes={"data.batch": [2, 4], "model": ["quick", {"layers": 1}], "interventions": [
-        [], [{"kind": "partition_clip"}]], "clip_grad_norm": [1, None]})
+    found = spec(
+        axes={
+            "data.batch": [2, 4],
+            "model": ["quick", {"layers": 1}],
+            "interventions": [[], [{"kind": "partition_clip"}]],
+            "clip_grad_norm": [1, None],
+        }
+    )
     trials = found.expand()
     settings = {(t.data.batch, t.model, t.interventions, t.clip_grad_norm) for t in trials}
     assert len(settings) == 16 and len(trials) == 32
     assert sum(map(is_reference, trials)) == 16 and {t.model.layers for t in trials} == {1, MODELS["quick"].layers}
 
 
-@pytest.mark.parametrize(("when", "left_out"), [
-    ({"optimizer": "muon", "format": ["E7M0"]}, 2 * 2),
-    ({"optimizer.rung_clip": 3}, 2 * 2 * 2),
-    ({"optimizer.lr": {"low": 1.5e-3}, "format": "e5m2"}, (1 + 2) * 2),
-    ({"optimizer.lr": {"high": 1.5e-3}, "optimizer": "grid"}, 2 * 2 * 2),
-    ({"schedule.kind": "cosine"}, 0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("when", "left_out"),
+    [
+        ({"optimizer": "muon", "format": ["E7M0"]}, 2 * 2),
+        ({"optimizer.rung_clip": 3}, 2 * 2 * 2),
+        ({"optimizer.lr": {"low": 1.5e-3}, "format": "e5m2"}, (1 + 2) * 2),
+        ({"optimizer.lr": {"high": 1.5e-3}, "optimizer": "grid"}, 2 * 2 * 2),
+        ({"schedule.kind": "cosine"}, 0),
+    ],
+    ids=str,
+)
 def test_a_constraint_leaves_out_what_it_names_and_counts_it(when: dict, left_out: int) -> None:
-    space = {"formats": "E5M2,E7M0", "optimizers": "muon,grid", "seeds": 2,
-             "axes": {"optimizer.lr": [1e-3, 2e-3], "grid.rung_clip": [1, 3]}}  # fmt: skip
+    space = {
+        "formats": "E5M2,E7M0",
+        "optimizers": "muon,grid",
+        "seeds": 2,
+        "axes": {"optimizer.lr": [1e-3, 2e-3], "grid.rung_clip": [1, 3]},
+    }
     found = spec(**space, constraints=[{"name": "no_such", "when": when, "reason": "measured"}])
     (exclusion,) = [item for item in found.exclusions() if item.rule == "no_such"]
     assert (exclusion.trials, exclusion.reason) == (left_out, "measured")
@@ -126,8 +160,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "expected"), WRONG, ids=[text.replace("\n", " ") for text, _ in WRONG])
-def test_a_wrong_spec_is_one_clear_line(text: str, expected: list[str], tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_spec_is_one_clear_line(
+    text: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     arms = "" if "optimizers:" in text else "optimizers: grid\n"
     (tmp_path / "mine.yaml").write_text(f"formats: E5M2\n{arms}{text}\n")
@@ -146,14 +181,20 @@ def test_a_population_is_of_one_device_trials(flags: list[str], capsys: pytest.C
 
 
 def test_python_yaml_and_json_spell_the_same_sweep(tmp_path: Path) -> None:
-    said = {"axes": {"optimizer.beta2": [0.9, 0.95], "optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
-            "constraints": [{"name": "x", "when": {"optimizer.lr": {"high": 2e-4}, "format": "E7M0"}}],
-            "search": "random", "num_samples": 3, "formats": ["E5M2", "E7M0"], "optimizers": ["adamw"]}  # fmt: skip
+    said = {
+        "axes": {"optimizer.beta2": [0.9, 0.95], "optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+        "constraints": [{"name": "x", "when": {"optimizer.lr": {"high": 2e-4}, "format": "E7M0"}}],
+        "search": "random",
+        "num_samples": 3,
+        "formats": ["E5M2", "E7M0"],
+        "optimizers": ["adamw"],
+    }
     (tmp_path / "mine.json").write_text(json.dumps(said))
     (tmp_path / "mine.yaml").write_text(
         "formats: E5M2,E7M0\noptimizers: adamw\nsearch: random\nnum_samples: 3\naxes:\n  optimizer.beta2: [.9, .95]\n"
         "  optimizer.lr: {low: 1e-4, high: 1e-2, log: true}\nconstraints:\n- name: x\n"
-        "  when: {optimizer.lr: {high: 2e-4}, format: E7M0}\n")
+        "  when: {optimizer.lr: {high: 2e-4}, format: E7M0}\n"
+    )
     read = [resolve(SweepSpec(), {}, tmp_path / f"mine.{suffix}") for suffix in ("json", "yaml")]
     assert read[0] == read[1] == SweepSpec.model_validate(said | {"name": "mine"})
     assert SweepSpec.model_validate_json(read[0].model_dump_json()) == read[0]
@@ -165,14 +206,24 @@ def test_the_schema_takes_what_the_spec_takes_and_refuses_what_it_refuses(capsys
     assert schema == json.loads(json.dumps(json_schema()))
     check = jsonschema.Draft202012Validator(schema)
     check.check_schema(schema)
-    for said in ({"formats": "E5M2", "guards": "off", "model": "quick", "lrs": 0.1},
-                 {"axes": {"optimizer.lr": {"low": 1, "high": 2}}, "search": "random"},
-                 {"constraints": [{"name": "x", "when": {"format": "E5M2", "optimizer.lr": {"low": 0.1}}}]},
-                 {"guards": ["flip_yield/min < 0.2 for 3 after 50"]}, SweepSpec().model_dump(mode="json")):  # fmt: skip
+    for said in (
+        {"formats": "E5M2", "guards": "off", "model": "quick", "lrs": 0.1},
+        {"axes": {"optimizer.lr": {"low": 1, "high": 2}}, "search": "random"},
+        {"constraints": [{"name": "x", "when": {"format": "E5M2", "optimizer.lr": {"low": 0.1}}}]},
+        {"guards": ["flip_yield/min < 0.2 for 3 after 50"]},
+        SweepSpec().model_dump(mode="json"),
+    ):
         assert not list(check.iter_errors(said)), said
         SweepSpec.model_validate(said)
-    for said in ({"formts": "E5M2"}, {"steps": "many"}, {"search": "gird"}, {"model": {"layer": 3}},
-                 {"axes": {"optimizer.lr": 3}}, {"constraints": [{"when": {}}]}, {"pbt": {"quantile": 2}}):  # fmt: skip
+    for said in (
+        {"formts": "E5M2"},
+        {"steps": "many"},
+        {"search": "gird"},
+        {"model": {"layer": 3}},
+        {"axes": {"optimizer.lr": 3}},
+        {"constraints": [{"when": {}}]},
+        {"pbt": {"quantile": 2}},
+    ):
         assert list(check.iter_errors(said)), said
         with pytest.raises(ValidationError):
             SweepSpec.model_validate(said)

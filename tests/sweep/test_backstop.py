@@ -40,8 +40,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 SMALL = {
-    "steps": 100, "eval_interval": 100, "checkpoint_interval": 100, "data": {"batch": 4, "eval_batches": 1},
-    "model": {"layers": 2, "heads": 2, "width": 32, "block": 64}}  # fmt: skip
+    "steps": 100,
+    "eval_interval": 100,
+    "checkpoint_interval": 100,
+    "data": {"batch": 4, "eval_batches": 1},
+    "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
+}
 EXPECTED = {0: "nonfinite", 1: "rank_collapse", 2: "stalled"}
 LAYERS = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
 
@@ -49,8 +53,7 @@ LAYERS = {1: "lm_head", 2: "transformer.h.1.mlp.c_fc"}
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
 def test_planted_faults_end_by_name_inside_ray(planted: str, tmp_path: Path, worker_guards: bool) -> None:
-    spec = SweepSpec.model_validate({
-        "formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3} | SMALL)
+    spec = SweepSpec.model_validate({"formats": "E4M3,E7M0", "optimizers": "adamw,adamw_nearest", "seeds": 3} | SMALL)
     result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, address=planted))
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:
@@ -73,7 +76,8 @@ def test_planted_faults_end_by_name_inside_ray(planted: str, tmp_path: Path, wor
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
 def test_planted_faults_end_by_name_under_ray_train(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_guards: bool) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_guards: bool
+) -> None:
     monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, PLANT, FAULTS))
     spec = SweepSpec.model_validate({"formats": "E4M3", "optimizers": "adamw", "seeds": 3} | SMALL)
     options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train")

@@ -20,11 +20,23 @@ from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 SHA = "a" * 64
-SPACE = SweepSpec.model_validate({
-    "formats": "E5M2,E7M0", "optimizers": "adamw,grid,muon,manifold", "seeds": 2, "lrs": "1e-3,2e-3",
-    "axes": {"grid.rung_clip": [1, 3], "manifold.rounding": [None, "nearest"], "muon.lr": [0.01, 0.02],
-             "optimizer.weight_decay": [0.0, 0.1], "data.batch": [4, 8], "schedule.kind": ["cosine"]},
-    "policies": "uniform,head_bf16"})  # fmt: skip
+SPACE = SweepSpec.model_validate(
+    {
+        "formats": "E5M2,E7M0",
+        "optimizers": "adamw,grid,muon,manifold",
+        "seeds": 2,
+        "lrs": "1e-3,2e-3",
+        "axes": {
+            "grid.rung_clip": [1, 3],
+            "manifold.rounding": [None, "nearest"],
+            "muon.lr": [0.01, 0.02],
+            "optimizer.weight_decay": [0.0, 0.1],
+            "data.batch": [4, 8],
+            "schedule.kind": ["cosine"],
+        },
+        "policies": "uniform,head_bf16",
+    }
+)
 
 
 def enter(ledger: Ledger, trials: dict[str, TrainConfig], losses: dict[str, float]) -> None:
@@ -61,14 +73,18 @@ def test_every_configuration_of_a_space_is_exported_to_its_own_ids(ledger: Ledge
     assert seen == {"adamw", "grid", "muon", "manifold", "manifold_nearest"}
 
 
-def test_the_best_is_by_mean_over_seeds_of_those_that_ran_through(ledger: Ledger, tmp_path: Path,
-                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_is_by_mean_over_seeds_of_those_that_ran_through(
+    ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = SweepSpec.model_validate({"formats": "E5M2", "optimizers": "grid", "lrs": "1e-3,2e-3,3e-3,4e-3", "seeds": 2})
     trials = spec.trials(SHA)
     own = [name for name, config in trials.items() if config.format == "E5M2"]
     references = [name for name in trials if name not in own]
-    enter(ledger, trials, dict.fromkeys(references, 0.5) | dict(zip(
-        own, (2.0, 2.2, 1.0, 3.0, math.nan, 0.1, 0.2), strict=False)))
+    enter(
+        ledger,
+        trials,
+        dict.fromkeys(references, 0.5) | dict(zip(own, (2.0, 2.2, 1.0, 3.0, math.nan, 0.1, 0.2), strict=False)),
+    )
     winner = find_best(ledger)
     assert winner.trial_ids == tuple(own[2:4]) or winner.trial_ids == tuple(own[:2])
     assert (winner.mean, winner.rivals) == (2.0, 2), "one has a NaN, one lacks a seed, references do not compete"
@@ -88,10 +104,12 @@ def test_the_best_is_by_mean_over_seeds_of_those_that_ran_through(ledger: Ledger
         assert said in error and error.count("\n") == 1
 
 
-def test_what_took_over_from_others_is_no_configuration_to_export(ledger: Ledger, tmp_path: Path,
-                                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    spec = SweepSpec.model_validate({"formats": "E5M2", "optimizers": "grid", "lrs": "1e-3,2e-3", "seeds": 1,
-                                     "scheduler": "pbt"})  # fmt: skip
+def test_what_took_over_from_others_is_no_configuration_to_export(
+    ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = SweepSpec.model_validate(
+        {"formats": "E5M2", "optimizers": "grid", "lrs": "1e-3,2e-3", "seeds": 1, "scheduler": "pbt"}
+    )
     trials = spec.trials(SHA)
     first, second = [name for name in trials if name.startswith("pbt-")]
     enter(ledger, trials, dict.fromkeys(trials, 3.0) | {second: 1.0})
@@ -106,9 +124,9 @@ def test_what_took_over_from_others_is_no_configuration_to_export(ledger: Ledger
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_results_of_older_numerics_are_named_and_not_used(recorded: bool, ledger: Ledger, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_of_older_numerics_are_named_and_not_used(
+    recorded: bool, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = SweepSpec.model_validate({"formats": "E5M2", "optimizers": "grid", "seeds": 2})
     with monkeypatch.context() as older:
         older.setattr(config_module, "NUMERICS_VERSION", 1)

@@ -11,12 +11,15 @@ from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
 
 
-@pytest.mark.parametrize(("budget", "gpus", "message"), [
-    (Budget(hours=0.0), 0, "--max-hours: 0 is not allowed"),
-    (Budget(usd=0.0, usd_per_gpu_hour=2.0), 1, "--max-usd: 0 is not allowed"),
-    (Budget(gpu_hours=3.0), 0, "without --gpus-per-trial"),
-    (Budget(usd=3.0), 1, "without --usd-per-gpu-hour"),
-])
+@pytest.mark.parametrize(
+    ("budget", "gpus", "message"),
+    [
+        (Budget(hours=0.0), 0, "--max-hours: 0 is not allowed"),
+        (Budget(usd=0.0, usd_per_gpu_hour=2.0), 1, "--max-usd: 0 is not allowed"),
+        (Budget(gpu_hours=3.0), 0, "without --gpus-per-trial"),
+        (Budget(usd=3.0), 1, "without --usd-per-gpu-hour"),
+    ],
+)
 def test_caps_that_cap_nothing_are_refused(budget: Budget, gpus: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         budget.check(gpus)
@@ -42,11 +45,23 @@ def test_spending_adds_up_over_runs_that_were_killed(tmp_path: Path) -> None:
 
 
 def test_a_sweep_ends_as_budget_survives_a_restart_and_goes_on_when_the_cap_is_lifted(
-        tmp_path: Path, running_ray: str) -> None:
-    spec = SweepSpec.model_validate({
-        "name": "small", "formats": "BF16", "optimizers": "adamw", "seeds": 3, "steps": 400, "guards": "off",
-        "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-        "log_interval": 10, "eval_interval": 50, "checkpoint_interval": 10})
+    tmp_path: Path, running_ray: str
+) -> None:
+    spec = SweepSpec.model_validate(
+        {
+            "name": "small",
+            "formats": "BF16",
+            "optimizers": "adamw",
+            "seeds": 3,
+            "steps": 400,
+            "guards": "off",
+            "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 10,
+            "eval_interval": 50,
+            "checkpoint_interval": 10,
+        }
+    )
     out = tmp_path / "sweep"
     tight = RunOptions(out=out, max_concurrent=1, budget=Budget(hours=4 / 3600), address=running_ray)
     ended = run_sweep(spec, tight)

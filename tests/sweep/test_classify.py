@@ -13,8 +13,20 @@ from altgrad.sweep.resolve import resolve
 from altgrad.sweep.spec import PRESETS, SweepSpec
 from altgrad.training.config import MODELS
 
-SMALL = ["--task", "classify", "--data", "synthetic", "--formats", "E5M2", "--optimizers", "adamw,manifold",
-         "--seeds", "2", "--steps", "40"]
+SMALL = [
+    "--task",
+    "classify",
+    "--data",
+    "synthetic",
+    "--formats",
+    "E5M2",
+    "--optimizers",
+    "adamw,manifold",
+    "--seeds",
+    "2",
+    "--steps",
+    "40",
+]
 FILE = """
 log_interval: 10
 eval_interval: 20
@@ -29,7 +41,10 @@ def test_every_size_has_a_shape_for_both_tasks(size: str):
     assert found.task == "classify" and found.steps == CLASSIFY[size]["steps"]
     assert found.model == CLASSIFY[size]["model"] and found.data.tokenizer == CLASSIFY[size]["data"]["tokenizer"]
     assert (found.formats, found.optimizers, found.seeds) == (
-        PRESETS[size].formats, PRESETS[size].optimizers, PRESETS[size].seeds)
+        PRESETS[size].formats,
+        PRESETS[size].optimizers,
+        PRESETS[size].seeds,
+    )
     back = for_task(found, "lm")
     assert back.task == "lm" and back.data.tokenizer == "bytes" and back.schedule == PRESETS[size].schedule
 
@@ -37,8 +52,10 @@ def test_every_size_has_a_shape_for_both_tasks(size: str):
 def test_the_same_task_changes_nothing_and_what_is_said_wins(tmp_path: Path):
     assert resolve(SweepSpec(), {"task": "lm"}) == SweepSpec()
     file = tmp_path / "s.yaml"
-    file.write_text("task: classify\nsteps: 60\ndata: {source: synthetic, tokenizer: bytes}\n"
-                    "eval_interval: 20\ncheckpoint_interval: 20\n")
+    file.write_text(
+        "task: classify\nsteps: 60\ndata: {source: synthetic, tokenizer: bytes}\n"
+        "eval_interval: 20\ncheckpoint_interval: 20\n"
+    )
     found = resolve(SweepSpec(), {"data.label_field": "topics"}, file)
     assert (found.steps, found.data.tokenizer, found.data.label_field) == (60, "bytes", "topics")
     assert found.model == CLASSIFY["quick"]["model"]
@@ -57,8 +74,10 @@ def test_a_model_goes_by_its_name():
         (["--tokenizer", "words"], ["tokenizer='words-8000'", "bytes or bpe"]),
         (["--model", "gpt-50"], ["--model", "'gpt-50'", "nearest: gpt-50m"]),
         (["--task", "classify", "--data", "syntetic"], ["--data", "'syntetic'", "nearest: synthetic"]),
-        (["--task", "classify", "--data", "a.jsonl", "--label-field", "label"],
-         ["a.jsonl", "'label'", "nearest: labels"]),
+        (
+            ["--task", "classify", "--data", "a.jsonl", "--label-field", "label"],
+            ["a.jsonl", "'label'", "nearest: labels"],
+        ),
     ],
 )
 def test_bad_flags_end_with_2_and_one_line(tmp_path: Path, monkeypatch, capsys, arguments, expected):
@@ -93,8 +112,10 @@ def test_a_sweep_ends_in_f1_per_format_and_optimizer_with_intervals(tmp_path: Pa
 def test_a_ledger_of_an_earlier_version_gains_the_columns(tmp_path: Path):
     path = tmp_path / "ledger.sqlite"
     with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE rows (trial_id TEXT, step INTEGER, train_loss REAL, layers TEXT, "
-                           "PRIMARY KEY (trial_id, step)) WITHOUT ROWID")
+        connection.execute(
+            "CREATE TABLE rows (trial_id TEXT, step INTEGER, train_loss REAL, layers TEXT, "
+            "PRIMARY KEY (trial_id, step)) WITHOUT ROWID"
+        )
     with Ledger(path) as ledger:
         ledger.record_rows("t", [{"step": 1, **dict.fromkeys(ROW_SIGNALS, 0.5)}])
         assert ledger.signal("t", "f1_macro") == [(1, 0.5)]

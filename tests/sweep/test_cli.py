@@ -72,8 +72,8 @@ BAD = [
 @pytest.mark.parametrize(("flags", "expected"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
 @pytest.mark.parametrize("entry", ["command", "sweep file"])
 def test_bad_input_is_one_clear_line_and_touches_nothing(
-        flags: list[str], expected: list[str], entry: str, elsewhere: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    flags: list[str], expected: list[str], entry: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (elsewhere / "missing.text").write_text("a text")
     (elsewhere / "bad.yaml").write_text("formts: [E5M2]")
     (elsewhere / "elsewhere.json").write_text('{"data": {"source": "mising.text"}}')
@@ -91,10 +91,12 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(
     assert sorted(elsewhere.rglob("*")) == before
 
 
-def test_auto_without_a_cluster_leaves_no_folder(elsewhere: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_without_a_cluster_leaves_no_folder(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def nobody(**_: object) -> None:
         raise ConnectionError("Could not find any running Ray instance.")
+
     monkeypatch.setattr("ray.init", nobody)
     assert main(["run", "--address", "auto"]) == 2
     assert "--address: 'auto': no Ray cluster answers" in capsys.readouterr().err
@@ -102,8 +104,7 @@ def test_auto_without_a_cluster_leaves_no_folder(elsewhere: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("flags", [["--out", "taken"], ["--out", "afile/sub"]])
-def test_a_plan_finds_what_a_run_would(flags: list[str], elsewhere: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_finds_what_a_run_would(flags: list[str], elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (elsewhere / "afile").touch()
     (elsewhere / "taken").mkdir()
     (elsewhere / "taken" / "thesis.tex").touch()
@@ -111,8 +112,9 @@ def test_a_plan_finds_what_a_run_would(flags: list[str], elsewhere: Path,
     assert "--out" in capsys.readouterr().err
 
 
-def test_a_plan_says_which_text_is_left_aside(elsewhere: Path, capsys: pytest.CaptureFixture[str],
-                                              unmeasured: None) -> None:
+def test_a_plan_says_which_text_is_left_aside(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], unmeasured: None
+) -> None:
     for name in ("train", "test"):
         (elsewhere / f"{name}.txt").write_text("words " * 1000)
     assert main(["plan", "--data", "."]) == 0
@@ -121,8 +123,9 @@ def test_a_plan_says_which_text_is_left_aside(elsewhere: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("content", ["", "garbage " * 100])
 @pytest.mark.parametrize("command", ["status", "why", "report"])
-def test_a_ledger_that_is_none_is_one_clear_line(command: str, content: str, elsewhere: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ledger_that_is_none_is_one_clear_line(
+    command: str, content: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (elsewhere / "ledger.sqlite").write_text(content)
     assert main([command, str(elsewhere)]) == 2
     captured = capsys.readouterr()
@@ -139,15 +142,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 
 def test_bad_input_loads_no_ray() -> None:
-    code = ("import sys; from altgrad.cli import main; rc = main(['run', '--seeds', '0']); "
-            "print(rc, 'ray' in sys.modules)")
+    code = (
+        "import sys; from altgrad.cli import main; rc = main(['run', '--seeds', '0']); print(rc, 'ray' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]
 
 
-def test_an_unreadable_folder_is_found_beforehand(
-    elsewhere: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_folder_is_found_beforehand(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     (elsewhere / "closed").mkdir(mode=0o555)
@@ -223,9 +225,7 @@ def test_why_tells_the_reason(sweep: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["why", str(sweep), "zzz"]) == 2
 
 
-def test_a_folder_without_a_sweep_names_its_neighbour(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_a_sweep_names_its_neighbour(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("status", "why", "report"):
         assert main([command, str(sweep.parent / "mnie")]) == 2
         assert "nearest: mine" in capsys.readouterr().err
@@ -239,12 +239,19 @@ def test_formats_and_doctor_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("variable", "words", "address"), [
-    (None, [], "local"), ("10.0.0.1:6379", [], "auto"), ("10.0.0.1:6379", ["--address", "local"], "local"),
-    ("http://10.0.0.1:8265", [], "local"), ("local", [], "local"),
-])
-def test_in_a_ray_job_the_default_is_the_jobs_cluster(variable: str | None, words: list[str], address: str,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "words", "address"),
+    [
+        (None, [], "local"),
+        ("10.0.0.1:6379", [], "auto"),
+        ("10.0.0.1:6379", ["--address", "local"], "local"),
+        ("http://10.0.0.1:8265", [], "local"),
+        ("local", [], "local"),
+    ],
+)
+def test_in_a_ray_job_the_default_is_the_jobs_cluster(
+    variable: str | None, words: list[str], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)

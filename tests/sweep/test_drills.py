@@ -24,10 +24,22 @@ STEPS = 1500
 
 
 def small(**changes: object) -> SweepSpec:
-    return SweepSpec.model_validate({
-        "name": "small", "formats": "E5M2", "optimizers": "adamw", "seeds": 2, "steps": STEPS, "guards": "off",
-        "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-        "log_interval": 10, "eval_interval": 500, "checkpoint_interval": 10} | changes)
+    return SweepSpec.model_validate(
+        {
+            "name": "small",
+            "formats": "E5M2",
+            "optimizers": "adamw",
+            "seeds": 2,
+            "steps": STEPS,
+            "guards": "off",
+            "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 10,
+            "eval_interval": 500,
+            "checkpoint_interval": 10,
+        }
+        | changes
+    )
 
 
 def is_whole(out: Path, trials: int, steps: int = STEPS) -> bool:
@@ -81,8 +93,10 @@ def test_trials_of_a_lost_node_go_on_elsewhere(tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
     second = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     try:
-        thread = once(lambda: len(list((out / "trials").glob("*/checkpoint/state.pt"))) >= 2,
-                      lambda: cluster.remove_node(second, allow_graceful=False))
+        thread = once(
+            lambda: len(list((out / "trials").glob("*/checkpoint/state.pt"))) >= 2,
+            lambda: cluster.remove_node(second, allow_graceful=False),
+        )
         result = run_sweep(small(), RunOptions(out=out, address=cluster.address, max_concurrent=2))
         thread.join(30)
         assert not thread.is_alive()
@@ -125,8 +139,9 @@ DRIVER = [sys.executable, "-m", "altgrad", "run"]
 def driver(spec: SweepSpec, out: Path, *more: str) -> subprocess.Popen[str]:
     path = out.with_suffix(".json")
     path.write_text(spec.model_dump_json())
-    return subprocess.Popen([*DRIVER, str(path), "--out", str(out), *more],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*DRIVER, str(path), "--out", str(out), *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_a_driver_killed_twice_loses_nothing(tmp_path: Path) -> None:
@@ -185,6 +200,7 @@ def test_a_diverged_group_loses_its_race_and_the_good_one_reaches_the_end(tmp_pa
     result = run_sweep(spec, RunOptions(out=tmp_path / "sweep"))
     with Ledger(result.out / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
-    endings = {(row["lr"], row["seed"]): str(outcomes[name].kind) for name, row in trials.items()
-               if row["format"] == "E5M2"}
+    endings = {
+        (row["lr"], row["seed"]): str(outcomes[name].kind) for name, row in trials.items() if row["format"] == "E5M2"
+    }
     assert endings == {(1e-3, 0): "done", (1e-3, 1): "done", (1e30, 0): "pruned", (1e30, 1): "pruned"}

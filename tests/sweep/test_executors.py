@@ -19,9 +19,17 @@ from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
 
-CONFIG = TrainConfig.model_validate({
-    "steps": 10, "log_interval": 5, "eval_interval": 5, "checkpoint_interval": 5, "format": "E5M2",
-    "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1}})
+CONFIG = TrainConfig.model_validate(
+    {
+        "steps": 10,
+        "log_interval": 5,
+        "eval_interval": 5,
+        "checkpoint_interval": 5,
+        "format": "E5M2",
+        "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+        "data": {"batch": 2, "eval_batches": 1},
+    }
+)
 
 
 def request(folder: Path) -> dict[str, Any]:
@@ -50,12 +58,15 @@ def test_a_reused_actor_frees_the_old_folder_and_runs_the_new(actor: TrialActor,
     assert (tmp_path / "b" / "outcome.json").exists() and not (tmp_path / "a" / "outcome.json").exists()
 
 
-@pytest.mark.parametrize(("error", "kind"), [
-    (MemoryError("no room"), OutcomeKind.OOM), (KeyError("planted"), OutcomeKind.BUG)])
-def test_an_error_is_an_outcome_with_its_traceback(actor: TrialActor, tmp_path: Path, error: Exception,
-                                                   kind: OutcomeKind, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind"), [(MemoryError("no room"), OutcomeKind.OOM), (KeyError("planted"), OutcomeKind.BUG)]
+)
+def test_an_error_is_an_outcome_with_its_traceback(
+    actor: TrialActor, tmp_path: Path, error: Exception, kind: OutcomeKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error
+
     monkeypatch.setattr(executors, "Trainer", broken)
     assert actor.step() == {"step": 0, "outcome": str(kind), "done": True}
     written = Outcome.from_dict(json.loads((tmp_path / "a" / "outcome.json").read_text()))
@@ -68,8 +79,9 @@ def test_an_error_is_an_outcome_with_its_traceback(actor: TrialActor, tmp_path: 
     assert not (tmp_path / "a" / "traceback.txt").exists()
 
 
-def test_out_of_memory_is_first_answered_by_smaller_pieces(actor: TrialActor, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_first_answered_by_smaller_pieces(
+    actor: TrialActor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, seen = executors.Trainer, list[int]()
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
@@ -77,23 +89,29 @@ def test_out_of_memory_is_first_answered_by_smaller_pieces(actor: TrialActor, tm
         if seen[-1] == 1:
             raise MemoryError("no room")
         return real(*args, **kwargs)
+
     monkeypatch.setattr(executors, "Trainer", scarce)
     assert [actor.step()["step"], actor.step()["outcome"]] == [5, "done"] and seen == [1, 2]
     assert json.loads((tmp_path / "a" / "config.json").read_text())["micro_batches"] == 2
 
 
-def test_a_folder_that_another_process_owns_is_rays_to_retry(actor: TrialActor, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_process_owns_is_rays_to_retry(
+    actor: TrialActor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("altgrad.training.record.LOCK_WAIT_SECONDS", 0.2)
     with TrialFolder(tmp_path / "a"), pytest.raises(TimeoutError):
         actor.step()
     assert not (tmp_path / "a" / "outcome.json").exists()
 
 
-@pytest.mark.parametrize(("text", "kind"), [
-    ("The actor died.\nThe worker process has died.", OutcomeKind.NODE_LOST),
-    ("ray.exceptions.OutOfMemoryError: task was killed", OutcomeKind.OOM),
-    ("TimeoutError: folder has been owned", OutcomeKind.TIMEOUT)])
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("The actor died.\nThe worker process has died.", OutcomeKind.NODE_LOST),
+        ("ray.exceptions.OutOfMemoryError: task was killed", OutcomeKind.OOM),
+        ("TimeoutError: folder has been owned", OutcomeKind.TIMEOUT),
+    ],
+)
 def test_rays_words_tell_the_kind_of_a_fault(tmp_path: Path, text: str, kind: OutcomeKind) -> None:
     (tmp_path / "error.txt").write_text(text)
     outcome = _fault(SimpleNamespace(error_file=str(tmp_path / "error.txt"), last_result={"step": 7}))
@@ -106,8 +124,9 @@ def test_three_equal_errors_break_the_sweep_and_different_ones_do_not(tmp_path: 
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.add_trials(trials, "0" * 64)
         breaker = Breaker()
-        follower = Follower(Recorder(ledger, tmp_path), Progress(trials, 4, live=False),
-                            HealthScheduler(trials), breaker)
+        follower = Follower(
+            Recorder(ledger, tmp_path), Progress(trials, 4, live=False), HealthScheduler(trials), breaker
+        )
         for trial_id, message in zip("abcd", ("x", "y", "x", "x"), strict=True):
             assert not breaker.stop_all()
             with TrialFolder(tmp_path / trial_id) as folder:

@@ -70,7 +70,8 @@ def test_the_manifest_names_versions_and_machine() -> None:
 
 
 def test_a_path_through_a_file_and_the_folder_one_stands_in_are_refused(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FolderError, match="file is a file"):
         check_folder(tmp_path / "file" / "sub")

@@ -28,9 +28,15 @@ class World:
 
     def __init__(self) -> None:
         self.now, self.removed, self.groups = 0.0, list[str](), dict[str, Group]()
-        self.watch = GroupWatch(WORKER, grace=30, patience=10, clock=lambda: self.now,
-                                read=lambda: self.groups.values(), remove=self.remove,
-                                sizes=lambda: ({"CPU": 4.0}, {"CPU": 0.5}))
+        self.watch = GroupWatch(
+            WORKER,
+            grace=30,
+            patience=10,
+            clock=lambda: self.now,
+            read=lambda: self.groups.values(),
+            remove=self.remove,
+            sizes=lambda: ({"CPU": 4.0}, {"CPU": 0.5}),
+        )
 
     def remove(self, name: str) -> None:
         self.removed.append(name)
@@ -127,6 +133,7 @@ def test_line_and_status_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_in_a_real_ray_a_dead_actors_group_is_freed_and_a_large_one_says_what_it_lacks() -> None:
     ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
     try:
+
         @ray.remote(num_cpus=0)
         class Driver:
             def make(self) -> str:

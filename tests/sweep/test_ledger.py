@@ -23,9 +23,7 @@ def ledger(tmp_path: Path):
 
 @pytest.mark.parametrize("value", [1.5, math.inf, -math.inf, math.nan])
 def test_rows_and_outcomes_round_trip(ledger: Ledger, value: float) -> None:
-    ledger.record_rows(
-        "t", [{"step": 1, "train_loss": value}, {"step": 2, "val_loss": 3.0, "layers": {"a": {}}}]
-    )
+    ledger.record_rows("t", [{"step": 1, "train_loss": value}, {"step": 2, "val_loss": 3.0, "layers": {"a": {}}}])
     outcome = Outcome(kind=OutcomeKind.NONFINITE, step=2, signal="train_loss", value=value, train_loss=value)
     ledger.record_outcome("t", outcome)
     ((step, loss),) = ledger.signal("t", "train_loss")
@@ -57,20 +55,14 @@ ENDING = [rule for rule in DEFAULT_GUARDS if rule.kind != "warning"]
 
 @pytest.mark.parametrize("rule", ENDING, ids=lambda rule: rule.signal)
 def test_a_guards_ending_holds_while_the_guard_is_in_force(ledger: Ledger, rule) -> None:
-    ledger.record_outcome(
-        "t", Outcome(kind=OutcomeKind(rule.kind), step=40, signal=rule.signal, limit=rule.limit)
-    )
+    ledger.record_outcome("t", Outcome(kind=OutcomeKind(rule.kind), step=40, signal=rule.signal, limit=rule.limit))
     assert not left(ledger)
     assert left(ledger, guards=())
     assert left(ledger, guards=tuple(other for other in DEFAULT_GUARDS if other != rule))
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in OutcomeKind if kind not in GUARD_KINDS | {OutcomeKind.DONE}]
-)
-def test_interruptions_and_bugs_are_tried_again_and_pruning_is_final(
-    ledger: Ledger, kind: OutcomeKind
-) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in OutcomeKind if kind not in GUARD_KINDS | {OutcomeKind.DONE}])
+def test_interruptions_and_bugs_are_tried_again_and_pruning_is_final(ledger: Ledger, kind: OutcomeKind) -> None:
     ledger.record_outcome("t", Outcome(kind=kind, step=40))
     assert left(ledger) == (kind is not OutcomeKind.PRUNED)
 

@@ -32,13 +32,32 @@ def by_hand() -> set[tuple[str, str, str, float | None]]:
 def test_the_plan_of_everything_counts_what_a_hand_count_finds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], unmeasured: None
 ) -> None:
-    spec = SweepSpec.model_validate({"formats": "all", "optimizers": "all", "policies": ",".join(POLICIES),
-                                     "rung_clip": CLIPS, "seeds": SEEDS})
+    spec = SweepSpec.model_validate(
+        {"formats": "all", "optimizers": "all", "policies": ",".join(POLICIES), "rung_clip": CLIPS, "seeds": SEEDS}
+    )
     expected = by_hand()
     found = {(c.format, c.arm, c.policy, getattr(c.optimizer, "rung_clip", None)) for c in spec.expand()}
     assert found == expected and len(spec.expand()) == len(expected) * SEEDS
-    assert main(["plan", "--formats", "all", "--optimizers", "all", "--policies", ",".join(POLICIES), "--rung-clip",
-                 "1,3,10", "--seeds", "6", "--out", str(tmp_path / "none")]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--formats",
+                "all",
+                "--optimizers",
+                "all",
+                "--policies",
+                ",".join(POLICIES),
+                "--rung-clip",
+                "1,3,10",
+                "--seeds",
+                "6",
+                "--out",
+                str(tmp_path / "none"),
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert f"{len(expected) * SEEDS} trials of 100 steps" in text and not (tmp_path / "none").exists()
     everything = len(ALL_FORMATS) * len(POLICIES) * (len(ARMS) + 2 * (len(CLIPS) - 1)) * SEEDS
@@ -66,8 +85,24 @@ def test_power_is_that_of_the_paired_t_test() -> None:
 
 
 def test_a_probe_measures_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--formats", "BF16", "--optimizers", "adamw", "--seeds", "1", "--steps", "20",
-                 "--out", str(tmp_path / "none")]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--formats",
+                "BF16",
+                "--optimizers",
+                "adamw",
+                "--seeds",
+                "1",
+                "--steps",
+                "20",
+                "--out",
+                str(tmp_path / "none"),
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "estimate: " in text and "1 cost classes, measured by 20 steps each" in text
     assert not (tmp_path / "none").exists()

@@ -14,9 +14,16 @@ from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 SHA = "a" * 64
-SPEC = SweepSpec.model_validate({
-    "formats": "E5M2", "optimizers": "grid,adamw", "seeds": 2, "lrs": "1e-3,2e-3,4e-3,8e-3", "scheduler": "pbt",
-    "pbt": {"interval": 20}})  # fmt: skip
+SPEC = SweepSpec.model_validate(
+    {
+        "formats": "E5M2",
+        "optimizers": "grid,adamw",
+        "seeds": 2,
+        "lrs": "1e-3,2e-3,4e-3,8e-3",
+        "scheduler": "pbt",
+        "pbt": {"interval": 20},
+    }
+)
 TRIALS = SPEC.trials(SHA)
 GRID = [name for name, config in TRIALS.items() if config.arm == "grid" and config.seed == 0]
 LOSSES = dict(zip(GRID, (3.0, 1.0, 2.0, math.nan), strict=True))
@@ -30,8 +37,12 @@ def out(tmp_path: Path) -> Iterator[tuple[Ledger, Path]]:
 
 
 def write(folder: Path, name: str, step: int) -> None:
-    state = {"step": step, "seconds": float(GRID.index(name)), "model": name,
-             "optimizer": {"param_groups": [{"lr": 1.0, "rung_clip": 10.0}]}}  # fmt: skip
+    state = {
+        "step": step,
+        "seconds": float(GRID.index(name)),
+        "model": name,
+        "optimizer": {"param_groups": [{"lr": 1.0, "rung_clip": 10.0}]},
+    }
     save_checkpoint(folder / name / "checkpoint", state)
 
 
@@ -91,14 +102,16 @@ def test_the_next_attempt_trains_with_the_values_taken_over(out: tuple[Ledger, P
     assert type(config).model_validate_json(population.adjusted(GRID[1], same)["config"]) == TRIALS[GRID[1]]
 
 
-def test_an_exchange_that_a_killed_driver_began_is_finished(out: tuple[Ledger, Path],
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exchange_that_a_killed_driver_began_is_finished(
+    out: tuple[Ledger, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger, folder = out
     for name in GRID:
         arrive(ledger, folder, name)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
+
     with monkeypatch.context() as planted:
         planted.setattr("altgrad.sweep.population.save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -112,7 +125,7 @@ def test_an_exchange_that_a_killed_driver_began_is_finished(out: tuple[Ledger, P
 
 
 def test_a_step_recorded_without_its_checkpoint_is_trained_again_before_others_take_it_over(
-    out: tuple[Ledger, Path]
+    out: tuple[Ledger, Path],
 ) -> None:
     ledger, folder = out
     for name in GRID:

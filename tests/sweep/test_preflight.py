@@ -31,8 +31,11 @@ def test_rays_own_words_on_versions_and_tokens_become_a_line() -> None:
 
 def test_room_is_counted_by_node() -> None:
     worker = {"CPU": 0.9, "GPU": 1.0}
-    nodes = [{"Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Resources": {"CPU": 1.0, "GPU": 4.0}},
-             {"Resources": {"CPU": 64.0}}]
+    nodes = [
+        {"Resources": {"CPU": 8.0, "GPU": 2.0}},
+        {"Resources": {"CPU": 1.0, "GPU": 4.0}},
+        {"Resources": {"CPU": 64.0}},
+    ]
     assert not list(preflight.lack_of_room(worker, 3, nodes))
     (note,) = preflight.lack_of_room(worker, 4, nodes)
     assert "4 x (0.9 CPU + 1 GPU)" in note and "hold 3 of them" in note
@@ -40,8 +43,10 @@ def test_room_is_counted_by_node() -> None:
 
 @pytest.mark.slow
 def test_a_real_cluster_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False},
+    )
     cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     try:
         options = RunOptions(out=tmp_path / "new" / "out", address=cluster.address)
@@ -52,6 +57,7 @@ def test_a_real_cluster_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyP
         @contextlib.contextmanager
         def unseen(**_: object) -> Iterator[SimpleNamespace]:
             yield SimpleNamespace(name=str(tmp_path / "only-here"))
+
         monkeypatch.setattr(preflight.tempfile, "NamedTemporaryFile", unseen)
         with pytest.raises(SpecError, match=r"--out: .* is not on shared storage: node"):
             reach(options)

@@ -50,9 +50,7 @@ def test_the_line_counts_earlier_and_present_endings(clock: list[float]) -> None
     assert shown.line().startswith("7/10 trials ended (1 stalled by flip_yield), 1 running, 2 waiting")
 
 
-def test_a_pipe_gets_a_line_at_most_every_ten_seconds(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pipe_gets_a_line_at_most_every_ten_seconds(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(TRIALS, len(TRIALS), live=False) as shown:
         for step in range(1, 101):
             clock[0] += 0.25

@@ -51,9 +51,7 @@ class Bench:
 
     def end(self, name: str, step: int, kind: str) -> None:
         self.scheduler.on_trial_add(None, self._trial(name))
-        self.scheduler.on_trial_complete(
-            None, self._trial(name), {"step": step, "outcome": kind, "done": True}
-        )
+        self.scheduler.on_trial_complete(None, self._trial(name), {"step": step, "outcome": kind, "done": True})
 
     def pause(self, name: str, step: int, loss: float) -> None:
         """The trial has come to the rung and gives its slot back."""
@@ -88,7 +86,11 @@ def test_all_wait_for_the_last_and_then_the_worse_groups_stop_whole_with_their_r
     assert bench.scheduler.pruned() == []
     verdict = bench.scheduler.verdicts["E5M2-4-0"]
     assert (verdict.kind, verdict.signal, verdict.step, verdict.first_seen) == (
-        OutcomeKind.PRUNED, "val_loss", 40, RUNG)
+        OutcomeKind.PRUNED,
+        "val_loss",
+        40,
+        RUNG,
+    )
     assert verdict.value == 5.0 and verdict.limit == pytest.approx(2.1) and verdict.val_loss == 1.0
     assert bench.waiting("E5M2-1") == [False, False]
     assert bench.race.pause_step("E5M2-1-0") is None, "alone, it runs to its end"
@@ -219,20 +221,25 @@ def test_the_backstop_waits_for_the_worker_then_stops_with_the_guards_own_rule()
     assert bench.report("E5M2-1-0", 20, train_loss=math.nan) == "STOP"
     verdict = bench.scheduler.verdicts["E5M2-1-0"]
     assert (verdict.kind, verdict.signal, verdict.limit, verdict.step, verdict.first_seen) == (
-        OutcomeKind.NONFINITE, "train_loss", None, 20, 10)
+        OutcomeKind.NONFINITE,
+        "train_loss",
+        None,
+        20,
+        10,
+    )
 
 
 @pytest.mark.parametrize("second", [2.0, 3.5])
 def test_the_backstop_forgets_when_the_loss_is_finite_again(second: float) -> None:
     bench = Bench(race=False)
     losses = (math.inf, second, math.nan)
-    assert [bench.report("E5M2-1-0", 10 * i, train_loss=loss) for i, loss in enumerate(losses, 1)] == [
-        "CONTINUE"
-    ] * 3
+    assert [bench.report("E5M2-1-0", 10 * i, train_loss=loss) for i, loss in enumerate(losses, 1)] == ["CONTINUE"] * 3
 
 
-@pytest.mark.parametrize(("signal", "value", "kind", "checks"), [
-    ("flip_yield", 0.05, "stalled", 4), ("spread_ratio", 0.1, "rank_collapse", 3), ("frozen", 1, "stalled", 3)])
+@pytest.mark.parametrize(
+    ("signal", "value", "kind", "checks"),
+    [("flip_yield", 0.05, "stalled", 4), ("spread_ratio", 0.1, "rank_collapse", 3), ("frozen", 1, "stalled", 3)],
+)
 def test_the_backstop_knows_every_rule_that_ends_a_run(signal: str, value: float, kind: str, checks: int) -> None:
     bench = Bench(race=False)
     layers = {"lm_head": {signal: value}, "other": {signal: math.nan}}
@@ -258,6 +265,4 @@ def test_a_guard_stopped_trial_enters_no_rung_with_a_number() -> None:
 def test_with_guards_off_a_diverged_trial_runs_on() -> None:
     trials = {name: config.model_copy(update={"guards": ()}) for name, config in TRIALS.items()}
     bench = Bench(race=False, trials=trials)
-    assert {bench.report("E5M2-1-0", step, train_loss=math.nan) for step in range(10, 100, 10)} == {
-        "CONTINUE"
-    }
+    assert {bench.report("E5M2-1-0", step, train_loss=math.nan) for step in range(10, 100, 10)} == {"CONTINUE"}

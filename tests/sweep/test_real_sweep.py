@@ -20,15 +20,28 @@ TINY = {"layers": 1, "heads": 1, "width": 16, "block": 16}
 
 
 def tiny(**changes: object) -> SweepSpec:
-    return SweepSpec.model_validate({
-        "name": "tiny", "formats": "E5M2", "optimizers": "grid", "seeds": 1, "steps": 10, "model": TINY,
-        "data": {"batch": 2, "eval_batches": 1}, "log_interval": 5, "eval_interval": 5,
-        "checkpoint_interval": 5} | changes)
+    return SweepSpec.model_validate(
+        {
+            "name": "tiny",
+            "formats": "E5M2",
+            "optimizers": "grid",
+            "seeds": 1,
+            "steps": 10,
+            "model": TINY,
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 5,
+            "eval_interval": 5,
+            "checkpoint_interval": 5,
+        }
+        | changes
+    )
 
 
 def steps_in_files(out: Path) -> dict[str, list[int]]:
-    return {path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
-            for path in (out / "trials").glob("*/metrics.jsonl")}
+    return {
+        path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        for path in (out / "trials").glob("*/metrics.jsonl")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +64,16 @@ def test_the_folder_says_what_ran_on_what_and_keeps_no_scratch(first: SweepResul
     assert found["trials"] == list(tiny().trials(found["data"]["sha256"])) and found["data"]["notes"] == []
     assert len(found["data"]["sha256"]) == 64 and found["versions"]["torch"]
     assert sorted(item.name for item in first.out.iterdir() if not item.name.startswith("ledger")) == [
-        ".lock", "sweep.json", "trials"]
+        ".lock",
+        "sweep.json",
+        "trials",
+    ]
 
 
 @pytest.mark.slow
 def test_a_race_stops_the_losers_whole_runs_the_winner_whole_and_a_restart_changes_nothing(
-        tmp_path: Path, running_ray: str) -> None:
+    tmp_path: Path, running_ray: str
+) -> None:
     spec = tiny(lrs="1e-5,1e-2,2e-2", seeds=2, steps=30, scheduler="asha")
     result = run_sweep(spec, RunOptions(out=tmp_path / "race", address=running_ray))
     assert result.endings == {"done": 6 + 2, "pruned by val_loss": 4} and result.left == 0
@@ -80,15 +97,18 @@ def test_a_race_stops_the_losers_whole_runs_the_winner_whole_and_a_restart_chang
     again = run_sweep(spec, RunOptions(out=result.out, address=running_ray))
     with Ledger(again.out / "ledger.sqlite") as ledger:
         assert {name: outcome.kind for name, outcome in ledger.outcomes().items()} == {
-            name: outcome.kind for name, outcome in outcomes.items()}
+            name: outcome.kind for name, outcome in outcomes.items()
+        }
     assert steps_in_files(again.out) == ran
 
 
 def test_asking_again_runs_nothing_and_starts_no_ray(first: SweepResult) -> None:
     before = {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")}
-    code = ("import sys; from pathlib import Path; from altgrad.sweep.run import *\n"
-            f"spec = SweepSpec.model_validate_json({tiny().model_dump_json()!r})\n"
-            f"print(run_sweep(spec, RunOptions(out=Path({str(first.out)!r}))).ran, 'ray' in sys.modules)")
+    code = (
+        "import sys; from pathlib import Path; from altgrad.sweep.run import *\n"
+        f"spec = SweepSpec.model_validate_json({tiny().model_dump_json()!r})\n"
+        f"print(run_sweep(spec, RunOptions(out=Path({str(first.out)!r}))).ran, 'ray' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "False"]
     assert {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")} == before
@@ -98,9 +118,7 @@ def test_more_steps_go_on_from_the_checkpoint(first: SweepResult, running_ray: s
     result = run_sweep(tiny(steps=15), RunOptions(out=first.out, address=running_ray))
     assert (result.ran, result.left) == (2, 0)
     assert set(map(tuple, steps_in_files(first.out).values())) == {tuple(range(1, 16))}
-    resumed = {
-        json.loads(path.read_text())["resumed_from"] for path in (first.out / "trials").glob("*/config.json")
-    }
+    resumed = {json.loads(path.read_text())["resumed_from"] for path in (first.out / "trials").glob("*/config.json")}
     assert resumed == {10}
 
 
@@ -123,6 +141,7 @@ def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Pat
 
 def _sha(spec: SweepSpec) -> str:
     from altgrad.training.data import load_corpus
+
     return load_corpus(spec.data).sha256
 
 
@@ -130,8 +149,12 @@ DRILL = ["run", "--formats", "BF16,E5M2", "--optimizers", "adamw,grid", "--steps
 
 
 def altgrad(out: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "altgrad", *DRILL, "--out", str(out), *more],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "altgrad", *DRILL, "--out", str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_until(condition, seconds: float) -> None:
@@ -164,8 +187,11 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> No
         return list((out / "trials").glob("*/outcome.json"))
 
     def in_the_middle() -> bool:
-        started = [path for path in (out / "trials").glob("*/checkpoint/state.pt")
-                   if not (path.parents[1] / "outcome.json").exists()]
+        started = [
+            path
+            for path in (out / "trials").glob("*/checkpoint/state.pt")
+            if not (path.parents[1] / "outcome.json").exists()
+        ]
         return len(ended()) >= 2 and len(started) >= 1
 
     wait_until(in_the_middle, 240)
@@ -182,9 +208,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> No
         assert {outcome.kind for outcome in ledger.outcomes().values()} == {OutcomeKind.DONE}
         assert len(ledger.outcomes()) == 8 and set(ledger.row_counts().values()) == {300}
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
-    resumed = [
-        json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")
-    ]
+    resumed = [json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")]
     assert any(step for step in resumed), "the interrupted trials go on from their checkpoints"
 
     third = altgrad(out)

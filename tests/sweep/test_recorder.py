@@ -19,8 +19,9 @@ def recorder(tmp_path: Path):
         yield Recorder(ledger, tmp_path / "trials")
 
 
-def write(recorder: Recorder, first: int, last: int, *, after: int, loss: float = 1.0,
-          outcome: Outcome | None = None) -> None:
+def write(
+    recorder: Recorder, first: int, last: int, *, after: int, loss: float = 1.0, outcome: Outcome | None = None
+) -> None:
     """One attempt that resumes behind `after` and trains steps first to last."""
     with TrialFolder(recorder.folder / "t") as folder:
         folder.begin({}, after_step=after)

@@ -63,8 +63,14 @@ def test_only_a_reference_that_ran_to_its_end_is_one(tmp_path: Path) -> None:
 
 
 def test_of_several_at_one_rate_it_is_the_one_with_the_trials_own_values() -> None:
-    spec = SweepSpec.model_validate({"formats": "E5M2", "optimizers": "adamw,grid", "seeds": 1, "axes": {
-        "optimizer.beta2": [0.9, 0.99], "optimizer.weight_decay": [0.0, 0.1]}})
+    spec = SweepSpec.model_validate(
+        {
+            "formats": "E5M2",
+            "optimizers": "adamw,grid",
+            "seeds": 1,
+            "axes": {"optimizer.beta2": [0.9, 0.99], "optimizer.weight_decay": [0.0, 0.1]},
+        }
+    )
     trials = spec.trials("a" * 64)
     found = references(trials)
     assert len(found) == 8

@@ -17,12 +17,19 @@ from altgrad.training.outcome import Outcome, OutcomeKind
 
 SHA = "a" * 64
 SPACE = {
-    "formats": ("E5M2", "E3M4"), "optimizers": ("adamw", "grid", "manifold"), "seeds": 2,
-    "axes": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optimizer.rung_clip": {"low": 1, "high": 10},
-             "optimizer.precondition": ["update", "gradient"], "data.batch": {"low": 2, "high": 8, "step": 2},
-             "schedule.kind": ["constant", "wsd"], "schedule.decay_fraction": {"low": 0.1, "high": 0.5}},
+    "formats": ("E5M2", "E3M4"),
+    "optimizers": ("adamw", "grid", "manifold"),
+    "seeds": 2,
+    "axes": {
+        "optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True},
+        "optimizer.rung_clip": {"low": 1, "high": 10},
+        "optimizer.precondition": ["update", "gradient"],
+        "data.batch": {"low": 2, "high": 8, "step": 2},
+        "schedule.kind": ["constant", "wsd"],
+        "schedule.decay_fraction": {"low": 0.1, "high": 0.5},
+    },
     "constraints": [{"name": "slow", "when": {"optimizer.lr": {"low": 5e-3}, "format": "E3M4"}}],
-}  # fmt: skip
+}
 
 
 def spec(search: str, **changes: object) -> SweepSpec:
@@ -47,7 +54,8 @@ def test_random_samples_are_valid_paired_known_again_and_go_on() -> None:
     more = spec("random", num_samples=40).expand()
     assert [trial for trial in more if not is_reference(trial)][:60] == trials
     assert {trial.optimizer.lr for trial in spec("random", num_samples=30, search_seed=1).expand()} != {
-        trial.optimizer.lr for trial in trials}
+        trial.optimizer.lr for trial in trials
+    }
     assert {trial.optimizer.kind for trial in trials} == {"adamw", "grid", "manifold"}
 
 
@@ -75,8 +83,9 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
-def sample(search: OptunaSearch, ledger: Ledger, value: Callable[[int, TrainConfig], float | None],
-           most: int = 1000) -> list[dict[str, TrainConfig]]:  # fmt: skip
+def sample(
+    search: OptunaSearch, ledger: Ledger, value: Callable[[int, TrainConfig], float | None], most: int = 1000
+) -> list[dict[str, TrainConfig]]:
     """Proposes and ends up to `most` samples."""
     found: list[dict[str, TrainConfig]] = []
     while len(found) < most and (new := search.propose()) is not None:

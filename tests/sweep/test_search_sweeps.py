@@ -22,10 +22,21 @@ CONFIGS = sorted((Path(__file__).parents[2] / "sweeps" / "configs").glob("*.yaml
 
 
 def tiny(**changes: object) -> SweepSpec:
-    return SweepSpec.model_validate({
-        "name": "tiny", "formats": "E5M2", "optimizers": "grid", "seeds": 2, "steps": 20, "model": TINY,
-        "data": {"batch": 2, "eval_batches": 1}, "log_interval": 5, "eval_interval": 5,
-        "checkpoint_interval": 5} | changes)  # fmt: skip
+    return SweepSpec.model_validate(
+        {
+            "name": "tiny",
+            "formats": "E5M2",
+            "optimizers": "grid",
+            "seeds": 2,
+            "steps": 20,
+            "model": TINY,
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 5,
+            "eval_interval": 5,
+            "checkpoint_interval": 5,
+        }
+        | changes
+    )
 
 
 def losses(out: Path) -> dict[str, dict[int, float]]:
@@ -46,9 +57,11 @@ def test_an_optuna_search_goes_on_where_it_was_and_repeats_nothing(tmp_path: Pat
     assert (more.trials, more.ran, more.left) == (2 + 6 * 2, 4, 0)
     assert {name: row for name, row in losses(more.out).items() if name in rows} == rows
     assert len(json.loads((more.out / "sweep.json").read_text())["trials"]) == 14
-    code = ("import sys; from pathlib import Path; from altgrad.sweep.run import *\n"
-            f"spec = SweepSpec.model_validate_json({tiny(**SEARCH, num_samples=6).model_dump_json()!r})\n"
-            f"print(run_sweep(spec, RunOptions(out=Path({str(more.out)!r}))).ran, 'ray' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys; from pathlib import Path; from altgrad.sweep.run import *\n"
+        f"spec = SweepSpec.model_validate_json({tiny(**SEARCH, num_samples=6).model_dump_json()!r})\n"
+        f"print(run_sweep(spec, RunOptions(out=Path({str(more.out)!r}))).ran, 'ray' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "False"]
     with Ledger(more.out / "ledger.sqlite") as ledger:
@@ -91,8 +104,9 @@ def test_a_population_runs_and_longer_is_the_same_as_at_once(tmp_path: Path, run
 
 
 @pytest.mark.slow
-def test_the_best_configuration_runs_again_to_the_same_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                            running_ray: str) -> None:
+def test_the_best_configuration_runs_again_to_the_same_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running_ray: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     spec = tiny(lrs="1e-3,4e-3", axes={"grid.momentum": [0.5, 0.9]}, seeds=1)
     result = run_sweep(spec, RunOptions(out=tmp_path / "s", address=running_ray))
@@ -104,11 +118,18 @@ def test_the_best_configuration_runs_again_to_the_same_loss(tmp_path: Path, monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_of_the_originals_experiments_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                running_ray: str) -> None:
+def test_each_of_the_originals_experiments_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running_ray: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    short = yaml.safe_load(path.read_text()) | {"steps": 20, "log_interval": 2, "eval_interval": 10, "model": TINY,
-                                                "checkpoint_interval": 10, "data": {"batch": 2}}  # fmt: skip
+    short = yaml.safe_load(path.read_text()) | {
+        "steps": 20,
+        "log_interval": 2,
+        "eval_interval": 10,
+        "model": TINY,
+        "checkpoint_interval": 10,
+        "data": {"batch": 2},
+    }
     (tmp_path / path.name).write_text(yaml.safe_dump(short))
     assert main(["run", path.name, "--address", running_ray]) == 0
     with Ledger(tmp_path / "runs" / path.stem / "ledger.sqlite") as ledger:

@@ -37,7 +37,7 @@ def test_seeds_of_a_group_are_adjacent() -> None:
     trials = spec.expand()
     assert len(trials) % 3 == 0
     for start in range(0, len(trials), 3):
-        group = trials[start:start + 3]
+        group = trials[start : start + 3]
         assert [trial.seed for trial in group] == [0, 1, 2]
         assert len({trial.model_dump_json(exclude={"seed"}) for trial in group}) == 1
 
@@ -69,28 +69,24 @@ def test_what_is_expanded_and_what_is_excluded_make_the_whole_product() -> None:
 
 def test_a_learning_rate_in_rungs_is_not_multiplied_by_rates_in_weight_units() -> None:
     spec = SweepSpec(formats=("E5M2",), optimizers=("grid_literal", "grid"), lrs=(1e-3, 2e-3), seeds=2)
-    lrs = [
-        (trial.arm, trial.optimizer.lr)
-        for trial in spec.expand()
-        if trial.format == "E5M2" and trial.seed == 0
-    ]
+    lrs = [(trial.arm, trial.optimizer.lr) for trial in spec.expand() if trial.format == "E5M2" and trial.seed == 0]
     assert lrs == [("grid_literal", ARMS["grid_literal"].lr), ("grid", 1e-3), ("grid", 2e-3)]
     assert [(item.rule, item.trials) for item in spec.exclusions()] == [("raw_unit_has_its_own_lr", 4)]
 
 
 def test_a_policy_with_formats_of_its_own_runs_once_under_the_first_8_bit_format() -> None:
-    spec = SweepSpec(
-        formats=("BF16", "E3M4", "E5M2"), optimizers=("adamw", "grid"), policies=("classic",), seeds=2
-    )
+    spec = SweepSpec(formats=("BF16", "E3M4", "E5M2"), optimizers=("adamw", "grid"), policies=("classic",), seeds=2)
     assert names(spec)[2:] == [("E3M4", arm, "classic", seed) for arm in ("adamw", "grid") for seed in (0, 1)]
-    assert [(item.rule, item.trials) for item in spec.exclusions()] == [
-        ("policy_names_its_own_formats", 2 * 2 * 2)
-    ]
+    assert [(item.rule, item.trials) for item in spec.exclusions()] == [("policy_names_its_own_formats", 2 * 2 * 2)]
 
 
 def test_bf16_under_a_policy_that_spares_layers_is_the_uniform_one() -> None:
-    spec = SweepSpec(formats=("BF16",), optimizers=("adamw",), seeds=2, policies=(
-        "uniform", "uniform_act", "uniform_full", "attention_bf16", "head_bf16"))
+    spec = SweepSpec(
+        formats=("BF16",),
+        optimizers=("adamw",),
+        seeds=2,
+        policies=("uniform", "uniform_act", "uniform_full", "attention_bf16", "head_bf16"),
+    )
     assert names(spec) == [("BF16", "adamw", "uniform", 0), ("BF16", "adamw", "uniform", 1)]
     assert [(item.rule, item.trials) for item in spec.exclusions()] == [("bf16_everywhere_is_uniform", 8)]
 
@@ -98,12 +94,26 @@ def test_bf16_under_a_policy_that_spares_layers_is_the_uniform_one() -> None:
 def test_references_exist_at_every_learning_rate_and_repeats_are_dropped() -> None:
     spec = SweepSpec(formats=("E5M2", "E5M2", "BF16"), optimizers=("adamw",), lrs=(1e-3, 2e-3, 1e-3), seeds=1)
     assert [(trial.format, trial.optimizer.lr) for trial in spec.expand()] == [
-        ("BF16", 1e-3), ("BF16", 2e-3), ("E5M2", 1e-3), ("E5M2", 2e-3)]
+        ("BF16", 1e-3),
+        ("BF16", 2e-3),
+        ("E5M2", 1e-3),
+        ("E5M2", 2e-3),
+    ]
 
 
 def test_all_means_every_registered_format() -> None:
     assert set(SweepSpec(formats=("all",)).formats) == {
-        "E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0", "BF16", "FP16"}
+        "E0M7",
+        "E1M6",
+        "E2M5",
+        "E3M4",
+        "E4M3",
+        "E5M2",
+        "E6M1",
+        "E7M0",
+        "BF16",
+        "FP16",
+    }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -120,9 +130,17 @@ def config(**changes: object) -> TrainConfig:
     return TrainConfig.model_validate({"format": "E5M2"} | changes)
 
 
-@pytest.mark.parametrize("changes", [
-    {"data": {"source": "elsewhere.txt"}}, {"guards": []}, {"steps": 700}, {"log_interval": 5},
-    {"eval_interval": 100}, {"checkpoint_interval": 10}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"source": "elsewhere.txt"}},
+        {"guards": []},
+        {"steps": 700},
+        {"log_interval": 5},
+        {"eval_interval": 100},
+        {"checkpoint_interval": 10},
+    ],
+)
 def test_the_id_ignores_what_cannot_change_numbers(changes: dict[str, object]) -> None:
     assert config(**changes).trial_id(SHA) == config().trial_id(SHA)
 
@@ -163,9 +181,15 @@ def test_a_file_says_what_the_value_says_and_flags_win(tmp_path: Path, suffix: s
     path = tmp_path / f"mine{suffix}"
     path.write_text(json.dumps({"formats": "E5M2,E4M3", "steps": 7, "model": {"layers": 1}, "seeds": 4}))
     spec = resolve(SweepSpec(), {"steps": "9", "data.source": "x.txt", "guards": "off"}, path)
-    assert spec == SweepSpec(name="mine", formats=("E5M2", "E4M3"), steps=9, seeds=4, guards=(),
-                             model=SweepSpec().model.model_copy(update={"layers": 1}),
-                             data=SweepSpec().data.model_copy(update={"source": "x.txt"}))
+    assert spec == SweepSpec(
+        name="mine",
+        formats=("E5M2", "E4M3"),
+        steps=9,
+        seeds=4,
+        guards=(),
+        model=SweepSpec().model.model_copy(update={"layers": 1}),
+        data=SweepSpec().data.model_copy(update={"source": "x.txt"}),
+    )
 
 
 def test_yaml_on_and_off_are_booleans_and_still_mean_guards(tmp_path: Path) -> None:
@@ -174,18 +198,24 @@ def test_yaml_on_and_off_are_booleans_and_still_mean_guards(tmp_path: Path) -> N
     assert resolve(SweepSpec(), {}, path).guards == ()
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("formts: [E5M2]", ["formts", "['E5M2']", "formats, optimizers", "nearest: formats"]),
-    ("model: {layer: 3}", ["model.layer", "3", "heads", "nearest: layers"]),
-    ("guards: [{kind: stalled, signal: flip_yield, test: below, limit: 0.2, check: 3}]",
-     ["guards.0.check", "after_step", "nearest: checks"]),
-    ("optimizers: [admaw]", ["optimizers", "admaw", "manifold", "nearest: adamw"]),
-    ("steps: -4", ["steps", "-4", "greater than or equal to 1"]),
-    ("- a", ["a mapping of keys is expected, found list"]),
-    ("a: [", ["not readable as yaml"]),
-])
-def test_an_error_in_a_file_names_path_value_allowed_and_nearest(tmp_path: Path, text: str,
-                                                                 expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("formts: [E5M2]", ["formts", "['E5M2']", "formats, optimizers", "nearest: formats"]),
+        ("model: {layer: 3}", ["model.layer", "3", "heads", "nearest: layers"]),
+        (
+            "guards: [{kind: stalled, signal: flip_yield, test: below, limit: 0.2, check: 3}]",
+            ["guards.0.check", "after_step", "nearest: checks"],
+        ),
+        ("optimizers: [admaw]", ["optimizers", "admaw", "manifold", "nearest: adamw"]),
+        ("steps: -4", ["steps", "-4", "greater than or equal to 1"]),
+        ("- a", ["a mapping of keys is expected, found list"]),
+        ("a: [", ["not readable as yaml"]),
+    ],
+)
+def test_an_error_in_a_file_names_path_value_allowed_and_nearest(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(SpecError) as caught:
@@ -204,8 +234,7 @@ def test_presets_have_folders_of_their_own() -> None:
     assert len({spec.name for spec in PRESETS.values()}) == len(PRESETS)
 
 
-@pytest.mark.parametrize(("stem", "name"), [
-    ("my sweep", "my_sweep"), ("-é (2)", "e_2"), ("..", None), ("日本", None)])
+@pytest.mark.parametrize(("stem", "name"), [("my sweep", "my_sweep"), ("-é (2)", "e_2"), ("..", None), ("日本", None)])
 def test_a_file_of_any_name_gives_a_valid_name_of_its_own(tmp_path: Path, stem: str, name: str | None) -> None:
     path = tmp_path / f"{stem}.yaml"
     path.write_text("seeds: 1\n")
@@ -213,10 +242,17 @@ def test_a_file_of_any_name_gives_a_valid_name_of_its_own(tmp_path: Path, stem: 
     assert found == name if name else found.startswith("sweep-")
 
 
-@pytest.mark.parametrize(("text", "where"), [
-    ("seeds: yes", "seeds: True"), ("steps: true", "steps: True"), ("lrs: [on]", "lrs: True"),
-    ("rung_clip: on", "rung_clip: True"), ("model: {layers: on}", "model: layers=True"),
-    ("guards: [{kind: stalled, signal: flip_yield, test: below, limit: yes}]", "guards: limit=True")])
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("seeds: yes", "seeds: True"),
+        ("steps: true", "steps: True"),
+        ("lrs: [on]", "lrs: True"),
+        ("rung_clip: on", "rung_clip: True"),
+        ("model: {layers: on}", "model: layers=True"),
+        ("guards: [{kind: stalled, signal: flip_yield, test: below, limit: yes}]", "guards: limit=True"),
+    ],
+)
 def test_yes_is_no_number(tmp_path: Path, text: str, where: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
@@ -238,8 +274,9 @@ def test_the_first_rung_follows_the_steps(steps: int, rungs: list[int]) -> None:
     assert spec.race.rungs(spec.steps, spec.eval_interval) == rungs
 
 
-@pytest.mark.parametrize("changes", [{"steps": 20}, {"steps": 30, "race": {"first_rung": 30}},
-                                     {"steps": 40, "race": {"first_rung": 21}}])
+@pytest.mark.parametrize(
+    "changes", [{"steps": 20}, {"steps": 30, "race": {"first_rung": 30}}, {"steps": 40, "race": {"first_rung": 21}}]
+)
 def test_a_race_without_a_comparison_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=r"scheduler='asha' with steps=\d+ would compare nothing"):
         SweepSpec.model_validate({"scheduler": "asha"} | changes)

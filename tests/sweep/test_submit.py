@@ -18,9 +18,18 @@ from altgrad.sweep import jobs
 from altgrad.sweep.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"name": "small", "formats": "E5M2", "optimizers": "adamw", "seeds": 1, "steps": 10,
-         "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-         "log_interval": 5, "eval_interval": 5, "checkpoint_interval": 5}
+SMALL = {
+    "name": "small",
+    "formats": "E5M2",
+    "optimizers": "adamw",
+    "seeds": 1,
+    "steps": 10,
+    "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+    "data": {"batch": 2, "eval_batches": 1},
+    "log_interval": 5,
+    "eval_interval": 5,
+    "checkpoint_interval": 5,
+}
 
 
 class FakeJob:
@@ -43,19 +52,28 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeJob]:
     return FakeJob
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    (["--formats", "E5M"], ["--formats", "nearest: E5M2"]),
-    (["--steps", "0"], ["--steps", "'0'"]),
-    (["--address", "head:6379"], ["--address", "'head:6379'", "http://HOST:PORT"]),
-    (["--data", "missing.txt"], ["--data", "missing.txt"]),
-    (["--wandb", "onlin"], ["--wandb", "nearest: online"]),
-    (["--frmats", "E5M2"], ["--frmats", "nearest: --formats"]),
-    (["outside.yaml"], ["outside.yaml is not sent"]),
-    (["empty.py"], ["empty.py holds 0 sweeps"]),
-    (["absent.py"], ["absent.py", "No such file"])])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--formats", "E5M"], ["--formats", "nearest: E5M2"]),
+        (["--steps", "0"], ["--steps", "'0'"]),
+        (["--address", "head:6379"], ["--address", "'head:6379'", "http://HOST:PORT"]),
+        (["--data", "missing.txt"], ["--data", "missing.txt"]),
+        (["--wandb", "onlin"], ["--wandb", "nearest: online"]),
+        (["--frmats", "E5M2"], ["--frmats", "nearest: --formats"]),
+        (["outside.yaml"], ["outside.yaml is not sent"]),
+        (["empty.py"], ["empty.py holds 0 sweeps"]),
+        (["absent.py"], ["absent.py", "No such file"]),
+    ],
+)
 def test_bad_flags_are_one_line_and_nothing_is_sent(
-        flags: list[str], expected: list[str], tmp_path: Path, fake: type[FakeJob], monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    flags: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    fake: type[FakeJob],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outside.yaml").write_text("steps: 10")
     (tmp_path / "empty.py").touch()
@@ -72,21 +90,26 @@ def test_a_dashboard_that_does_not_answer_is_one_line(capsys: pytest.CaptureFixt
 
 
 def test_the_job_gets_the_same_flags_with_paths_as_it_finds_them(
-        tmp_path: Path, fake: type[FakeJob], monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, fake: type[FakeJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT / "sweeps")
     flags = ["--formats", "E5M2,E4M3", "--steps=30", "--guards", "flip_yield/min < 0.2 for 3", "--fresh"]
     rest = ["--formats=E5M2,E4M3", "--steps=30", "--guards=flip_yield/min < 0.2 for 3", "--fresh", "--address=auto"]
-    for file, start in ((["configs/e5m2_fp8.yaml"], ["python", "-m", "altgrad", "run", "sweeps/configs/e5m2_fp8.yaml"]),
-                        (["format_ablation.py"], ["python", "sweeps/format_ablation.py"]),
-                        ([], ["python", "-m", "altgrad", "run"])):
+    for file, start in (
+        (["configs/e5m2_fp8.yaml"], ["python", "-m", "altgrad", "run", "sweeps/configs/e5m2_fp8.yaml"]),
+        (["format_ablation.py"], ["python", "sweeps/format_ablation.py"]),
+        ([], ["python", "-m", "altgrad", "run"]),
+    ):
         assert main(["submit", *file, *flags, "--out", str(tmp_path / "o")]) == 0
         assert fake.sent[: len(start)] == start
-        assert sorted(fake.sent[len(start):]) == sorted([*rest, f"--out={tmp_path / 'o'}"])
+        assert sorted(fake.sent[len(start) :]) == sorted([*rest, f"--out={tmp_path / 'o'}"])
 
 
 def test_a_job_that_counts_as_succeeded_is_not_believed_against_the_ledger(
-        tmp_path: Path, fake: type[FakeJob], capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, fake: type[FakeJob], capsys: pytest.CaptureFixture[str]
+) -> None:
     from altgrad.sweep.spec import SweepSpec
+
     trials = SweepSpec.model_validate(SMALL).trials("d" * 64)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.add_trials(trials, "d" * 64)
@@ -100,13 +123,21 @@ def cluster() -> Iterator[str]:
     """A Ray of this test's own; yields where its dashboard is."""
     import ray
     from ray.cluster_utils import Cluster
+
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         # Jobs go through the node's agent, whose usual port another Ray on this machine may have.
         port = found.getsockname()[1]
-    started = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": True, "dashboard_port": 0,
-        "dashboard_agent_listen_port": port})
+    started = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "object_store_memory": 200_000_000,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+            "dashboard_agent_listen_port": port,
+        },
+    )
     try:
         yield f"http://{started.head_node.webui_url}"
     finally:
@@ -115,8 +146,9 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_sweeps_run_as_jobs_and_their_exit_codes_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                           capfd: pytest.CaptureFixture[str]) -> None:
+def test_sweeps_run_as_jobs_and_their_exit_codes_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     config = ROOT / ".submitted.json"
     monkeypatch.setattr(jobs, "EXCLUDED", (*jobs.EXCLUDED, "/tests/", "/docs/"))
@@ -136,9 +168,23 @@ def test_sweeps_run_as_jobs_and_their_exit_codes_come_back(tmp_path: Path, monke
             assert main(refused) == 2
             assert "holds other things" in capfd.readouterr().out
 
-            plain = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address,
-                     "--working-dir", ".", "--", "python", "sweeps/format_ablation.py", f"--config={config.name}",
-                     "--address", "auto", "--out", str(tmp_path / "plain")]
+            plain = [
+                str(Path(sys.executable).with_name("ray")),
+                "job",
+                "submit",
+                "--address",
+                address,
+                "--working-dir",
+                ".",
+                "--",
+                "python",
+                "sweeps/format_ablation.py",
+                f"--config={config.name}",
+                "--address",
+                "auto",
+                "--out",
+                str(tmp_path / "plain"),
+            ]
             done = subprocess.run(plain, cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0 and "2 trials: 2 done" in done.stdout, done.stdout + done.stderr
     finally:

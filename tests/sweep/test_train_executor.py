@@ -25,17 +25,35 @@ pytestmark = pytest.mark.slow
 
 
 def small(**changes: object) -> SweepSpec:
-    return SweepSpec.model_validate({
-        "name": "small", "formats": "E5M2", "optimizers": "adamw", "seeds": 2, "steps": 20,
-        "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-        "log_interval": 5, "eval_interval": 10, "checkpoint_interval": 5} | changes)
+    return SweepSpec.model_validate(
+        {
+            "name": "small",
+            "formats": "E5M2",
+            "optimizers": "adamw",
+            "seeds": 2,
+            "steps": 20,
+            "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 5,
+            "eval_interval": 10,
+            "checkpoint_interval": 5,
+        }
+        | changes
+    )
 
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
     """A Ray of this test's own, dashboard on, that outlives the sweep."""
-    started = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": True, "dashboard_port": 0})
+    started = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "object_store_memory": 200_000_000,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+        },
+    )
     try:
         yield started.address
     finally:
@@ -62,8 +80,9 @@ def test_two_workers_run_a_sweep_to_its_outcomes_and_leave_nothing_behind(tmp_pa
     alone = run_sweep(spec, RunOptions(out=tmp_path / "one", executor="actor"))
     assert result.endings == alone.endings == {"diverged by train_loss": 4}
     for folder in (tmp_path / "two" / "trials").iterdir():
-        ours, theirs = (read_rows(tmp_path / name / "trials" / folder.name / "metrics.jsonl")[0]
-                        for name in ("two", "one"))
+        ours, theirs = (
+            read_rows(tmp_path / name / "trials" / folder.name / "metrics.jsonl")[0] for name in ("two", "one")
+        )
         assert [row["step"] for row in ours] == list(range(1, 16))
         assert [row["train_loss"] for row in ours] == pytest.approx([row["train_loss"] for row in theirs], abs=1e-5)
         assert json.loads((folder / "config.json").read_text())["workers"] == 2

@@ -32,8 +32,11 @@ def train(out: Path, first: int, last: int, *, after: int = 0) -> None:
     rows = [{"step": step, "train_loss": 10.0 - step, "grad_norm_z": math.nan} for step in range(first, last + 1)]
     for row in rows:
         if row["step"] % 3 == 0:
-            row |= {"val_loss": {3: 2.0, 6: 2.5}.get(int(row["step"]), 3.0), "stall_ratio": 0.25,
-                    "layers": {"lm_head": {"flip_yield": 1.5}}}
+            row |= {
+                "val_loss": {3: 2.0, 6: 2.5}.get(int(row["step"]), 3.0),
+                "stall_ratio": 0.25,
+                "layers": {"lm_head": {"flip_yield": 1.5}},
+            }
     with TrialFolder(out / "trials" / "t") as folder:
         folder.begin({"config": CONFIG.model_dump(mode="json"), "data_sha256": SHA}, after_step=after)
         folder.append(rows)
@@ -78,12 +81,14 @@ def fake(monkeypatch: pytest.MonkeyPatch, run: FakeRun) -> dict[str, Any]:
     def init(**how: Any) -> FakeRun:
         begun.update(how)
         return run
+
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
     return begun
 
 
 def test_an_offline_run_holds_every_row_the_configuration_and_the_ending(
-        out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):
         assert main(["wandb-sync", str(out), "--mode", "offline"]) == 0
         assert "1 runs in" in capsys.readouterr().out
@@ -107,7 +112,8 @@ def test_an_offline_run_holds_every_row_the_configuration_and_the_ending(
 
 
 def test_a_trial_that_starts_again_is_logged_once_and_what_is_online_is_not_sent_again(
-        out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = FakeRun(step=3)
     begun = fake(monkeypatch, run)
     mirror = Mirror(out, "online", pytest.fail)
@@ -143,8 +149,9 @@ TROUBLES = pytest.mark.parametrize(("trouble", "said"), [(refuse, "OSError: no r
 
 
 @TROUBLES
-def test_a_broken_mirror_says_so_once_and_lets_go(trouble: Any, said: str, out: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_mirror_says_so_once_and_lets_go(
+    trouble: Any, said: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Mirror, "patience", 1.0)
     fake(monkeypatch, FakeRun(trouble=trouble))
     notes: list[str] = []
@@ -159,22 +166,33 @@ def test_a_broken_mirror_says_so_once_and_lets_go(trouble: Any, said: str, out: 
 @pytest.mark.slow
 @TROUBLES
 def test_a_sweep_does_not_notice_a_broken_mirror(
-        trouble: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    trouble: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(Mirror, "patience", 1.0)
     fake(monkeypatch, FakeRun(trouble=trouble))
-    spec = SweepSpec.model_validate({
-        "name": "tiny", "formats": "FP32", "optimizers": "adamw", "seeds": 2, "steps": 10,
-        "model": {"layers": 1, "heads": 1, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-        "log_interval": 5, "eval_interval": 5, "checkpoint_interval": 5})
+    spec = SweepSpec.model_validate(
+        {
+            "name": "tiny",
+            "formats": "FP32",
+            "optimizers": "adamw",
+            "seeds": 2,
+            "steps": 10,
+            "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
+            "data": {"batch": 2, "eval_batches": 1},
+            "log_interval": 5,
+            "eval_interval": 5,
+            "checkpoint_interval": 5,
+        }
+    )
     result = run_sweep(spec, RunOptions(out=tmp_path / "tiny", wandb="offline"))
     assert set(result.endings) == {"done"} and result.left == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B")]
     assert len(notes) == 1 and said in notes[0] and "altgrad wandb-sync" in notes[0]
 
 
-def test_a_rebuild_that_fails_keeps_the_earlier_run(out: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rebuild_that_fails_keeps_the_earlier_run(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake(monkeypatch, FakeRun(trouble=refuse))
     earlier = out / "wandb" / "offline-run-20260101_000000-t"
     earlier.mkdir(parents=True)
@@ -182,25 +200,41 @@ def test_a_rebuild_that_fails_keeps_the_earlier_run(out: Path, monkeypatch: pyte
     assert earlier.exists() and "no route" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("environment", "mode"), [
-    ({}, "offline"), ({"WANDB_API_KEY": "k"}, "online"), ({"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
-    ({"WANDB_MODE": "disabled"}, "off")])
-def test_the_mode_that_nobody_asked_for(environment: dict[str, str], mode: str,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "off"),
+    ],
+)
+def test_the_mode_that_nobody_asked_for(
+    environment: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_MODE")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert mode_of(None) == mode and mode_of("off") == "off"
 
 
-@pytest.mark.parametrize(("command", "expected"), [
-    (["run", "--wandb", "ofline"], ["--wandb", "'ofline'", "off, offline, online", "nearest: offline"]),
-    (["run", "--wandb", "online"], ["--wandb", "'online'", "WANDB_API_KEY"]),
-    (["wandb-sync", ".", "--mode", "onlin"], ["--mode", "'onlin'", "nearest: online"]),
-    (["wandb-sync", "."], ["--mode", "'disabled'", "offline or online"]),
-    (["wandb-sync", "nothing", "--mode", "offline"], ["nothing", "no sweep"])])
-def test_bad_modes_are_one_line(command: list[str], expected: list[str], tmp_path: Path,
-                                monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["run", "--wandb", "ofline"], ["--wandb", "'ofline'", "off, offline, online", "nearest: offline"]),
+        (["run", "--wandb", "online"], ["--wandb", "'online'", "WANDB_API_KEY"]),
+        (["wandb-sync", ".", "--mode", "onlin"], ["--mode", "'onlin'", "nearest: online"]),
+        (["wandb-sync", "."], ["--mode", "'disabled'", "offline or online"]),
+        (["wandb-sync", "nothing", "--mode", "offline"], ["nothing", "no sweep"]),
+    ],
+)
+def test_bad_modes_are_one_line(
+    command: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: prompt))
     assert main(command) == 2
@@ -212,5 +246,12 @@ def test_bad_modes_are_one_line(command: list[str], expected: list[str], tmp_pat
 def test_names_say_what_was_measured_on_what() -> None:
     names = ("train_loss", "lr", "grad_norm", "val_loss", "val_f1_micro", "f1_micro", "bits_per_byte", "stall_ratio")
     assert [metric_name(name) for name in names] == [
-        "train/loss", "train/lr", "train/grad_norm", "val/loss", "val/f1_micro", "test/f1_micro", "val/bits_per_byte",
-        "signals/stall_ratio"]
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "val/loss",
+        "val/f1_micro",
+        "test/f1_micro",
+        "val/bits_per_byte",
+        "signals/stall_ratio",
+    ]

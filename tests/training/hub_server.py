@@ -59,8 +59,17 @@ def hub_of(repositories: dict[str, dict[str, bytes]]):
                 asked = posted.decode()
                 found = [item for item in entries if item["path"] in unquote(asked)]
                 return self._send(200, json.dumps(found).encode(), {}, with_body)
-            info = {"id": name, "sha": REVISION, "private": False, "gated": False, "disabled": False, "tags": [],
-                    "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in files]}
+            info = {
+                "id": name,
+                "sha": REVISION,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": path} for path in files],
+            }
             return self._send(200, json.dumps(info).encode(), {}, with_body)
 
         def _send(self, status: int, content: bytes, headers: dict[str, str], with_body: bool) -> None:

@@ -99,8 +99,9 @@ def test_muon_takes_adams_step_for_vectors():
     weight = start((33,))
     ours = stepped(
         RoundedOptimizer([weight], "muon", lr=2e-3, momentum=0.9, beta2=0.999, format="E4M3", rounding=None),
-        weight, gradients((33,)),
-    )  # fmt: skip
+        weight,
+        gradients((33,)),
+    )
     expected = adamw(start((33,)).detach().double(), gradients((33,)), 2e-3)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
@@ -309,8 +310,14 @@ def test_bad_arguments_are_refused(make, message):
         make(start().detach())
 
 
-@pytest.mark.parametrize("values", [{"kind": "lion", "lr": -1}, {"kind": "adamw", "error_feedback": True},
-                                    {"kind": "manifold", "quantized": False, "rounding": "nearest"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kind": "lion", "lr": -1},
+        {"kind": "adamw", "error_feedback": True},
+        {"kind": "manifold", "quantized": False, "rounding": "nearest"},
+    ],
+)
 def test_bad_configurations_are_refused(values):
     with pytest.raises(ValueError):
         TrainConfig(optimizer=values)

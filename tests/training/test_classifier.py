@@ -18,7 +18,10 @@ TINY = {
     "task": "classify",
     "model": {"layers": 1, "heads": 2, "width": 32, "block": 64},
     "data": {"source": "synthetic", "tokenizer": "words", "batch": 8},
-    "log_interval": 5, "eval_interval": 10, "checkpoint_interval": 10, "steps": 20,
+    "log_interval": 5,
+    "eval_interval": 10,
+    "checkpoint_interval": 10,
+    "steps": 20,
 }
 CLOCKS = {"samples_per_s", "eval_samples_per_s"}
 
@@ -29,8 +32,12 @@ def config(arm: str = "adamw", **changes) -> TrainConfig:
 
 def course(trainer: Trainer) -> str:
     trainer.run()
-    return str([{k: v for k, v in row.items() if k not in CLOCKS and k in ("train_loss", "val_loss", "f1_micro")}
-                for row in trainer.rows])
+    return str(
+        [
+            {k: v for k, v in row.items() if k not in CLOCKS and k in ("train_loss", "val_loss", "f1_micro")}
+            for row in trainer.rows
+        ]
+    )
 
 
 def test_padding_changes_nothing_but_what_is_read_does():
@@ -64,8 +71,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(arm: str, tmp_path: P
     resumed = Trainer(config(arm, steps=30), folder=tmp_path / "cut")
     resumed.run()
     assert resumed.resumed_from == 20
-    rows = [[{k: v for k, v in row.items() if k not in CLOCKS} for row in read_rows(t.folder.metrics_path)[0]]
-            for t in (straight, resumed)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCKS} for row in read_rows(t.folder.metrics_path)[0]]
+        for t in (straight, resumed)
+    ]
     assert str(rows[0]) == str(rows[1])
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -171,13 +180,27 @@ def test_an_encoder_belongs_to_classification_and_words_can_not_write():
 def encoder(tmp_path: Path) -> str:
     """A tiny BERT with its tokenizer, in a folder as transformers saves it."""
     transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz",
-             *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"),
-                                               vocab={word: i for i, word in enumerate(words)})
-    small = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1,
-                                    num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
+    tokenizer = transformers.BertTokenizerFast(
+        vocab_file=str(tmp_path / "vocab.txt"), vocab={word: i for i, word in enumerate(words)}
+    )
+    small = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     folder = tmp_path / "encoder"
     transformers.BertForSequenceClassification(small).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -197,8 +220,7 @@ def test_a_hugging_face_encoder_trains_and_resumes_exactly(encoder: str, tmp_pat
     resumed = Trainer(config(**shape), folder=tmp_path / "cut")
     resumed.run()
     assert resumed.resumed_from == 10
-    assert all(torch.equal(a, b)
-               for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 def test_an_encoder_that_is_not_there_is_named(tmp_path: Path):

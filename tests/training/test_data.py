@@ -139,8 +139,10 @@ def test_sub_folders_named_like_splits_are_the_splits(tmp_path: Path, source: st
 
 
 def test_shards_are_their_split_and_names_above_the_source_say_nothing(tmp_path: Path):
-    root = texts_of(tmp_path / "test", {
-        "train-00000-of-00002.txt": "a", "train-00001-of-00002.txt": "b", "validation.txt": "d", "test_1.txt": "x"})
+    root = texts_of(
+        tmp_path / "test",
+        {"train-00000-of-00002.txt": "a", "train-00001-of-00002.txt": "b", "validation.txt": "d", "test_1.txt": "x"},
+    )
     assert split_bytes(root)[:2] == ({"a", "b"}, {"d"})
 
 
@@ -170,8 +172,7 @@ def test_a_parquet_column_of_numbers_is_no_text_and_a_dictionary_of_text_is(tmp_
     with pytest.raises(ValueError, match=r"int.parquet: column 'text' holds int64"):
         load_corpus(DataConfig(source=str(source)))
     encoded = tmp_path / "dictionary.parquet"
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": pyarrow.array(DOCUMENTS).dictionary_encode()}), encoded)
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(DOCUMENTS).dictionary_encode()}), encoded)
     assert load_corpus(DataConfig(source=str(encoded))).documents == 30
 
 

@@ -14,7 +14,10 @@ CLASSIFY = {
     "task": "classify",
     "model": {"layers": 1, "heads": 2, "width": 16, "block": 32},
     "data": {"source": "synthetic", "tokenizer": "words", "batch": 8},
-    "log_interval": 5, "eval_interval": 20, "checkpoint_interval": 10, "steps": 20,
+    "log_interval": 5,
+    "eval_interval": 20,
+    "checkpoint_interval": 10,
+    "steps": 20,
 }
 
 
@@ -23,10 +26,12 @@ def seen(task: str):
     if task == "lm":
         corpus = load_corpus(DataConfig(source="synthetic"))
         return lambda batch, step, rank=0, world=1: train_batch(
-            corpus, block=16, batch=batch, seed=3, step=step, rank=rank, world=world)
+            corpus, block=16, batch=batch, seed=3, step=step, rank=rank, world=world
+        )
     documents = load_documents(DataConfig(source="synthetic"))
     return lambda batch, step, rank=0, world=1: document_batch(
-        documents, block=16, batch=batch, seed=3, step=step, rank=rank, world=world)
+        documents, block=16, batch=batch, seed=3, step=step, rank=rank, world=world
+    )
 
 
 @pytest.mark.parametrize("task", ["lm", "classify"])
@@ -66,6 +71,7 @@ def watched(monkeypatch: pytest.MonkeyPatch):
     def watch(documents, **kwargs):
         drawn.append(document_rows(len(documents.train), kwargs["batch"], kwargs["seed"], kwargs["step"]).tolist())
         return document_batch(documents, **kwargs)
+
     monkeypatch.setattr(tasks, "document_batch", watch)
     return drawn
 

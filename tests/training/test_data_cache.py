@@ -34,8 +34,13 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(corpus.tra
 
 def start(code: str, *arguments: str, cache: Path) -> subprocess.Popen:
     environment = {**os.environ, "ALTGRAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def answers(processes: list[subprocess.Popen]) -> list:
@@ -48,8 +53,7 @@ def answers(processes: list[subprocess.Popen]) -> list:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe-400"])
-def test_two_processes_at_once_make_one_correct_cache(tmp_path: Path, tokenizer: str,
-                                                      monkeypatch: pytest.MonkeyPatch):
+def test_two_processes_at_once_make_one_correct_cache(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch):
     texts = [f"document {i} " + "says something of its own " * (i % 50) for i in range(4000)]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -110,8 +114,9 @@ def test_changed_content_is_another_entry(tmp_path: Path):
     source = tmp_path / "a.jsonl"
     digests = set()
     for word in ("one", "two"):
-        source.write_text("".join(json.dumps({"text": f"{word} {i}", "labels": [f"l{i % 2}"]}) + "\n"
-                                  for i in range(30)))
+        source.write_text(
+            "".join(json.dumps({"text": f"{word} {i}", "labels": [f"l{i % 2}"]}) + "\n" for i in range(30))
+        )
         data = DataConfig(source=str(source), val_fraction=0.1 if word == "one" else 0.1001)
         digests |= {load_corpus(data).sha256, load_documents(data).sha256}
     assert len(digests) == 4

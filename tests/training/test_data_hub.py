@@ -43,8 +43,14 @@ def load(home: Path, *asked: tuple[str, str, str | None], **environment: str) ->
     environment once."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     own = {"HF_HOME": str(home), "ALTGRAD_CACHE": str(home / "altgrad"), "HF_HUB_DISABLE_XET": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", LOAD, json.dumps(asked)], env=kept | own, capture_output=True,
-                          text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(asked)],
+        env=kept | own,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(found) == len(asked), done.stdout
@@ -60,8 +66,9 @@ def test_eurlex_comes_from_lex_glue_with_its_revision_and_then_offline(tmp_path:
     assert again == online and "does not answer for coastalcph/lex_glue" in gone["error"]
     assert online["labels"] == NAMES and online["train"] == 40
     assert online["provenance"] == {"repository": "coastalcph/lex_glue", "config": "eurlex", "revision": REVISION}
-    offline, again, other, text = load(tmp_path / "home", newest, pinned, missing, ("eurlex", "text", None),
-                                       HF_HUB_OFFLINE="1")
+    offline, again, other, text = load(
+        tmp_path / "home", newest, pinned, missing, ("eurlex", "text", None), HF_HUB_OFFLINE="1"
+    )
     assert offline == again == online
     assert f"revision {'f' * 40} is wanted, {REVISION} is what there is" in other["error"]
     assert text["train"] > 40 and text["provenance"]["revision"] == REVISION

@@ -18,12 +18,15 @@ NAMES = [f"10{index:04}" for index in range(100)]
 
 def write_lex_glue(folder: Path, counts: dict[str, int], **changes) -> Path:
     """Parquet as coastalcph/lex_glue has it: text, and labels as a list of ClassLabel."""
-    features = datasets.Features({"text": datasets.Value("string"),
-                                  "labels": datasets.List(datasets.ClassLabel(names=NAMES))})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=NAMES))}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
-        rows = {"text": [f"Regulation {split} {i} on milk" for i in range(count)],
-                "labels": [[i % 3, 7 + i % 90] for i in range(count)]}
+        rows = {
+            "text": [f"Regulation {split} {i} on milk" for i in range(count)],
+            "labels": [[i % 3, 7 + i % 90] for i in range(count)],
+        }
         for name, value in changes.get(split, {}).items():
             rows[name] = value
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
@@ -34,8 +37,15 @@ def write_eurlex57k(folder: Path, labels: int) -> Path:
     """Parquet with EURLEX57K's columns: celex_id, title, text, eurovoc_concepts (strings)."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in {"train": labels // 4 + 1, "validation": 6, "test": 6}.items():
-        rows = [{"celex_id": f"3{i:05}", "title": f"Title {i}", "text": f"Decision {i} {split}",
-                 "eurovoc_concepts": [str(10_000 + (4 * i + k) % labels) for k in range(4)]} for i in range(count)]
+        rows = [
+            {
+                "celex_id": f"3{i:05}",
+                "title": f"Title {i}",
+                "text": f"Decision {i} {split}",
+                "eurovoc_concepts": [str(10_000 + (4 * i + k) % labels) for k in range(4)],
+            }
+            for i in range(count)
+        ]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
     return folder
 
@@ -73,8 +83,11 @@ def test_eurlex57k_has_4271_labels_under_its_own_field(tmp_path: Path):
 
 
 def test_missing_labels_and_empty_texts_are_left_out_and_counted(tmp_path: Path):
-    source = write_lex_glue(tmp_path, {"train": 4, "validation": 2, "test": 2},
-                            train={"labels": [[1], None, [], [2]], "text": ["a", "b", "c", " "]})
+    source = write_lex_glue(
+        tmp_path,
+        {"train": 4, "validation": 2, "test": 2},
+        train={"labels": [[1], None, [], [2]], "text": ["a", "b", "c", " "]},
+    )
     documents = read(source)
     assert texts_of(documents, "train") == ["a", "c"]
     assert labels_of(documents, "train") == [{NAMES[1]}, set()]

@@ -25,9 +25,17 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr("altgrad.training.optimizer.kernel_for", lambda job: NoKernel)
 
 
-CASES = [("adamw", "E4M3", "uniform"), ("adamw", "FP32", "uniform"), ("adamw_sr", "E4M3", "uniform_full"),
-         ("manifold", "E5M2", "uniform_act"), ("manifold_fp32", "E3M4", "uniform"), ("grid", "E0M7", "head_bf16"),
-         ("lion", "E7M0", "classic"), ("madam", "E6M1", "uniform"), ("muon", "BF16", "attention_bf16")]  # fmt: skip
+CASES = [
+    ("adamw", "E4M3", "uniform"),
+    ("adamw", "FP32", "uniform"),
+    ("adamw_sr", "E4M3", "uniform_full"),
+    ("manifold", "E5M2", "uniform_act"),
+    ("manifold_fp32", "E3M4", "uniform"),
+    ("grid", "E0M7", "head_bf16"),
+    ("lion", "E7M0", "classic"),
+    ("madam", "E6M1", "uniform"),
+    ("muon", "BF16", "attention_bf16"),
+]
 
 
 @pytest.mark.parametrize("carrier", ["float32", "bfloat16"])
@@ -36,9 +44,16 @@ def test_steps_and_checks_stay_on_the_device(arm, format_name, policy, carrier, 
     if carrier == "bfloat16":
         for module in ("products", "layers"):
             monkeypatch.setattr(f"altgrad.quantization.{module}.BF16_DEVICES", {"meta"})
-    config = TrainConfig(format=format_name, policy=policy, optimizer=ARMS[arm], steps=40, log_interval=2,
-                         interventions=[{"kind": "partition_clip"}], observe={"shadow_every": 1, "detail_every": 1},
-                         data={"batch": 2})  # fmt: skip
+    config = TrainConfig(
+        format=format_name,
+        policy=policy,
+        optimizer=ARMS[arm],
+        steps=40,
+        log_interval=2,
+        interventions=[{"kind": "partition_clip"}],
+        observe={"shadow_every": 1, "detail_every": 1},
+        data={"batch": 2},
+    )
     trainer = Trainer(config, device="meta")
     assert trainer.observers is not None
     for step in range(1, 5):

@@ -12,8 +12,10 @@ SAMPLE = Path(os.environ.get("ALTGRAD_EURLEX_SAMPLE", ROOT.parent / "shared" / "
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (SAMPLE / "train.jsonl").is_file(),
-                       reason=f"no EurLex sample in {SAMPLE}; ALTGRAD_EURLEX_SAMPLE names another folder"),
+    pytest.mark.skipif(
+        not (SAMPLE / "train.jsonl").is_file(),
+        reason=f"no EurLex sample in {SAMPLE}; ALTGRAD_EURLEX_SAMPLE names another folder",
+    ),
 ]
 
 
@@ -31,8 +33,11 @@ def scores() -> dict[str, tuple[float, float, float]]:
     it is fitted twice."""
     classify, field = bench(), "labels_l1"
     encoder = classify.bench_encoder(SAMPLE, field, seed=0)["train+dev"]
-    return {"encoder": encoder, "commonest": classify.bench_baseline(SAMPLE, field),
-            "tfidf": classify.bench_tfidf(SAMPLE, field)["train+dev"]}
+    return {
+        "encoder": encoder,
+        "commonest": classify.bench_baseline(SAMPLE, field),
+        "tfidf": classify.bench_tfidf(SAMPLE, field)["train+dev"],
+    }
 
 
 def test_the_encoder_learns_the_domains_about_as_well_as_tfidf_does(scores: dict[str, tuple[float, float, float]]):

@@ -44,9 +44,7 @@ def test_a_non_finite_loss_inside_an_interval_is_caught_at_its_own_step(poison):
 
 
 def test_non_finite_weights_name_their_layer():
-    verdict = run(
-        GuardPanel(DEFAULT_GUARDS), [interval(10, nonfinite_weights=3, nonfinite_layer="lm_head.weight")]
-    )
+    verdict = run(GuardPanel(DEFAULT_GUARDS), [interval(10, nonfinite_weights=3, nonfinite_layer="lm_head.weight")])
     assert (verdict.kind, verdict.layer, verdict.value) == (OutcomeKind.NONFINITE, "lm_head.weight", 3)
 
 
@@ -62,13 +60,7 @@ def test_a_low_flip_yield_must_last_and_names_the_worst_layer():
 
 def test_one_good_check_starts_the_count_again():
     low, good = {"flip_yield": 0.1}, {"flip_yield": 0.9}
-    course = [
-        interval(30, **low),
-        interval(40, **low),
-        interval(50, **good),
-        interval(60, **low),
-        interval(70, **low),
-    ]
+    course = [interval(30, **low), interval(40, **low), interval(50, **good), interval(60, **low), interval(70, **low)]
     assert run(GuardPanel(DEFAULT_GUARDS), course) is None
 
 

@@ -11,10 +11,16 @@ from altgrad.training.record import read_rows
 
 def config(arm: str = "adamw", *interventions: dict, **changes) -> TrainConfig:
     base = {
-        "model": {"layers": 2, "heads": 2, "width": 32, "block": 32}, "data": {"batch": 4, "eval_batches": 1},
-        "steps": 40, "log_interval": 5, "eval_interval": 10, "checkpoint_interval": 10, "format": "E4M3",
-        "optimizer": ARMS[arm].model_dump(), "interventions": interventions,
-    }  # fmt: skip
+        "model": {"layers": 2, "heads": 2, "width": 32, "block": 32},
+        "data": {"batch": 4, "eval_batches": 1},
+        "steps": 40,
+        "log_interval": 5,
+        "eval_interval": 10,
+        "checkpoint_interval": 10,
+        "format": "E4M3",
+        "optimizer": ARMS[arm].model_dump(),
+        "interventions": interventions,
+    }
     return TrainConfig(**(base | changes))
 
 

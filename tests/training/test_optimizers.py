@@ -142,9 +142,7 @@ def test_no_weight_moves_by_more_than_rung_clip():
 
 def test_grid_steps_are_unbiased():
     weight = nn.Parameter(torch.full((200_000,), 0.5))
-    optimizer = GridOptim(
-        [weight], lr=0.25, format="E3M4", normalize="none", step_unit="rungs", tensor_scale=1.0
-    )
+    optimizer = GridOptim([weight], lr=0.25, format="E3M4", normalize="none", step_unit="rungs", tensor_scale=1.0)
     train(optimizer, weight, [torch.ones(200_000)])
     rungs = code_index(torch.full((1,), 0.5), "E3M4", 1.0) - code_index(weight.detach(), "E3M4", 1.0)
     assert set(rungs.tolist()) == {0, 1}

@@ -25,9 +25,12 @@ AT = 24
 def config(arm: str = "adamw", format: str = "E4M3", **changes) -> TrainConfig:
     optimizer = ARMS[arm].model_dump() | {"lr": changes.pop("lr", ARMS[arm].lr)}
     base = {
-        "model": {"layers": 2, "heads": 2, "width": 32, "block": 64}, "data": {"batch": 4, "eval_batches": 1},
-        "steps": 100, "eval_interval": 100, "checkpoint_interval": 100,
-    }  # fmt: skip
+        "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
+        "data": {"batch": 4, "eval_batches": 1},
+        "steps": 100,
+        "eval_interval": 100,
+        "checkpoint_interval": 100,
+    }
     return TrainConfig(**(base | {"optimizer": optimizer, "format": format} | changes))
 
 

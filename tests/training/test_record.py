@@ -71,13 +71,7 @@ def test_a_second_owner_waits_for_the_first_to_die(tmp_path: Path):
 
 def test_an_outcome_is_whole_or_absent_and_reads_back(tmp_path: Path):
     outcome = Outcome(
-        kind=OutcomeKind.STALLED,
-        step=40,
-        signal="flip_yield",
-        layer="lm_head",
-        value=0.1,
-        limit=0.2,
-        first_seen=20,
+        kind=OutcomeKind.STALLED, step=40, signal="flip_yield", layer="lm_head", value=0.1, limit=0.2, first_seen=20
     )
     folder = TrialFolder(tmp_path)
     with folder:

@@ -22,10 +22,17 @@ ALWAYS = {"exact_ranks_every": 1, "detail_every": 1, "shadow_every": 1}
 
 def config(arm: str = "adamw", **changes) -> TrainConfig:
     base = {
-        "model": {"layers": 1, "heads": 2, "width": 16, "block": 16}, "data": {"batch": 2, "eval_batches": 1},
-        "steps": 4, "log_interval": 1, "eval_interval": 4, "checkpoint_interval": 4, "format": "E4M3",
-        "optimizer": ARMS[arm].model_dump(), "observe": ALWAYS, "guards": (),
-    }  # fmt: skip
+        "model": {"layers": 1, "heads": 2, "width": 16, "block": 16},
+        "data": {"batch": 2, "eval_batches": 1},
+        "steps": 4,
+        "log_interval": 1,
+        "eval_interval": 4,
+        "checkpoint_interval": 4,
+        "format": "E4M3",
+        "optimizer": ARMS[arm].model_dump(),
+        "observe": ALWAYS,
+        "guards": (),
+    }
     return TrainConfig(**(base | changes))
 
 
@@ -165,8 +172,15 @@ def test_an_interval_is_fetched_at_once(monkeypatch):
     lists = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or tolist(self))
-    trainer = Trainer(config(steps=20, log_interval=5, eval_interval=20, checkpoint_interval=20,
-                             observe={"exact_ranks_every": 1, "detail_every": 1}))  # fmt: skip
+    trainer = Trainer(
+        config(
+            steps=20,
+            log_interval=5,
+            eval_interval=20,
+            checkpoint_interval=20,
+            observe={"exact_ranks_every": 1, "detail_every": 1},
+        )
+    )
     intervals = trainer.intervals()
     next(intervals)  # compiles
     lists.clear()

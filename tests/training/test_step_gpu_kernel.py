@@ -21,8 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 FORMATS = ("E4M3", "E7M0", "BF16")
 
 
-def both(monkeypatch, arm: str, name: str, dtype: torch.dtype, shape: tuple[int, int],
-         count_every: int = 1):
+def both(monkeypatch, arm: str, name: str, dtype: torch.dtype, shape: tuple[int, int], count_every: int = 1):
     """State and counts of the same ten steps by the Triton kernels and by the reference."""
     monkeypatch.setattr(steps, "SHAPE", shape)
     monkeypatch.setattr(steps, "DEVICE", "cuda" if ON_GPU else "cpu")

@@ -24,9 +24,7 @@ ARMS = {
     "adamw_fixed_scale": lambda p, f: RoundedAdamW(p, lr=3e-3, format=f, tensor_scale=0.37),
     "nearest": lambda p, f: RoundedAdamW(p, lr=3e-3, format=f, rounding="nearest"),
     "stochastic": lambda p, f: RoundedAdamW(p, lr=3e-3, format=f, rounding="stochastic", weight_decay=0.1),
-    "stochastic_odd_scale": lambda p, f: RoundedAdamW(
-        p, lr=3e-3, format=f, rounding="stochastic", tensor_scale=0.011
-    ),
+    "stochastic_odd_scale": lambda p, f: RoundedAdamW(p, lr=3e-3, format=f, rounding="stochastic", tensor_scale=0.011),
     "eco": lambda p, f: RoundedAdamW(p, lr=3e-3, format=f, rounding="stochastic", error_feedback=True),
     "manifold": lambda p, f: ManifoldAdamW(p, lr=3e-3, format=f, weight_decay=0.1),
     "manifold_sr": lambda p, f: ManifoldAdamW(p, lr=3e-3, format=f, rounding="stochastic"),
@@ -166,8 +164,12 @@ def stepped(bad: dict[int, int], value: float = float("nan")):
 
 def hard_places() -> list[dict[int, int]]:
     """One bad element at the ends of tensors, pieces and vectors, and bad tensors in a row."""
-    single = [{index: place} for index, size in enumerate(SIZES)
-              for place in {0, 15, 16, size - 17, size - 1, PIECE - 1, PIECE} if 0 <= place < size]  # fmt: skip
+    single = [
+        {index: place}
+        for index, size in enumerate(SIZES)
+        for place in {0, 15, 16, size - 17, size - 1, PIECE - 1, PIECE}
+        if 0 <= place < size
+    ]
     return [*single, {0: 3, 1: 2}, {3: PIECE, 4: 0, 5: 2, 6: PIECE}, {8: 0, 9: 99}]
 
 
@@ -200,5 +202,6 @@ def test_the_binade_of_a_quotient_needs_no_division():
         scale = torch.tensor(scale)
         for name in ("E4M3", "E7M0", "E0M7", "BF16"):
             grid = grid_of(get_format(name))
-            assert torch.equal(step_reference.quotient_bits(weights, scale, grid),
-                               step_reference.exponent_bits(weights / scale, grid))  # fmt: skip
+            assert torch.equal(
+                step_reference.quotient_bits(weights, scale, grid), step_reference.exponent_bits(weights / scale, grid)
+            )

@@ -18,11 +18,19 @@ from altgrad.training.workers import Share, Workers
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate({
-        "steps": 12, "log_interval": 4, "eval_interval": 12, "checkpoint_interval": 4, "format": "E4M3",
-        "optimizer": ARMS["manifold"].model_dump(),
-        "model": {"layers": 1, "heads": 2, "width": 32, "block": 32},
-        "data": {"batch": 4, "eval_batches": 1}} | changes)
+    return TrainConfig.model_validate(
+        {
+            "steps": 12,
+            "log_interval": 4,
+            "eval_interval": 12,
+            "checkpoint_interval": 4,
+            "format": "E4M3",
+            "optimizer": ARMS["manifold"].model_dump(),
+            "model": {"layers": 1, "heads": 2, "width": 32, "block": 32},
+            "data": {"batch": 4, "eval_batches": 1},
+        }
+        | changes
+    )
 
 
 def free_port() -> int:
@@ -33,8 +41,7 @@ def free_port() -> int:
 
 def work(rank: int, world: int, port: int, text: str, folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     trainer = Trainer(TrainConfig.model_validate_json(text), folder=Path(folder), workers=Workers(rank, world))
     trainer.run()
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
@@ -46,8 +53,10 @@ def work(rank: int, world: int, port: int, text: str, folder: str) -> None:
 
 def run_together(own: TrainConfig, folder: Path, world: int = 2) -> None:
     context, port = multiprocessing.get_context("spawn"), free_port()
-    workers = [context.Process(target=work, args=(rank, world, port, own.model_dump_json(), str(folder)))
-               for rank in range(world)]
+    workers = [
+        context.Process(target=work, args=(rank, world, port, own.model_dump_json(), str(folder)))
+        for rank in range(world)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -58,9 +58,7 @@ def code_index(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     constants = _constants(grid, "nearest", "saturate")
     _in_pieces(
         x.numel(),
-        lambda a, b: loops.nearest_index(
-            words[a:b], target[a:b], scale, constants, grid.offset, grid.max_index
-        ),
+        lambda a, b: loops.nearest_index(words[a:b], target[a:b], scale, constants, grid.offset, grid.max_index),
     )
 
 

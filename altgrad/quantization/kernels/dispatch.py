@@ -65,9 +65,8 @@ def rounded(
 
 
 def round_into(
-    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None,
-    out: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor
+) -> Tensor:
     """`rounded`, written to `out` (may be x) without a tensor between where a kernel can."""
     is_direct = out.is_contiguous() and _is_same_or_apart(x, out)
     if is_direct and (triton := triton_for(x, scale)) is not None:
@@ -98,9 +97,7 @@ def grid_values_by_amax(
     if (triton := triton_for(x, 1.0)) is None:
         return None
     out, grid = torch.empty_like(x, dtype=torch.bfloat16), grid_of(fmt)
-    return out, triton.grid_values_by_amax(
-        x, grid, rounding, seed, out, headroom=headroom, power_of_two=power_of_two
-    )
+    return out, triton.grid_values_by_amax(x, grid, rounding, seed, out, headroom=headroom, power_of_two=power_of_two)
 
 
 def scaled(y: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -224,12 +221,7 @@ def triton_for(x: Tensor, scale: Scale) -> ModuleType | None:
 
 def numba_for(x: Tensor, dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> ModuleType | None:
     """The numba kernels if they can take this tensor, else None."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in dtypes
-        or not x.is_contiguous()
-        or torch.compiler.is_compiling()
-    ):
+    if x.device.type != "cpu" or x.dtype not in dtypes or not x.is_contiguous() or torch.compiler.is_compiling():
         return None
     return _numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
 
@@ -302,17 +294,13 @@ def _as_int64(seed: int | None) -> int | None:
 
 
 @torch.library.custom_op("altgrad::quantize", mutates_args=())
-def _quantize_op(
-    x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None
-) -> Tensor:
+def _quantize_op(x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None) -> Tensor:
     modes = cast(Rounding, rounding), cast(Overflow, overflow)
     return rounded(x, get_format(fmt), scale, *modes, seed).contiguous()
 
 
 @_quantize_op.register_fake
-def _quantize_shape(
-    x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None
-) -> Tensor:
+def _quantize_shape(x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

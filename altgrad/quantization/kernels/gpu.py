@@ -34,7 +34,7 @@ _LEAST, _MOST = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit
-def _hash(index, first, second):  # type: ignore[no-untyped-def]
+def _hash(index, first, second):
     """32 hashed bits of the flat index under two keys, uint32."""
     h = index ^ first
     h = (h ^ (h >> 16)) * 0x7FEB352D
@@ -44,7 +44,7 @@ def _hash(index, first, second):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load(pointer, index, mask, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(pointer, index, mask, IS_BFLOAT16: tl.constexpr):
     """The elements as float32; bfloat16 comes as its bits."""
     x = tl.load(pointer + index, mask=mask, other=0)
     if IS_BFLOAT16:
@@ -53,7 +53,7 @@ def _load(pointer, index, mask, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _store(pointer, index, value, mask, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(pointer, index, value, mask, IS_BFLOAT16: tl.constexpr):
     """Rounds to the tensor's dtype, ties to even."""
     if IS_BFLOAT16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -65,9 +65,7 @@ def _store(pointer, index, value, mask, IS_BFLOAT16: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _magnitude_code(  # type: ignore[no-untyped-def]
-    bits, u, odd, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr
-):
+def _magnitude_code(bits, u, odd, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
     """Code of the magnitude with these float32 bits, rounded by u, uint32; not yet clamped to the largest."""
     magnitude = bits.to(tl.float32, bitcast=True)
     is_normal = magnitude >= min_normal
@@ -81,17 +79,24 @@ def _magnitude_code(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _value(code, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+def _value(code, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
     """Value of a magnitude code, float32."""
     normal = ((code + OFFSET) << SHIFT).to(tl.float32, bitcast=True)
     return tl.where(code >= (1 << (23 - SHIFT)), normal, code.to(tl.int32).to(tl.float32) * spacing)
 
 
 @triton.jit
-def _last_code(  # type: ignore[no-untyped-def]
-    scale, last, min_normal, spacing, unscale, unscale_rest,
-    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
-):  # fmt: skip
+def _last_code(
+    scale,
+    last,
+    min_normal,
+    spacing,
+    unscale,
+    unscale_rest,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+):
     """Code of the last value whose product with the scale is at most `last`; the quotient's may be off by one."""
     quotient = tl.div_rn(last, scale).to(tl.uint32, bitcast=True)
     none = quotient & 0
@@ -102,7 +107,7 @@ def _last_code(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _largest(x_pointer, cell, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _largest(x_pointer, cell, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):
     """The bits of the largest magnitude, above infinity's where there is a NaN."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = _load(x_pointer, index, index < elements, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
@@ -110,7 +115,7 @@ def _largest(x_pointer, cell, elements, IS_BFLOAT16: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _scale_of(bits, per_max, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale_of(bits, per_max, POWER_OF_TWO: tl.constexpr):
     """`scale_of_amax` of the magnitude with these int32 bits."""
     scale = tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True) * per_max, _LEAST), _MOST)
     if POWER_OF_TWO:
@@ -119,8 +124,16 @@ def _scale_of(bits, per_max, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _scaled(y_pointer, first, second, out_pointer, elements, HAS_SECOND: tl.constexpr,  # type: ignore
-            WRITES_BFLOAT16: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _scaled(
+    y_pointer,
+    first,
+    second,
+    out_pointer,
+    elements,
+    HAS_SECOND: tl.constexpr,
+    WRITES_BFLOAT16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
     y = tl.load(y_pointer + index, mask=mask, other=0.0) * tl.load(first)
@@ -130,7 +143,7 @@ def _scaled(y_pointer, first, second, out_pointer, elements, HAS_SECOND: tl.cons
 
 
 @triton.jit
-def _transposed(x_pointer, out_pointer, rows, columns, IS_BFLOAT16: tl.constexpr, TILE: tl.constexpr):  # type: ignore
+def _transposed(x_pointer, out_pointer, rows, columns, IS_BFLOAT16: tl.constexpr, TILE: tl.constexpr):
     """[rows, columns] as [columns, rows] in the type of `out`, which holds the values exactly."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
@@ -141,13 +154,36 @@ def _transposed(x_pointer, out_pointer, rows, columns, IS_BFLOAT16: tl.constexpr
 
 # A key of 1 must stay a number: specialised, it would become a constant without a type.
 @triton.jit(do_not_specialize=["first", "second", "u"])
-def _round(  # type: ignore[no-untyped-def]
-    x_pointer, out_pointer, scale_pointer, elements, first, second, min_normal, spacing, unscale, unscale_rest,
-    finite_over, infinite_over, last, u, cell, per_max, FROM_AMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, ODD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SATURATES: tl.constexpr, UNSCALED: tl.constexpr, IS_BFLOAT16: tl.constexpr, WRITES_BFLOAT16: tl.constexpr,
+def _round(
+    x_pointer,
+    out_pointer,
+    scale_pointer,
+    elements,
+    first,
+    second,
+    min_normal,
+    spacing,
+    unscale,
+    unscale_rest,
+    finite_over,
+    infinite_over,
+    last,
+    u,
+    cell,
+    per_max,
+    FROM_AMAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+    ODD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SATURATES: tl.constexpr,
+    UNSCALED: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    WRITES_BFLOAT16: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
     if FROM_AMAX:
@@ -184,11 +220,21 @@ def _round(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["u"])
-def _index(  # type: ignore[no-untyped-def]
-    x_pointer, out_pointer, scale_pointer, elements, min_normal, unscale, unscale_rest, u,
-    SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, IS_BFLOAT16: tl.constexpr,
+def _index(
+    x_pointer,
+    out_pointer,
+    scale_pointer,
+    elements,
+    min_normal,
+    unscale,
+    unscale_rest,
+    u,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
     y = tl.div_rn(_load(x_pointer, index, mask, IS_BFLOAT16), tl.load(scale_pointer))
@@ -200,13 +246,7 @@ def _index(  # type: ignore[no-untyped-def]
 
 
 def quantize(
-    x: Tensor,
-    scale: float | Tensor,
-    grid: Grid,
-    rounding: Rounding,
-    overflow: Overflow,
-    seed: int | None,
-    out: Tensor,
+    x: Tensor, scale: float | Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor
 ) -> None:
     """round(x / scale) * scale into `out`; contiguous tensors of one floating dtype, possibly the same one."""
     _launch(x, _scale_on(x, scale), grid, rounding, overflow, seed, out)
@@ -225,17 +265,38 @@ def grid_values_by_amax(
     """`grid_values` under the scale of x's amax, which is returned, 0-d float32."""
     cell = torch.zeros((), dtype=torch.int32, device=x.device)
     scale = torch.empty((), dtype=torch.float32, device=x.device)
-    _largest[_programs(x)](_plain(x), cell, x.numel(), IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK,
-                           num_warps=WARPS)  # fmt: skip
-    _launch(x, scale, grid, rounding, "saturate", seed, out, is_unscaled=True, cell=cell,
-            per_max=headroom / grid.max_value, power_of_two=power_of_two)  # fmt: skip
+    _largest[_programs(x)](
+        _plain(x), cell, x.numel(), IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK, num_warps=WARPS
+    )
+    _launch(
+        x,
+        scale,
+        grid,
+        rounding,
+        "saturate",
+        seed,
+        out,
+        is_unscaled=True,
+        cell=cell,
+        per_max=headroom / grid.max_value,
+        power_of_two=power_of_two,
+    )
     return scale
 
 
 def scaled(y: Tensor, factors: list[Tensor], out: Tensor) -> None:
     """y times one or two 0-d factors into `out`, float32 or bfloat16; y is float32 and contiguous."""
-    _scaled[_programs(y)](y, factors[0], factors[-1], _plain(out), y.numel(), HAS_SECOND=len(factors) > 1,
-                          WRITES_BFLOAT16=out.dtype == torch.bfloat16, BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
+    _scaled[_programs(y)](
+        y,
+        factors[0],
+        factors[-1],
+        _plain(out),
+        y.numel(),
+        HAS_SECOND=len(factors) > 1,
+        WRITES_BFLOAT16=out.dtype == torch.bfloat16,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
 
 
 def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -249,9 +310,19 @@ def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _launch(
-    x: Tensor, scale: Tensor, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor, *,
-    is_unscaled: bool = False, cell: Tensor | None = None, per_max: float = 0.0, power_of_two: bool = False,
-) -> None:  # fmt: skip
+    x: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    rounding: Rounding,
+    overflow: Overflow,
+    seed: int | None,
+    out: Tensor,
+    *,
+    is_unscaled: bool = False,
+    cell: Tensor | None = None,
+    per_max: float = 0.0,
+    power_of_two: bool = False,
+) -> None:
     finite_over, infinite_over = overflow_values(grid, rounding, overflow)
     is_stochastic = rounding == "stochastic"
     if is_stochastic and seed is None:
@@ -259,24 +330,56 @@ def _launch(
     first, second = hash_keys(seed or 0) if is_stochastic else (0, 0)
     is_nearest = rounding == "nearest"
     _round[_programs(x)](
-        _plain(x), _plain(out), scale, x.numel(), first, second, grid.min_normal, grid.spacing,
-        grid.unscale, grid.unscale_rest, finite_over, infinite_over, last_finite(x.dtype),
-        NEAREST_U if is_nearest else 0, scale if cell is None else cell, per_max, FROM_AMAX=cell is not None,
+        _plain(x),
+        _plain(out),
+        scale,
+        x.numel(),
+        first,
+        second,
+        grid.min_normal,
+        grid.spacing,
+        grid.unscale,
+        grid.unscale_rest,
+        finite_over,
+        infinite_over,
+        last_finite(x.dtype),
+        NEAREST_U if is_nearest else 0,
+        scale if cell is None else cell,
+        per_max,
+        FROM_AMAX=cell is not None,
         POWER_OF_TWO=power_of_two,
-        SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index, ODD=int(is_nearest),
-        STOCHASTIC=is_stochastic, SATURATES=overflow == "saturate", UNSCALED=is_unscaled,
-        IS_BFLOAT16=x.dtype == torch.bfloat16, WRITES_BFLOAT16=out.dtype == torch.bfloat16, BLOCK=BLOCK,
+        SHIFT=grid.shift,
+        OFFSET=grid.offset,
+        MAX_INDEX=grid.max_index,
+        ODD=int(is_nearest),
+        STOCHASTIC=is_stochastic,
+        SATURATES=overflow == "saturate",
+        UNSCALED=is_unscaled,
+        IS_BFLOAT16=x.dtype == torch.bfloat16,
+        WRITES_BFLOAT16=out.dtype == torch.bfloat16,
+        BLOCK=BLOCK,
         num_warps=WARPS,
-    )  # fmt: skip
+    )
 
 
 def code_index(x: Tensor, scale: float | Tensor, grid: Grid, out: Tensor) -> None:
     """Signed code nearest to x / scale into the int32 `out`."""
     _index[_programs(x)](
-        _plain(x), out, _scale_on(x, scale), x.numel(), grid.min_normal, grid.unscale, grid.unscale_rest, NEAREST_U,
-        SHIFT=grid.shift, OFFSET=grid.offset, MAX_INDEX=grid.max_index,
-        IS_BFLOAT16=x.dtype == torch.bfloat16, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+        _plain(x),
+        out,
+        _scale_on(x, scale),
+        x.numel(),
+        grid.min_normal,
+        grid.unscale,
+        grid.unscale_rest,
+        NEAREST_U,
+        SHIFT=grid.shift,
+        OFFSET=grid.offset,
+        MAX_INDEX=grid.max_index,
+        IS_BFLOAT16=x.dtype == torch.bfloat16,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -29,32 +29,32 @@ _INFINITY = _U32(0x7F800000)
 
 
 @intrinsic
-def _bits(typingctx, number):  # type: ignore[no-untyped-def]
+def _bits(typingctx, number):
     """The bits of a float32 as uint32."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         return builder.bitcast(args[0], context.get_value_type(types.uint32))
 
     return types.uint32(types.float32), generate
 
 
 @intrinsic
-def _float(typingctx, bits):  # type: ignore[no-untyped-def]
+def _float(typingctx, bits):
     """The float32 of those bits."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         return builder.bitcast(args[0], context.get_value_type(types.float32))
 
     return types.float32(types.uint32), generate
 
 
-def _on_words(operation, word):  # type: ignore[no-untyped-def]
+def _on_words(operation, word):
     """An LLVM operation on two words of a type as an intrinsic: numba's own widens to 64 bits, which LLVM
     cannot always undo."""
 
     @intrinsic
-    def word_operation(typingctx, left, right):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def word_operation(typingctx, left, right):
+        def generate(context, builder, signature, args):
             return getattr(builder, operation)(*args)
 
         return word(word, word), generate
@@ -67,25 +67,25 @@ _xor, _right = _on_words("xor", types.uint32), _on_words("lshr", types.uint32)
 _left16, _right16 = _on_words("shl", types.uint16), _on_words("lshr", types.uint16)
 
 
-def _load(word):  # type: ignore[no-untyped-def]
+def _load(word):
     """The float32 an element's word stands for; compiled code only."""
     raise NotImplementedError
 
 
-def _store(number, word):  # type: ignore[no-untyped-def]
+def _store(number, word):
     """The element nearest to a float32, ties to even, as a word of the kind given; compiled code only."""
     raise NotImplementedError
 
 
 @overload(_load)
-def _load_by_type(word):  # type: ignore[no-untyped-def]
-    def float32(word):  # type: ignore[no-untyped-def]
+def _load_by_type(word):
+    def float32(word):
         return _float(word)
 
-    def bfloat16(word):  # type: ignore[no-untyped-def]
+    def bfloat16(word):
         return _float(_U32(_U32(word) << _U32(16)))
 
-    def float16(word):  # type: ignore[no-untyped-def]
+    def float16(word):
         bits = _U32(np.uint16(word))
         shifted = _U32(_U32(bits & _U32(0x7FFF)) << _U32(13))
         finite = _bits(_F32(_float(shifted) * _F32(2.0**112)))
@@ -96,18 +96,18 @@ def _load_by_type(word):  # type: ignore[no-untyped-def]
 
 
 @overload(_store)
-def _store_by_type(number, word):  # type: ignore[no-untyped-def]
-    def float32(number, word):  # type: ignore[no-untyped-def]
+def _store_by_type(number, word):
+    def float32(number, word):
         return _bits(number)
 
-    def bfloat16(number, word):  # type: ignore[no-untyped-def]
+    def bfloat16(number, word):
         # A NaN came from a bfloat16 too: its low half is zero, so the sum cannot carry it away.
         bits = _bits(number)
         odd = _U32(_U32(bits >> _U32(16)) & _U32(1))
         rounded = _U32(_U32(bits + _U32(_U32(0x7FFF) + odd)) >> _U32(16))
         return np.uint16(rounded)
 
-    def float16(number, word):  # type: ignore[no-untyped-def]
+    def float16(number, word):
         bits = _bits(number)
         magnitude = _U32(bits & _ABSOLUTE)
         odd = _U32(_U32(magnitude >> _U32(13)) & _U32(1))
@@ -121,7 +121,7 @@ def _store_by_type(number, word):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _hash(counter, key, second_key):  # type: ignore[no-untyped-def]
+def _hash(counter, key, second_key):
     """32 hashed bits of a counter, as in the reference."""
     h = _xor(counter, key)
     h = _times(_xor(h, _right(h, _U32(16))), _U32(0x7FEB352D))
@@ -131,13 +131,13 @@ def _hash(counter, key, second_key):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _constants(c):  # type: ignore[no-untyped-def]
+def _constants(c):
     """The words of a format, out of their array before the loop; `cpu` says what they are."""
     return c[0], c[1], c[2], c[3], c[4], _float(c[5]), _float(c[6]), _float(c[7]), _float(c[8]), c[9], c[10]
 
 
 @inlined
-def _nearest(magnitude, c):  # type: ignore[no-untyped-def]
+def _nearest(magnitude, c):
     """Bits of the nearest value, before the overflow policy."""
     shift, mask, halfway, odd, min_normal, magic = c[0], c[1], c[2], c[3], c[4], c[5]
     last = _U32(_right(magnitude, shift) & odd)
@@ -147,7 +147,7 @@ def _nearest(magnitude, c):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _drawn(magnitude, draw, c):  # type: ignore[no-untyped-def]
+def _drawn(magnitude, draw, c):
     """Bits of the value below, or above where the 31-bit fraction and the 31-bit draw carry."""
     shift, mask, min_normal, spacing, unscale, unscale_rest = c[0], c[1], c[4], c[6], c[7], c[8]
     normal = _U32(_U32(magnitude + _right(draw, _U32(_U32(31) - shift))) & mask)
@@ -160,7 +160,7 @@ def _drawn(magnitude, draw, c):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _finished(bits, rounded, c):  # type: ignore[no-untyped-def]
+def _finished(bits, rounded, c):
     """The rounded magnitude with its sign, under the overflow and NaN policies."""
     largest, over = c[9], c[10]
     value = _U32((over if rounded > largest else rounded) | _U32(bits & _SIGN))
@@ -168,13 +168,13 @@ def _finished(bits, rounded, c):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _scaled(number, scale, inverse):  # type: ignore[no-untyped-def]
+def _scaled(number, scale, inverse):
     """number / scale; by its inverse where that is exact, a division being several times slower."""
     return _F32(number / scale) if inverse is None else _F32(number * _F32(inverse))
 
 
 @compiled
-def round_nearest(x, out, scale, inverse, constants):  # type: ignore[no-untyped-def]
+def round_nearest(x, out, scale, inverse, constants):
     c, scale = _constants(constants), _F32(scale)
     for i in range(x.size):
         bits = _bits(_scaled(_load(x[i]), scale, inverse))
@@ -187,9 +187,7 @@ def round_nearest(x, out, scale, inverse, constants):  # type: ignore[no-untyped
 
 
 @compiled
-def round_nearest_in_16_bits(  # type: ignore[no-untyped-def]
-    x, out, lowest, least, spacing, half_spacing, largest, over, parity_mask, leading_one,
-):  # fmt: skip
+def round_nearest_in_16_bits(x, out, lowest, least, spacing, half_spacing, largest, over, parity_mask, leading_one):
     """bfloat16 without leaving its 16 bits, twice as many to a vector.
 
     `dropped` bits of the mantissa go: `least` of a normal's, one more for each binade below the normals, down
@@ -219,7 +217,7 @@ def round_nearest_in_16_bits(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def round_toward_zero(x, out, scale, inverse, constants):  # type: ignore[no-untyped-def]
+def round_toward_zero(x, out, scale, inverse, constants):
     c, scale = _constants(constants), _F32(scale)
     for i in range(x.size):
         bits = _bits(_scaled(_load(x[i]), scale, inverse))
@@ -234,7 +232,7 @@ def round_toward_zero(x, out, scale, inverse, constants):  # type: ignore[no-unt
 
 
 @compiled
-def round_stochastic(x, out, scale, inverse, constants, key, second_key, first):  # type: ignore[no-untyped-def]
+def round_stochastic(x, out, scale, inverse, constants, key, second_key, first):
     c, scale = _constants(constants), _F32(scale)
     key, second_key, counter = _U32(key), _U32(second_key), _U32(first)
     for i in range(x.size):
@@ -250,7 +248,7 @@ def round_stochastic(x, out, scale, inverse, constants, key, second_key, first):
 
 
 @compiled
-def nearest_index(x, out, scale, constants, offset, max_index):  # type: ignore[no-untyped-def]
+def nearest_index(x, out, scale, constants, offset, max_index):
     c, scale = _constants(constants), _F32(scale)
     shift, halfway, odd, min_normal, magic = c[0], c[2], c[3], c[4], c[5]
     offset, max_index = _U32(offset), _U32(max_index)
@@ -266,7 +264,7 @@ def nearest_index(x, out, scale, constants, offset, max_index):  # type: ignore[
 
 
 @compiled
-def value_of_index(index, out, scale, shift, offset, spacing, max_index):  # type: ignore[no-untyped-def]
+def value_of_index(index, out, scale, shift, offset, spacing, max_index):
     scale, spacing, max_index = _F32(scale), _F32(spacing), np.int32(max_index)
     shift, offset = _U32(shift), _U32(offset)
     first_normal = np.int32(1 << (23 - shift))
@@ -279,7 +277,7 @@ def value_of_index(index, out, scale, shift, offset, spacing, max_index):  # typ
 
 
 @compiled
-def spacing_at(x, out, scale, lowest, highest, mantissa_step):  # type: ignore[no-untyped-def]
+def spacing_at(x, out, scale, lowest, highest, mantissa_step):
     scale, mantissa_step = _F32(scale), _F32(mantissa_step)
     lowest, highest = _U32(lowest), _U32(highest)
     for i in range(x.size):
@@ -289,7 +287,7 @@ def spacing_at(x, out, scale, lowest, highest, mantissa_step):  # type: ignore[n
 
 
 @compiled
-def uniform(out, key, second_key, first):  # type: ignore[no-untyped-def]
+def uniform(out, key, second_key, first):
     key, second_key, counter = _U32(key), _U32(second_key), _U32(first)
     for i in range(out.size):
         hashed = _hash(counter, key, second_key)

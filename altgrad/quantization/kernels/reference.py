@@ -9,23 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad.quantization.kernels import (
-    NEAREST_U,
-    Grid,
-    Overflow,
-    Rounding,
-    hash_keys,
-    last_finite,
-    overflow_values,
-)
+from altgrad.quantization.kernels import NEAREST_U, Grid, Overflow, Rounding, hash_keys, last_finite, overflow_values
 
 Scale = float | Tensor
 
 
 def quantize(
-    x: Tensor, scale: Scale, grid: Grid, rounding: Rounding, overflow: Overflow, seed: int | None = None,
+    x: Tensor,
+    scale: Scale,
+    grid: Grid,
+    rounding: Rounding,
+    overflow: Overflow,
+    seed: int | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """round(x / scale) * scale, float32 of x's shape; with `dtype`, saturation stops where that ends."""
     y = x / scale
     index = rounded_magnitude(y, grid, rounding, seed)
@@ -81,9 +78,7 @@ def rounded_magnitude(y: Tensor, grid: Grid, rounding: Rounding, seed: int | Non
     whole = steps.to(torch.int32)
     below = torch.where(is_normal, (bits >> grid.shift) - grid.offset, whole)
     fraction = torch.where(
-        is_normal,
-        (bits & ((1 << grid.shift) - 1)) << (31 - grid.shift),
-        ((steps - whole) * 2.0**31).to(torch.int64),
+        is_normal, (bits & ((1 << grid.shift) - 1)) << (31 - grid.shift), ((steps - whole) * 2.0**31).to(torch.int64)
     )
     if rounding == "nearest":
         return below + ((fraction + NEAREST_U + (below & 1)) >> 31)

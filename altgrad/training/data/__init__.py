@@ -12,13 +12,7 @@ source never stands in for another.
     batches     (seed, step) to a batch
 """
 
-from altgrad.training.data.batches import (
-    document_batch,
-    document_rows,
-    split_batches,
-    train_batch,
-    val_batches,
-)
+from altgrad.training.data.batches import document_batch, document_rows, split_batches, train_batch, val_batches
 from altgrad.training.data.corpus import Corpus, load_corpus
 from altgrad.training.data.documents import Documents, load_documents
 from altgrad.training.data.sources import ALLOWED, NAMED

@@ -57,8 +57,10 @@ def cached(parts: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) ->
             fcntl.flock(lock, fcntl.LOCK_EX)
             return _read(folder) or _build(folder, build)
     except OSError as error:
-        raise ValueError(f"the cache of tokenized text in {folder.parent} can't be written ({error.strerror}); "
-                         "the environment variable ALTGRAD_CACHE names another place") from None
+        raise ValueError(
+            f"the cache of tokenized text in {folder.parent} can't be written ({error.strerror}); "
+            "the environment variable ALTGRAD_CACHE names another place"
+        ) from None
 
 
 def file_sha256(paths: Iterable[Path], start: bytes = b"") -> str:

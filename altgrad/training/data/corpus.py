@@ -78,15 +78,25 @@ def _load(source: str, revision: str | None, text_field: str, val_fraction: floa
         notes += (f"no file is named dev or validation: {val_fraction:.0%} of the training documents are held out",)
     if tokenizer == "bytes":
         train, val = (_mapped(plain, split, np.dtype(np.uint8)) for split in SPLITS)
-        return Corpus(source, plain.meta["documents"], train, val, plain.meta["sha256"], notes,
-                      provenance=opened.provenance)
+        return Corpus(
+            source, plain.meta["documents"], train, val, plain.meta["sha256"], notes, provenance=opened.provenance
+        )
     parts = {"text": plain.meta["sha256"], "tokenizer": tokenizer}
     entry = cached(parts, lambda folder: _write_tokens(folder, plain, tokenizer))
     train, val = (_mapped(entry, split, np.dtype(entry.meta["dtype"])) for split in SPLITS)
     learned = tokenizers.stored(tokenizer, entry.meta["json"])
     bytes_in_val = plain.folder.joinpath("val.bin").stat().st_size
-    return Corpus(source, plain.meta["documents"], train, val, entry.meta["sha256"], notes, learned,
-                  bytes_in_val / len(val), opened.provenance)
+    return Corpus(
+        source,
+        plain.meta["documents"],
+        train,
+        val,
+        entry.meta["sha256"],
+        notes,
+        learned,
+        bytes_in_val / len(val),
+        opened.provenance,
+    )
 
 
 def _mapped(entry: Entry, split: str, dtype: np.dtype[Any]) -> np.ndarray:

@@ -87,8 +87,10 @@ class Documents:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        return (f"{self.source}: {len(self.train)} training, {len(self.val)} validation and {len(self.test)} test "
-                f"documents, {len(self.labels)} labels, {self.tokenizer.name} tokens, sha256 {self.sha256[:12]}")
+        return (
+            f"{self.source}: {len(self.train)} training, {len(self.val)} validation and {len(self.test)} test "
+            f"documents, {len(self.labels)} labels, {self.tokenizer.name} tokens, sha256 {self.sha256[:12]}"
+        )
 
     def frequencies(self) -> Tensor:
         """The share of the training documents that have each label, [labels]."""
@@ -119,8 +121,18 @@ def _load(data: DataConfig, encoder: str | None, block: int) -> Documents:
     if encoder:
         own = tokenizers.EncoderTokenizer(encoder, block)
     train, val, test = (_mapped(texts, entry, split) for split in SPLITS)
-    return Documents(data.source, train, val, test, tuple(texts.meta["labels"]), tuple(texts.meta["unseen"]), own,
-                     entry.meta["sha256"], (*opened.notes, *texts.meta["notes"]), opened.provenance)
+    return Documents(
+        data.source,
+        train,
+        val,
+        test,
+        tuple(texts.meta["labels"]),
+        tuple(texts.meta["unseen"]),
+        own,
+        entry.meta["sha256"],
+        (*opened.notes, *texts.meta["notes"]),
+        opened.provenance,
+    )
 
 
 def _mapped(texts: Entry, tokens: Entry, split: str) -> LabelledSplit:
@@ -186,8 +198,12 @@ def _write_texts(folder: Path, source: Source, every: int, declared: tuple[str, 
         writer.close(folder, ids)
     names = [f"{split}.{kind}" for split in SPLITS for kind in KINDS]
     start = json.dumps([labels, unseen]).encode()
-    return {"labels": labels, "unseen": unseen, "notes": _notes(held, left_out, unseen, every),
-            "sha256": file_sha256([folder / name for name in names], start)}
+    return {
+        "labels": labels,
+        "unseen": unseen,
+        "notes": _notes(held, left_out, unseen, every),
+        "sha256": file_sha256([folder / name for name in names], start),
+    }
 
 
 def _check_labels(piece: Piece, declared: tuple[str, ...], known: frozenset[str]) -> None:
@@ -197,12 +213,15 @@ def _check_labels(piece: Piece, declared: tuple[str, ...], known: frozenset[str]
         if isinstance(label, str) and label not in known:
             close = get_close_matches(label, declared, n=1, cutoff=0.4)
             shown = ", ".join(declared[:5]) + (f" and {len(declared) - 5} more" if len(declared) > 5 else "")
-            raise ValueError(f"{piece.where}: label {label!r} is outside the vocabulary ({shown})"
-                             f"{f'; nearest: {close[0]}' if close else ''}")
+            raise ValueError(
+                f"{piece.where}: label {label!r} is outside the vocabulary ({shown})"
+                f"{f'; nearest: {close[0]}' if close else ''}"
+            )
 
 
-def _vocabulary(writers: Mapping[str, _Writer], declared: tuple[str, ...] | None
-                ) -> tuple[list[str], list[str], dict[Label, int]]:
+def _vocabulary(
+    writers: Mapping[str, _Writer], declared: tuple[str, ...] | None
+) -> tuple[list[str], list[str], dict[Label, int]]:
     """The labels in order, the unseen ones, and the id of every label as it is written in the data."""
     if declared is not None:
         by_name = {name: index for index, name in enumerate(declared)}
@@ -218,8 +237,10 @@ def _ordered(labels: set[Label]) -> list[Label]:
 
 
 def _notes(held: Mapping[int, str], left_out: Mapping[str, int], unseen: list[str], every: int) -> list[str]:
-    notes = [f"there is no {TITLES[split]} split: every {every}th training document is held out for it"
-             for split in held.values()]
+    notes = [
+        f"there is no {TITLES[split]} split: every {every}th training document is held out for it"
+        for split in held.values()
+    ]
     notes += [f"left out for want of {what}: {count} documents" for what, count in left_out.items() if count]
     if unseen:
         shown = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")

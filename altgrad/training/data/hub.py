@@ -73,7 +73,8 @@ class HubData:
     def declared_labels(self, field: str) -> tuple[str, ...] | None:
         """The names that a ClassLabel declares; None where the labels are not of that kind."""
         feature = self.dataset[self.splits["train"]].features.get(
-            present_label_field(field, self.dataset[self.splits["train"]].column_names) or "")
+            present_label_field(field, self.dataset[self.splits["train"]].column_names) or ""
+        )
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
         names = getattr(inner, "names", None)
         return None if names is None else tuple(names)
@@ -90,8 +91,9 @@ def load_hub(name: str, wanted: str | None = None) -> HubData:
     repository = REPOSITORIES[name]
     revision = None if _is_offline() else _revision(name, repository, wanted)
     try:
-        loaded = datasets.load_dataset(repository.path, repository.config, data_dir=repository.data_dir,
-                                       revision=revision or repository.branch)
+        loaded = datasets.load_dataset(
+            repository.path, repository.config, data_dir=repository.data_dir, revision=revision or repository.branch
+        )
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError) as error:
         why = "it is not in the cache of datasets" if _is_offline() else "it can't be loaded"
         raise ValueError(f"data {name!r}: {why} ({_one_line(error)}); {ALTERNATIVES}") from None
@@ -136,8 +138,10 @@ def _revision(name: str, repository: Repository, wanted: str | None) -> str:
     try:
         info = HfApi().dataset_info(repository.path, revision=wanted or repository.branch, timeout=TIMEOUT_SECONDS)
     except failures as error:
-        raise ValueError(f"data {name!r}: the Hugging Face hub does not answer for {repository.path} "
-                         f"({_one_line(error)}); {ALTERNATIVES}") from None
+        raise ValueError(
+            f"data {name!r}: the Hugging Face hub does not answer for {repository.path} "
+            f"({_one_line(error)}); {ALTERNATIVES}"
+        ) from None
     if not info.sha:
         raise ValueError(f"data {name!r}: the hub names no revision of {repository.path}")
     return str(info.sha)

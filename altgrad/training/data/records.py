@@ -110,8 +110,10 @@ def _checked(records: Iterator[tuple[Any, str]], path: Path, fields: Fields) -> 
             labels = None if name is None else labels_of(record[name], name, where)
         yield Piece(text, True, labels, where)
     if fields.label is not None and seen and not is_labelled:
-        raise ValueError(f"data {path}: no field {fields.label!r} for labels; it has: {', '.join(seen)}"
-                         f"{_nearest(fields.label, seen)}")
+        raise ValueError(
+            f"data {path}: no field {fields.label!r} for labels; it has: {', '.join(seen)}"
+            f"{_nearest(fields.label, seen)}"
+        )
 
 
 def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
@@ -205,8 +207,10 @@ def _parquet(path: Path, fields: Fields) -> Iterator[Piece]:
             _check_text_column(file.schema_arrow, path, fields.text)
             label = None if fields.label is None else present_label_field(fields.label, names)
             if fields.label is not None and label is None:
-                raise ValueError(f"data {path}: no column {fields.label!r} for labels; it has: {', '.join(names)}"
-                                 f"{_nearest(fields.label, names)}")
+                raise ValueError(
+                    f"data {path}: no column {fields.label!r} for labels; it has: {', '.join(names)}"
+                    f"{_nearest(fields.label, names)}"
+                )
             columns = [fields.text] if label is None else [fields.text, label]
             row = 0
             for batch in file.iter_batches(ROWS_AT_A_TIME, columns=columns):
@@ -223,8 +227,9 @@ def _check_text_column(schema: Any, path: Path, field: str) -> None:
     from pyarrow import types
 
     if field not in schema.names:
-        raise ValueError(f"data {path}: no column {field!r}; it has: {', '.join(schema.names)}"
-                         f"{_nearest(field, schema.names)}")
+        raise ValueError(
+            f"data {path}: no column {field!r}; it has: {', '.join(schema.names)}{_nearest(field, schema.names)}"
+        )
     kind = schema.field(field).type
     held = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(held) or types.is_large_string(held)):

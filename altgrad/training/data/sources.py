@@ -72,8 +72,11 @@ def _hub(name: str, revision: str | None, fields: Fields) -> Source:
     found = hub.load_hub(name, revision)
     names = None if fields.label is None else found.declared_labels(fields.label)
     repository = hub.REPOSITORIES[name]
-    provenance = {"repository": repository.path, "config": repository.config or repository.data_dir or "default",
-                  "revision": found.revision}
+    provenance = {
+        "repository": repository.path,
+        "config": repository.config or repository.data_dir or "default",
+        "revision": found.revision,
+    }
     readers = {split: hub.reader(found, split, fields) for split in found.splits}
     key = {"hub": {**provenance, **found.fingerprint}, "fields": list(fields)}
     return Source(name, key, readers, names, provenance=provenance)
@@ -85,16 +88,18 @@ def _local(source: str, fields: Fields) -> Source:
     groups = {"train": files.train, "val": files.val, "test": files.test if is_labelled else ()}
     groups = {split: paths for split, paths in groups.items() if paths}
     try:
-        content = {split: [[path.suffix.lower(), file_sha256([path])] for path in paths]
-                   for split, paths in groups.items()}
+        content = {
+            split: [[path.suffix.lower(), file_sha256([path])] for path in paths] for split, paths in groups.items()
+        }
     except OSError as error:
         raise ValueError(f"data {error.filename}: can't be read ({error.strerror})") from None
     readers = {split: partial(_read_all, paths, fields) for split, paths in groups.items()}
     names = None
     if fields.label is not None:
         names = next((found for path in files.train if (found := declared_labels(path, fields.label))), None)
-    return Source(source, {"files": content, "fields": list(fields)}, readers, names,
-                  files.notes(reads_test=is_labelled))
+    return Source(
+        source, {"files": content, "fields": list(fields)}, readers, names, files.notes(reads_test=is_labelled)
+    )
 
 
 def _read_all(paths: tuple[Path, ...], fields: Fields) -> Iterator[Piece]:

@@ -66,8 +66,9 @@ class LearnedTokenizer:
         self.vocabulary: int = int(self._library.get_vocab_size())
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        found = self._library.encode_batch_fast([text.decode("utf-8", "replace") for text in texts],
-                                                add_special_tokens=False)
+        found = self._library.encode_batch_fast(
+            [text.decode("utf-8", "replace") for text in texts], add_special_tokens=False
+        )
         ids = [np.array(item.ids, dtype=np.int64) for item in found]
         return [item[~np.isin(item, self._dropped)] for item in ids] if len(self._dropped) else ids
 
@@ -85,8 +86,9 @@ class EncoderTokenizer:
         try:
             self._library: Any = transformers.AutoTokenizer.from_pretrained(encoder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"encoder {encoder!r}: no tokenizer can be loaded ({' '.join(str(error).split())[:200]})"
-                             ) from None
+            raise ValueError(
+                f"encoder {encoder!r}: no tokenizer can be loaded ({' '.join(str(error).split())[:200]})"
+            ) from None
         self.name: str = encoder
         self.vocabulary: int = len(self._library)
         self._block = block
@@ -143,8 +145,12 @@ def _learn_bpe(name: str, size: int, texts: Iterable[bytes]) -> Tokenizer:
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     library.train_from_iterator(_sample(texts), trainer)
     return LearnedTokenizer(name, library.to_str())
 
@@ -174,8 +180,11 @@ def _learn_words(name: str, size: int, texts: Iterable[bytes]) -> Tokenizer:
         plain = library.normalizer.normalize_str(text.decode("utf-8", "replace"))
         counts.update({word for word, _ in library.pre_tokenizer.pre_tokenize_str(plain)})
         documents += 1
-    kept = [(word, count) for word, count in counts.items()
-            if LEAST_DOCUMENTS <= count <= max(LEAST_DOCUMENTS, MOST_COMMON_SHARE * documents)]
+    kept = [
+        (word, count)
+        for word, count in counts.items()
+        if LEAST_DOCUMENTS <= count <= max(LEAST_DOCUMENTS, MOST_COMMON_SHARE * documents)
+    ]
     kept.sort(key=lambda item: (-item[1], item[0]))
     vocabulary = {UNKNOWN: 0} | {word: index for index, (word, _) in enumerate(kept[: size - 1], 1)}
     library.model = WordLevel(vocabulary, unk_token=UNKNOWN)

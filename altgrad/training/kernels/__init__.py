@@ -196,7 +196,4 @@ def integer_power(base: float, exponent: int) -> float:
 
 def corrections(beta1: float, beta2: float, step: int) -> tuple[float, float]:
     """Adam's bias corrections of this step, the first from 1: factors on m and on √v."""
-    return (
-        1.0 / (1.0 - integer_power(beta1, step)),
-        1.0 / math.sqrt(1.0 - integer_power(beta2, step)),
-    )
+    return (1.0 / (1.0 - integer_power(beta1, step)), 1.0 / math.sqrt(1.0 - integer_power(beta2, step)))

@@ -49,9 +49,20 @@ def stepper_of(plan: Plan, divides: bool) -> Any:
     feedback = plan.feedback and plan.lr > 0
     decays = plan.weight_decay > 0 and plan.placement == Placement.RUNGS
     return fused.stepper(
-        int(plan.moments), int(plan.geometry), int(plan.placement), plan.fmt is not None, plan.needs_scale,
-        plan.needs_mean, plan.own_unit, feedback, plan.carry, decays, int(plan.counting), plan.rescales, divides,
-    )  # fmt: skip
+        int(plan.moments),
+        int(plan.geometry),
+        int(plan.placement),
+        plan.fmt is not None,
+        plan.needs_scale,
+        plan.needs_mean,
+        plan.own_unit,
+        feedback,
+        plan.carry,
+        decays,
+        int(plan.counting),
+        plan.rescales,
+        divides,
+    )
 
 
 def _divides(job: Job, plan: Plan) -> bool:
@@ -64,8 +75,19 @@ def _divides(job: Job, plan: Plan) -> bool:
 
 
 def _row(job: Job) -> tuple[int, ...]:
-    tensors = (job.weight, job.grad, job.first, job.second, job.direction, job.carry, job.step, job.scale, job.streak,
-               job.mean, job.largest)  # fmt: skip
+    tensors = (
+        job.weight,
+        job.grad,
+        job.first,
+        job.second,
+        job.direction,
+        job.carry,
+        job.step,
+        job.scale,
+        job.streak,
+        job.mean,
+        job.largest,
+    )
     seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
     return (*(0 if t is None else t.data_ptr() for t in tensors), job.weight.numel(), seed, job.knows_largest)
 
@@ -90,8 +112,22 @@ def _numbers(plan: Plan) -> NDArray[np.float64]:
     has_exponent, is_wide = (fmt.exponent_bits > 0, fmt.total_bits > 8) if fmt else (False, True)
     extremes = (1.0 / fmt.max, fmt.max, fmt.min_spacing) if fmt else (0.0, 0.0, 0.0)
     clip = min(plan.rung_clip, MAX_RUNGS)
-    return np.array([plan.lr, plan.beta1, plan.beta2, plan.eps, plan.weight_decay, plan.max_stiffness, clip,
-                     plan.master_scale or 0.0, *extremes, has_exponent, is_wide], np.float64)  # fmt: skip
+    return np.array(
+        [
+            plan.lr,
+            plan.beta1,
+            plan.beta2,
+            plan.eps,
+            plan.weight_decay,
+            plan.max_stiffness,
+            clip,
+            plan.master_scale or 0.0,
+            *extremes,
+            has_exponent,
+            is_wide,
+        ],
+        np.float64,
+    )
 
 
 @cache
@@ -99,6 +135,13 @@ def _grid_words(name: str) -> NDArray[np.uint32]:
     """What the loops need of a format."""
     grid = grid_of(get_format(name))
     word, step = quantize_cpu._word, grid.mantissa_step
-    more = [grid.offset, grid.min_exponent_bits, grid.max_exponent_bits, grid.max_index, 1 << (23 - grid.shift),
-            word(2.0**FIXED / step), word(step)]  # fmt: skip
+    more = [
+        grid.offset,
+        grid.min_exponent_bits,
+        grid.max_exponent_bits,
+        grid.max_index,
+        1 << (23 - grid.shift),
+        word(2.0**FIXED / step),
+        word(step),
+    ]
     return np.concatenate([quantize_cpu._constants(grid, "nearest", "saturate"), np.array(more, np.uint32)])

@@ -25,17 +25,17 @@ minus, left = _on_words("sub", types.uint32), _on_words("shl", types.uint32)
 
 
 @inlined
-def minimum(a, b):  # type: ignore[no-untyped-def]
+def minimum(a, b):
     return a if a < b else b
 
 
 @inlined
-def absolute(number):  # type: ignore[no-untyped-def]
+def absolute(number):
     return _float(_U32(_bits(number) & _ABSOLUTE))
 
 
 @inlined
-def index_of(y, c, offset, max_index):  # type: ignore[no-untyped-def]
+def index_of(y, c, offset, max_index):
     """Signed code nearest to y, int32."""
     shift, halfway, odd, min_normal, magic = c[0], c[2], c[3], c[4], c[5]
     bits = _bits(y)
@@ -49,7 +49,7 @@ def index_of(y, c, offset, max_index):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def value_of(index, shift, offset, spacing, first_normal):  # type: ignore[no-untyped-def]
+def value_of(index, shift, offset, spacing, first_normal):
     """Value of a signed code."""
     size = size_of(index)
     normal = _float(left(_plus(size, offset), shift))
@@ -58,12 +58,12 @@ def value_of(index, shift, offset, spacing, first_normal):  # type: ignore[no-un
 
 
 @inlined
-def size_of(index):  # type: ignore[no-untyped-def]
+def size_of(index):
     return _U32(-index if index < _I32(0) else index)
 
 
 @inlined
-def gap_at(size, shift, offset, lowest, mantissa_step, first_normal, max_index):  # type: ignore[no-untyped-def]
+def gap_at(size, shift, offset, lowest, mantissa_step, first_normal, max_index):
     """Half the distance between the neighbours of a magnitude code: half a spacing on either side, a quarter below
     the start of a binade, none beyond the last."""
     bits = _U32(left(_plus(size, offset), shift) & _EXPONENT)
@@ -74,14 +74,14 @@ def gap_at(size, shift, offset, lowest, mantissa_step, first_normal, max_index):
 
 
 @inlined
-def binade_of(y, lowest, highest):  # type: ignore[no-untyped-def]
+def binade_of(y, lowest, highest):
     """Float32 bits of the binade that y's spacing belongs to."""
     exponent = _U32(_bits(y) & _EXPONENT)
     return minimum(lowest if exponent < lowest else exponent, highest)
 
 
 @inlined
-def binade_of_quotient(w, scale_bits, lowest, highest):  # type: ignore[no-untyped-def]
+def binade_of_quotient(w, scale_bits, lowest, highest):
     """Float32 bits of the binade that (w / scale)'s spacing belongs to, without a division."""
     magnitude = _U32(_bits(w) & _ABSOLUTE)
     difference = minus(magnitude, minus(scale_bits, _ONE))
@@ -92,7 +92,7 @@ def binade_of_quotient(w, scale_bits, lowest, highest):  # type: ignore[no-untyp
 
 
 @inlined
-def code_on_grid(y, c, offset, max_index):  # type: ignore[no-untyped-def]
+def code_on_grid(y, c, offset, max_index):
     """`index_of` for values on the grid, in half the operations."""
     shift, min_normal, magic = c[0], c[4], c[5]
     bits = _bits(y)
@@ -104,26 +104,26 @@ def code_on_grid(y, c, offset, max_index):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def share_word(share):  # type: ignore[no-untyped-def]
+def share_word(share):
     """A share in fixed point, at most one."""
     return _U32(_I32(share if share < _FULL else _FULL))
 
 
 @inlined
-def whole_sum(high, low):  # type: ignore[no-untyped-def]
+def whole_sum(high, low):
     """The sum of fixed-point words whose halves were added apart."""
     return np.int64(high) * (1 << HALF) + np.int64(low)
 
 
 @inlined
-def clipped(rungs, clip):  # type: ignore[no-untyped-def]
+def clipped(rungs, clip):
     """Within ± clip; NaN is 0."""
     rungs = rungs if rungs == rungs else _F32(0)
     return minimum(rungs if rungs > -clip else -clip, clip)
 
 
 @inlined
-def drawn(rungs, counter, key, second_key):  # type: ignore[no-untyped-def]
+def drawn(rungs, counter, key, second_key):
     """floor(rungs + u), float32."""
     draw = _F32(_F32(_I32(_right(_hash(counter, key, second_key), _U32(8)))) * _F32(2.0**-24))
     whole = _F32(np.floor(rungs))
@@ -131,7 +131,7 @@ def drawn(rungs, counter, key, second_key):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def stiffness(weight, has_exponent, mantissa_step, least, limit):  # type: ignore[no-untyped-def]
+def stiffness(weight, has_exponent, mantissa_step, least, limit):
     """The literal formula's factor on a gradient."""
     binade = _float(_U32(_bits(weight) & _EXPONENT))
     literal = _F32(binade * mantissa_step) if has_exponent else least
@@ -139,7 +139,7 @@ def stiffness(weight, has_exponent, mantissa_step, least, limit):  # type: ignor
 
 
 @inlined
-def splitmix64(state):  # type: ignore[no-untyped-def]
+def splitmix64(state):
     state = np.uint64(state + np.uint64(0x9E3779B97F4A7C15))
     state = np.uint64(np.uint64(state ^ np.uint64(state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
     state = np.uint64(np.uint64(state ^ np.uint64(state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
@@ -147,14 +147,14 @@ def splitmix64(state):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def mixed(seed, number):  # type: ignore[no-untyped-def]
+def mixed(seed, number):
     """`mix_seed(seed, number)`."""
     state = splitmix64(np.uint64(np.uint64(0x9E3779B97F4A7C15) ^ splitmix64(np.uint64(seed))))
     return splitmix64(np.uint64(state ^ splitmix64(np.uint64(number))))
 
 
 @inlined
-def power(base, exponent):  # type: ignore[no-untyped-def]
+def power(base, exponent):
     """`integer_power`."""
     result = 1.0
     while exponent:

@@ -31,7 +31,7 @@ from altgrad.quantization.kernels.loops import (
     _plus,
     _right,
     _store,
-)  # fmt: skip
+)
 from altgrad.training.kernels import (
     FIXED,
     GRADIENT_FLOOR,
@@ -43,7 +43,7 @@ from altgrad.training.kernels import (
     Geometry,
     Moments,
     Placement,
-)  # fmt: skip
+)
 from altgrad.training.kernels import layout as at
 from altgrad.training.kernels.elements import (
     HALF,
@@ -66,7 +66,7 @@ from altgrad.training.kernels.elements import (
     stiffness,
     value_of,
     whole_sum,
-)  # fmt: skip
+)
 from altgrad.training.kernels.survey import largest_bits, look, mean_of, pointer_to, scale_of
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
@@ -80,10 +80,10 @@ _TRAVEL, _POSITION = int(Count.TRAVEL), int(Count.POSITION)
 
 
 @intrinsic
-def _wide_vectors(typingctx):  # type: ignore[no-untyped-def]
+def _wide_vectors(typingctx):
     """Lets the function that calls this use 512-bit vectors, where LLVM would keep to 256 on some processors."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         for attribute in ('"prefer-vector-width"="512"', '"min-legal-vector-width"="512"'):
             set.add(builder.function.attributes, attribute)
         return context.get_dummy_value()
@@ -92,12 +92,12 @@ def _wide_vectors(typingctx):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _scaled(x, scale, inverse, divides):  # type: ignore[no-untyped-def]
+def _scaled(x, scale, inverse, divides):
     return _F32(x / scale) if divides else _F32(x * inverse)
 
 
 @compiled
-def _requantize(words, scale, is_nearest, seed, grid_words):  # type: ignore[no-untyped-def]
+def _requantize(words, scale, is_nearest, seed, grid_words):
     c, scale, keys = _constants(grid_words), _F32(scale), splitmix64(seed)
     key, second_key = _U32(keys & np.uint64(0xFFFFFFFF)), _U32(keys >> np.uint64(32))
     for i in range(words.size):
@@ -109,7 +109,7 @@ def _requantize(words, scale, is_nearest, seed, grid_words):  # type: ignore[no-
 
 
 @compiled
-def _rescale_on_overflow(weight, carry, scale, streak, seed, is_nearest, grid_words, row):  # type: ignore
+def _rescale_on_overflow(weight, carry, scale, streak, seed, is_nearest, grid_words, row):
     crowded = _F64(row[_OVERFLOW]) > OVERFLOW_SHARE * weight.size
     streak[0] = streak[0] + 1 if crowded else 0
     if streak[0] < OVERFLOW_STEPS:
@@ -123,9 +123,21 @@ def _rescale_on_overflow(weight, carry, scale, streak, seed, is_nearest, grid_wo
 
 
 @cache
-def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_scale: bool, needs_mean: bool,
-            own_unit: bool, feedback: bool, with_carry: bool, decays: bool, counting: int, rescales: bool,
-            divides: bool) -> Callable[..., Any]:  # fmt: skip
+def stepper(
+    moments: int,
+    geometry: int,
+    placement: int,
+    has_grid: bool,
+    needs_scale: bool,
+    needs_mean: bool,
+    own_unit: bool,
+    feedback: bool,
+    with_carry: bool,
+    decays: bool,
+    counting: int,
+    rescales: bool,
+    divides: bool,
+) -> Callable[..., Any]:
     """The compiled step of one combination of a plan's choices."""
     in_rungs = has_grid and placement == _RUNGS
     is_master = not has_grid or placement == _MASTER
@@ -137,7 +149,7 @@ def stepper(moments: int, geometry: int, placement: int, has_grid: bool, needs_s
     # An inexact quotient may fall below the grid point that it stands for.
     on_grid = not (is_master or divides)
 
-    def run(word, table, chosen, numbers, grid_words, call, rows):  # type: ignore[no-untyped-def]
+    def run(word, table, chosen, numbers, grid_words, call, rows):
         _wide_vectors()
         c = _constants(grid_words)
         offset, lowest, highest = grid_words[at.OFFSET], grid_words[at.LOWEST], grid_words[at.HIGHEST]

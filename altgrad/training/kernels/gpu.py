@@ -30,7 +30,7 @@ from altgrad.training.kernels import (
     Moments,
     Placement,
     Plan,
-)  # fmt: skip
+)
 from altgrad.training.kernels.gpu_parts import (
     APPLIED,
     BY_MEAN,
@@ -80,7 +80,7 @@ from altgrad.training.kernels.gpu_parts import (
     _sum_of_spacings,
     _survey,
     _value,
-)  # fmt: skip
+)
 from altgrad.training.kernels.gpu_parts import CARRY as OWED
 
 _FLOOR, _FULL = tl.constexpr(GRADIENT_FLOOR), tl.constexpr(2.0**FIXED)
@@ -93,25 +93,77 @@ _RUNGS, _ALL = tl.constexpr(int(Placement.RUNGS)), tl.constexpr(int(Counting.ALL
 
 
 @triton.jit
-def _add(row, COLUMN: tl.constexpr, values):  # type: ignore[no-untyped-def]
+def _add(row, COLUMN: tl.constexpr, values):
     """Adds a block's sum to a count; int32 holds it, but for shares of one."""
     tl.atomic_add(row + COLUMN, tl.sum(values.to(tl.int32), axis=0).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=[
-    "call", "lr", "shrink", "beta1", "rest1", "beta2", "rest2", "eps", "limit", "max_stiffness", "least", "clip",
-    "whole_clip", "rung_decay",
-])  # fmt: skip
-def _step(  # type: ignore[no-untyped-def]
-    table, owner, integers, numbers, rows, call, lr, shrink, beta1, rest1, beta2, rest2, eps, limit, max_stiffness,
-    least, clip, whole_clip, rung_decay, min_normal, spacing, unscale, unscale_rest, max_value, to_fixed,
-    mantissa_step, WORD: tl.constexpr, FOLLOWS: tl.constexpr,
-    MOMENTS: tl.constexpr, BY_SPACING: tl.constexpr, BY_GRADIENT: tl.constexpr, PLACEMENT: tl.constexpr,
-    HAS_GRID: tl.constexpr, HAS_EXPONENT: tl.constexpr, FEEDBACK: tl.constexpr, CARRY: tl.constexpr,
-    DECAYS: tl.constexpr, COUNTING: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
-    LOWEST: tl.constexpr, HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "call",
+        "lr",
+        "shrink",
+        "beta1",
+        "rest1",
+        "beta2",
+        "rest2",
+        "eps",
+        "limit",
+        "max_stiffness",
+        "least",
+        "clip",
+        "whole_clip",
+        "rung_decay",
+    ]
+)
+def _step(
+    table,
+    owner,
+    integers,
+    numbers,
+    rows,
+    call,
+    lr,
+    shrink,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    limit,
+    max_stiffness,
+    least,
+    clip,
+    whole_clip,
+    rung_decay,
+    min_normal,
+    spacing,
+    unscale,
+    unscale_rest,
+    max_value,
+    to_fixed,
+    mantissa_step,
+    WORD: tl.constexpr,
+    FOLLOWS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BY_SPACING: tl.constexpr,
+    BY_GRADIENT: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    HAS_GRID: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+    CARRY: tl.constexpr,
+    DECAYS: tl.constexpr,
+    COUNTING: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     job = tl.load(owner + tl.program_id(0)).to(tl.int64)
     line, row = table + job * WIDTH, rows + job * COUNTS
     integers, numbers = integers + job * INTEGERS, numbers + job * NUMBERS
@@ -192,8 +244,19 @@ def _step(  # type: ignore[no-untyped-def]
                 y_new = y_target
             else:
                 y_target = tl.div_rn(target, scale)
-                y_new = _rounded(y_target, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT,
-                                 OFFSET, MAX_INDEX, PLACEMENT == _NEAREST)  # fmt: skip
+                y_new = _rounded(
+                    y_target,
+                    hashed,
+                    min_normal,
+                    spacing,
+                    unscale,
+                    unscale_rest,
+                    max_value,
+                    SHIFT,
+                    OFFSET,
+                    MAX_INDEX,
+                    PLACEMENT == _NEAREST,
+                )
                 new = y_new * scale
                 _store(weight, index, new, mask, IS_BFLOAT16)
                 _add(row, OVERFLOW, mask & (tl.abs(y_target) > max_value))
@@ -222,7 +285,7 @@ def _step(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(value, pointer, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kept(value, pointer, IS_BFLOAT16: tl.constexpr):
     """What the tensor's dtype keeps of a float32."""
     if IS_BFLOAT16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -233,7 +296,7 @@ def _kept(value, pointer, IS_BFLOAT16: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit(do_not_specialize=["share_bits"])
-def _watch(table, integers, rows, share_bits):  # type: ignore[no-untyped-def]
+def _watch(table, integers, rows, share_bits):
     """Doubles the scale after sustained overflow, and says so to `_requantize`."""
     job = tl.program_id(0).to(tl.int64)
     line, integers, row = table + job * WIDTH, integers + job * INTEGERS, rows + job * COUNTS
@@ -251,11 +314,26 @@ def _watch(table, integers, rows, share_bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["call"])
-def _requantize(  # type: ignore[no-untyped-def]
-    table, owner, integers, call, min_normal, spacing, unscale, unscale_rest, max_value, WORD: tl.constexpr,
-    IS_NEAREST: tl.constexpr, CARRY: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _requantize(
+    table,
+    owner,
+    integers,
+    call,
+    min_normal,
+    spacing,
+    unscale,
+    unscale_rest,
+    max_value,
+    WORD: tl.constexpr,
+    IS_NEAREST: tl.constexpr,
+    CARRY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     job = tl.load(owner + tl.program_id(0)).to(tl.int64)
     line = table + job * WIDTH
     if tl.load(integers + job * INTEGERS + RESCALES) != 0:
@@ -264,8 +342,9 @@ def _requantize(  # type: ignore[no-untyped-def]
         first_key, second_key = _keys(_mixed(_mixed(tl.load(line + SEED), call), tl.full((), 1, tl.uint64)))
         hashed = _hash(index.to(tl.uint32), first_key, second_key)
         y = tl.div_rn(_load(weight, index, mask, IS_BFLOAT16), scale)
-        y = _rounded(y, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT, OFFSET, MAX_INDEX,
-                     IS_NEAREST)  # fmt: skip
+        y = _rounded(
+            y, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT, OFFSET, MAX_INDEX, IS_NEAREST
+        )
         _store(weight, index, y * scale, mask, IS_BFLOAT16)
         if CARRY:
             carry = _address(line, OWED, tl.float32, ALIGNED)
@@ -282,8 +361,14 @@ def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None
     numbers = torch.empty(len(jobs), NUMBERS.value, device=device)
     shape = {"SHIFT": grid.shift, "OFFSET": grid.offset, "MAX_INDEX": grid.max_index}
     ends = {"LOWEST": grid.min_exponent_bits, "HIGHEST": grid.max_exponent_bits}
-    block = {"WORD": _WORDS[dtype], "IS_BFLOAT16": dtype == torch.bfloat16, "ALIGNED": is_aligned, "BLOCK": BLOCK,
-             "enable_fp_fusion": False, "num_warps": WARPS}  # fmt: skip
+    block = {
+        "WORD": _WORDS[dtype],
+        "IS_BFLOAT16": dtype == torch.bfloat16,
+        "ALIGNED": is_aligned,
+        "BLOCK": BLOCK,
+        "enable_fp_fusion": False,
+        "num_warps": WARPS,
+    }
     units = (grid.min_normal, grid.spacing, grid.unscale, grid.unscale_rest)
     to_fixed = 2.0**FIXED / grid.mantissa_step
     in_rungs = plan.placement == Placement.RUNGS and plan.fmt is not None
@@ -291,37 +376,94 @@ def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None
 
     _survey[blocks](table, owner, integers, NEEDS_MEAN=plan.needs_mean, FOLLOWS=follows, **block)
     _begin[tensors](
-        table, integers, numbers, counts, 1.0 / fmt.max, plan.master_scale or 1.0, HAS_CELL=jobs[0].scale is not None,
-        FOLLOWS=follows, IS_FIXED=plan.master_scale is not None, enable_fp_fusion=False, num_warps=1, **ends,
-    )  # fmt: skip
+        table,
+        integers,
+        numbers,
+        counts,
+        1.0 / fmt.max,
+        plan.master_scale or 1.0,
+        HAS_CELL=jobs[0].scale is not None,
+        FOLLOWS=follows,
+        IS_FIXED=plan.master_scale is not None,
+        enable_fp_fusion=False,
+        num_warps=1,
+        **ends,
+    )
     if plan.needs_mean:
         _sum_of_spacings[blocks](
             table, owner, integers, numbers, *units, to_fixed, IN_GAPS=in_rungs, **shape, **ends, **block
         )
     _prepare[tensors](
-        table, integers, numbers, _bits(plan.lr), _bits(plan.beta1), _bits(plan.beta2), _bits(fmt.max),
-        _bits(grid.mantissa_step), NEEDS_MEAN=plan.needs_mean, IS_ULP=plan.geometry == Geometry.ULP,
-        OWN_UNIT=plan.own_unit, FEEDBACK=feedback, enable_fp_fusion=False, num_warps=1,
-    )  # fmt: skip
+        table,
+        integers,
+        numbers,
+        _bits(plan.lr),
+        _bits(plan.beta1),
+        _bits(plan.beta2),
+        _bits(fmt.max),
+        _bits(grid.mantissa_step),
+        NEEDS_MEAN=plan.needs_mean,
+        IS_ULP=plan.geometry == Geometry.ULP,
+        OWN_UNIT=plan.own_unit,
+        FEEDBACK=feedback,
+        enable_fp_fusion=False,
+        num_warps=1,
+    )
     is_relative = plan.geometry == Geometry.RELATIVE
     clip = min(plan.rung_clip, MAX_RUNGS)
     _step[blocks](
-        table, owner, integers, numbers, counts, call, plan.lr, plan.lr * plan.weight_decay, plan.beta1,
-        1 - plan.beta1, plan.beta2, 1 - plan.beta2, plan.eps,
-        plan.lr * plan.max_stiffness if is_relative else float("inf"), plan.max_stiffness, grid.spacing, clip,
-        float(int(clip)), plan.weight_decay * (1.0 if plan.own_unit else plan.lr), *units, grid.max_value, to_fixed,
-        grid.mantissa_step, FOLLOWS=follows, MOMENTS=int(plan.moments),
-        BY_SPACING=is_relative or plan.geometry == Geometry.ULP, BY_GRADIENT=plan.geometry == Geometry.GRADIENT,
-        PLACEMENT=int(plan.placement), HAS_GRID=plan.fmt is not None, HAS_EXPONENT=fmt.exponent_bits > 0,
-        FEEDBACK=feedback, CARRY=plan.carry, DECAYS=plan.weight_decay > 0, COUNTING=int(plan.counting), **shape,
-        **ends, **block,
-    )  # fmt: skip
+        table,
+        owner,
+        integers,
+        numbers,
+        counts,
+        call,
+        plan.lr,
+        plan.lr * plan.weight_decay,
+        plan.beta1,
+        1 - plan.beta1,
+        plan.beta2,
+        1 - plan.beta2,
+        plan.eps,
+        plan.lr * plan.max_stiffness if is_relative else float("inf"),
+        plan.max_stiffness,
+        grid.spacing,
+        clip,
+        float(int(clip)),
+        plan.weight_decay * (1.0 if plan.own_unit else plan.lr),
+        *units,
+        grid.max_value,
+        to_fixed,
+        grid.mantissa_step,
+        FOLLOWS=follows,
+        MOMENTS=int(plan.moments),
+        BY_SPACING=is_relative or plan.geometry == Geometry.ULP,
+        BY_GRADIENT=plan.geometry == Geometry.GRADIENT,
+        PLACEMENT=int(plan.placement),
+        HAS_GRID=plan.fmt is not None,
+        HAS_EXPONENT=fmt.exponent_bits > 0,
+        FEEDBACK=feedback,
+        CARRY=plan.carry,
+        DECAYS=plan.weight_decay > 0,
+        COUNTING=int(plan.counting),
+        **shape,
+        **ends,
+        **block,
+    )
     if plan.rescales:
         _watch[tensors](table, integers, counts, _bits(OVERFLOW_SHARE), num_warps=1)
         _requantize[blocks](
-            table, owner, integers, call, *units, grid.max_value, IS_NEAREST=plan.placement == Placement.NEAREST,
-            CARRY=plan.carry, **shape, **block,
-        )  # fmt: skip
+            table,
+            owner,
+            integers,
+            call,
+            *units,
+            grid.max_value,
+            IS_NEAREST=plan.placement == Placement.NEAREST,
+            CARRY=plan.carry,
+            **shape,
+            **block,
+        )
 
 
 KEPT_TABLES = 8
@@ -349,8 +491,19 @@ def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]
 
 
 def _line(job: Job, begin: int) -> tuple[int, ...]:
-    tensors = (job.weight, job.grad, job.first, job.second, job.direction, job.carry, job.step, job.scale, job.streak,
-               job.mean, job.largest)  # fmt: skip
+    tensors = (
+        job.weight,
+        job.grad,
+        job.first,
+        job.second,
+        job.direction,
+        job.carry,
+        job.step,
+        job.scale,
+        job.streak,
+        job.mean,
+        job.largest,
+    )
     seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
     addresses = (0 if t is None else t.data_ptr() for t in tensors)
     return *addresses, job.weight.numel(), seed, int(job.knows_largest), begin

@@ -16,18 +16,46 @@ from altgrad.quantization.kernels import NEAREST_U
 from altgrad.quantization.kernels.gpu import _load, _magnitude_code, _scale_of
 from altgrad.training.kernels import FIXED, MEAN_EVERY
 
-COLUMNS = ("weight", "grad", "first", "second", "direction", "carry", "step", "scale", "streak", "mean", "largest",
-           "elements", "seed", "known", "begin")  # fmt: skip
+COLUMNS = (
+    "weight",
+    "grad",
+    "first",
+    "second",
+    "direction",
+    "carry",
+    "step",
+    "scale",
+    "streak",
+    "mean",
+    "largest",
+    "elements",
+    "seed",
+    "known",
+    "begin",
+)
 """Of the table, int64: addresses, and the tensor's length, seed, whether its largest weight is known, first block."""
 
-(WEIGHT, GRAD, FIRST, SECOND, DIRECTION, CARRY, STEP, SCALE_CELL, STREAK, MEAN, LARGEST, ELEMENTS, SEED, KNOWN,
- BEGIN) = (tl.constexpr(i) for i in range(len(COLUMNS)))  # fmt: skip
+(
+    WEIGHT,
+    GRAD,
+    FIRST,
+    SECOND,
+    DIRECTION,
+    CARRY,
+    STEP,
+    SCALE_CELL,
+    STREAK,
+    MEAN,
+    LARGEST,
+    ELEMENTS,
+    SEED,
+    KNOWN,
+    BEGIN,
+) = (tl.constexpr(i) for i in range(len(COLUMNS)))
 WIDTH = tl.constexpr(len(COLUMNS))
 GRAD_BITS, WEIGHT_BITS, TOTAL, IS_FINITE, RESCALES, TOP = (tl.constexpr(i) for i in range(6))
 SCALE, BY_MEAN, BY_ROOT, REPAID, LENGTH, PER_RUNG, END = (tl.constexpr(i) for i in range(7))
-FLIPS, APPLIED, GRADIENT, EXPECTED, OVERFLOW, RESCALED, SKIPPED, TRAVEL, POSITION = (
-    tl.constexpr(i) for i in range(9)
-)
+FLIPS, APPLIED, GRADIENT, EXPECTED, OVERFLOW, RESCALED, SKIPPED, TRAVEL, POSITION = (tl.constexpr(i) for i in range(9))
 INTEGERS, NUMBERS, COUNTS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(9)
 """Columns of what the step keeps of each tensor while it runs, and of its counts."""
 
@@ -37,7 +65,7 @@ _NEAREST_U = tl.constexpr(NEAREST_U)
 
 
 @triton.jit
-def _address(line, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):  # type: ignore
+def _address(line, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
     """The pointer in a column of a tensor's row; aligned ones are read 16 bytes at a time."""
     pointer = tl.load(line + COLUMN).to(tl.pointer_type(TYPE))
     if ALIGNED:
@@ -46,7 +74,7 @@ def _address(line, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
-def _place(line, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(line, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """The elements of this program's block, and which of them exist."""
     elements = tl.load(line + ELEMENTS)
     if ALIGNED:
@@ -56,7 +84,7 @@ def _place(line, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _splitmix(state):  # type: ignore[no-untyped-def]
+def _splitmix(state):
     state = state + 0x9E3779B97F4A7C15
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB
@@ -64,32 +92,32 @@ def _splitmix(state):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mixed(seed, number):  # type: ignore[no-untyped-def]
+def _mixed(seed, number):
     """`mix_seed(seed, number)`, uint64."""
     state = _splitmix(_splitmix(seed.to(tl.uint64)) ^ 0x9E3779B97F4A7C15)
     return _splitmix(state ^ _splitmix(number.to(tl.uint64)))
 
 
 @triton.jit
-def _keys(seed):  # type: ignore[no-untyped-def]
+def _keys(seed):
     """`hash_keys(seed)`."""
     keys = _splitmix(seed)
     return (keys & 0xFFFFFFFF).to(tl.uint32), (keys >> 32).to(tl.uint32)
 
 
 @triton.jit
-def _measures(count):  # type: ignore[no-untyped-def]
+def _measures(count):
     """Whether this step of a tensor measures its mean spacing."""
     return (count <= _EVERY) | (count % _EVERY == 0)
 
 
 @triton.jit
-def _double(bits):  # type: ignore[no-untyped-def]
+def _double(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def _power(base, exponent):  # type: ignore[no-untyped-def]
+def _power(base, exponent):
     """base^exponent by squaring, as on the host."""
     result = base * 0.0 + 1.0
     for _ in range(31):
@@ -100,8 +128,7 @@ def _power(base, exponent):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _code(y, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr,  # type: ignore
-          MAX_INDEX: tl.constexpr):  # fmt: skip
+def _code(y, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr):
     """Signed code nearest to y, int32; NaN gives 0."""
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -112,14 +139,14 @@ def _code(y, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.
 
 
 @triton.jit
-def _value(size, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+def _value(size, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
     """Value of a magnitude code, float32."""
     normal = ((size + OFFSET) << SHIFT).to(tl.float32, bitcast=True)
     return tl.where(size >= (1 << (23 - SHIFT)), normal, size.to(tl.float32) * spacing)
 
 
 @triton.jit
-def _gap(size, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr):  # type: ignore
+def _gap(size, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr):
     """Half the distance between the neighbours of a magnitude code."""
     inner = _value(tl.abs(size - 1), spacing, SHIFT, OFFSET)
     outer = _value(tl.minimum(size + 1, MAX_INDEX), spacing, SHIFT, OFFSET)
@@ -127,13 +154,13 @@ def _gap(size, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr, MAX_INDEX: tl
 
 
 @triton.jit
-def _binade(y, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _binade(y, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
     exponent = (y.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.int32)
     return tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST)
 
 
 @triton.jit
-def _binade_of_quotient(w, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _binade_of_quotient(w, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
     magnitude = (w.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
     difference = magnitude - (scale.to(tl.uint32, bitcast=True).to(tl.int64) - 0x3F800000)
     difference = tl.where(magnitude < 0x00800000, 0, difference)
@@ -142,8 +169,17 @@ def _binade_of_quotient(w, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr): 
 
 
 @triton.jit
-def _survey(table, owner, integers, WORD: tl.constexpr, NEEDS_MEAN: tl.constexpr, FOLLOWS: tl.constexpr,  # type: ignore
-            IS_BFLOAT16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _survey(
+    table,
+    owner,
+    integers,
+    WORD: tl.constexpr,
+    NEEDS_MEAN: tl.constexpr,
+    FOLLOWS: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The largest gradient, and the largest weight where it is asked for and not known."""
     job = tl.load(owner + tl.program_id(0)).to(tl.int64)
     line, own = table + job * WIDTH, integers + job * INTEGERS
@@ -161,8 +197,19 @@ def _survey(table, owner, integers, WORD: tl.constexpr, NEEDS_MEAN: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["per_max", "master_scale"])
-def _begin(table, integers, numbers, rows, per_max, master_scale, HAS_CELL: tl.constexpr,  # type: ignore
-           FOLLOWS: tl.constexpr, IS_FIXED: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):  # fmt: skip
+def _begin(
+    table,
+    integers,
+    numbers,
+    rows,
+    per_max,
+    master_scale,
+    HAS_CELL: tl.constexpr,
+    FOLLOWS: tl.constexpr,
+    IS_FIXED: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+):
     """Counts the step, and finds the scale the codes are counted under and the binade of the largest weight."""
     job = tl.program_id(0).to(tl.int64)
     line, row = table + job * WIDTH, rows + job * COUNTS
@@ -193,10 +240,27 @@ def _begin(table, integers, numbers, rows, per_max, master_scale, HAS_CELL: tl.c
 
 
 @triton.jit
-def _sum_of_spacings(table, owner, integers, numbers, min_normal, spacing, unscale, unscale_rest, to_fixed,  # type: ignore
-                     WORD: tl.constexpr, IN_GAPS: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
-                     MAX_INDEX: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, IS_BFLOAT16: tl.constexpr,
-                     ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _sum_of_spacings(
+    table,
+    owner,
+    integers,
+    numbers,
+    min_normal,
+    spacing,
+    unscale,
+    unscale_rest,
+    to_fixed,
+    WORD: tl.constexpr,
+    IN_GAPS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     job = tl.load(owner + tl.program_id(0)).to(tl.int64)
     line, integers = table + job * WIDTH, integers + job * INTEGERS
     if _measures(tl.load(_address(line, STEP, tl.float32)).to(tl.int32)):
@@ -215,8 +279,20 @@ def _sum_of_spacings(table, owner, integers, numbers, min_normal, spacing, unsca
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "max_value", "step_bits"])
-def _prepare(table, integers, numbers, lr, beta1, beta2, max_value, step_bits, NEEDS_MEAN: tl.constexpr,  # type: ignore
-             IS_ULP: tl.constexpr, OWN_UNIT: tl.constexpr, FEEDBACK: tl.constexpr):  # fmt: skip
+def _prepare(
+    table,
+    integers,
+    numbers,
+    lr,
+    beta1,
+    beta2,
+    max_value,
+    step_bits,
+    NEEDS_MEAN: tl.constexpr,
+    IS_ULP: tl.constexpr,
+    OWN_UNIT: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+):
     """The step's numbers from float64: corrections, lengths, the end of the grid."""
     job = tl.program_id(0).to(tl.int64)
     line, integers, numbers = table + job * WIDTH, integers + job * INTEGERS, numbers + job * NUMBERS
@@ -244,7 +320,7 @@ def _prepare(table, integers, numbers, lr, beta1, beta2, max_value, step_bits, N
 
 
 @triton.jit
-def _drawn(rungs, hashed):  # type: ignore[no-untyped-def]
+def _drawn(rungs, hashed):
     """floor(rungs + u)."""
     draw = (hashed >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
     whole = tl.floor(rungs)
@@ -252,15 +328,26 @@ def _drawn(rungs, hashed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _clipped(rungs, clip):  # type: ignore[no-untyped-def]
+def _clipped(rungs, clip):
     rungs = tl.where(rungs == rungs, rungs, 0.0)
     rungs = tl.where(rungs > -clip, rungs, -clip)
     return tl.where(rungs < clip, rungs, clip)
 
 
 @triton.jit
-def _rounded(y, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT: tl.constexpr,  # type: ignore
-             OFFSET: tl.constexpr, MAX_INDEX: tl.constexpr, IS_NEAREST: tl.constexpr):  # fmt: skip
+def _rounded(
+    y,
+    hashed,
+    min_normal,
+    spacing,
+    unscale,
+    unscale_rest,
+    max_value,
+    SHIFT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAX_INDEX: tl.constexpr,
+    IS_NEAREST: tl.constexpr,
+):
     """The grid's value for y, nearest or drawn, saturating; NaN stays."""
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF

@@ -5,8 +5,21 @@ from __future__ import annotations
 WEIGHT, GRAD, FIRST, SECOND, DIRECTION, CARRY, STEP, SCALE, STREAK, MEAN, LARGEST, ELEMENTS, SEED, KNOWN = range(14)
 """Columns of the table: addresses, the number of elements, the seed of the draws, whether the largest is known."""
 
-LR, BETA1, BETA2, EPS, DECAY, MAX_STIFFNESS, RUNG_CLIP, MASTER_SCALE, PER_MAX, MAX_VALUE, MIN_SPACING, \
-    HAS_EXPONENT, IS_WIDE = range(13)  # fmt: skip
+(
+    LR,
+    BETA1,
+    BETA2,
+    EPS,
+    DECAY,
+    MAX_STIFFNESS,
+    RUNG_CLIP,
+    MASTER_SCALE,
+    PER_MAX,
+    MAX_VALUE,
+    MIN_SPACING,
+    HAS_EXPONENT,
+    IS_WIDE,
+) = range(13)
 """The numbers of a plan."""
 
 OFFSET, LOWEST, HIGHEST, MAX_INDEX, FIRST_NORMAL, TO_FIXED, MANTISSA_STEP = range(11, 18)

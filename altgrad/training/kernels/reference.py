@@ -25,7 +25,7 @@ from altgrad.training.kernels import (
     Plan,
     corrections,
     measures_mean,
-)  # fmt: skip
+)
 
 _EXPONENT, _ONE, _NORMAL = 0x7F800000, 0x3F800000, 0x00800000
 
@@ -167,7 +167,7 @@ def _direction(job: Job, plan: Plan, weight: Tensor, grad: Tensor) -> Tensor:
 
 def _move(
     job: Job, plan: Plan, weight: Tensor, direction: Tensor, scale: Tensor | None, mean: float, seed: int, row: Tensor
-) -> None:  # fmt: skip
+) -> None:
     grid = plan.grid
     if grid is None or plan.geometry in (Geometry.NONE, Geometry.GRADIENT):
         change = direction * plan.lr
@@ -244,7 +244,7 @@ def _add_counts(row: Tensor, plan: Plan, moved: Tensor, applied: Tensor, share: 
 
 def _move_by_rungs(
     job: Job, plan: Plan, weight: Tensor, direction: Tensor, scale: Tensor, mean: float, seed: int, row: Tensor
-) -> None:  # fmt: skip
+) -> None:
     assert plan.fmt is not None
     grid = grid_of(plan.fmt)
     y = weight / scale

@@ -17,38 +17,29 @@ from altgrad.quantization.kernels.compiled import compiled, inlined
 from altgrad.quantization.kernels.loops import _bits, _constants, _float, _load, _plus, _right
 from altgrad.training.kernels import FIXED
 from altgrad.training.kernels import layout as at
-from altgrad.training.kernels.elements import (
-    HALF,
-    LOW,
-    binade_of,
-    gap_at,
-    index_of,
-    minus,
-    size_of,
-    whole_sum,
-)
+from altgrad.training.kernels.elements import HALF, LOW, binade_of, gap_at, index_of, minus, size_of, whole_sum
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
 _ABSOLUTE, _INFINITY = _U32(0x7FFFFFFF), _U32(0x7F800000)
 
 
 @intrinsic
-def pointer_to(typingctx, address):  # type: ignore[no-untyped-def]
+def pointer_to(typingctx, address):
     """The pointer of an address."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
 
 
 @inlined
-def _number(bits):  # type: ignore[no-untyped-def]
+def _number(bits):
     return _F64(_float(_U32(bits)))
 
 
 @compiled
-def largest_bits(words):  # type: ignore[no-untyped-def]
+def largest_bits(words):
     """Bits of the largest magnitude; beyond infinity's where there is a NaN."""
     largest = _U32(0)
     for i in range(words.size):
@@ -58,14 +49,14 @@ def largest_bits(words):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def look(word, line, begin, largest, position):  # type: ignore[no-untyped-def]
+def look(word, line, begin, largest, position):
     """Takes the rest of a tensor's gradient, from an element on, into the largest found of it."""
     grad = carray(pointer_to(line[at.GRAD]), line[at.ELEMENTS], word.dtype)
     largest[position] = max(largest[position], largest_bits(grad[begin:]))
 
 
 @compiled
-def scale_of(numbers, largest, scale):  # type: ignore[no-untyped-def]
+def scale_of(numbers, largest, scale):
     """The scale the weights are counted under: the optimizer's own, a fixed one, or that of the amax."""
     if scale.size:
         return scale[0]
@@ -78,7 +69,7 @@ def scale_of(numbers, largest, scale):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _sum_of_spacings(words, scale, grid_words, top):  # type: ignore[no-untyped-def]
+def _sum_of_spacings(words, scale, grid_words, top):
     scale, lowest, highest = _F32(scale), grid_words[at.LOWEST], grid_words[at.HIGHEST]
     shift, high, low = _U32((127 + FIXED) << 23), _U32(0), _U32(0)
     for i in range(words.size):
@@ -89,7 +80,7 @@ def _sum_of_spacings(words, scale, grid_words, top):  # type: ignore[no-untyped-
 
 
 @compiled
-def _sum_of_gaps(words, scale, grid_words, top):  # type: ignore[no-untyped-def]
+def _sum_of_gaps(words, scale, grid_words, top):
     c, scale = _constants(grid_words), _F32(scale)
     offset, lowest, max_index = grid_words[at.OFFSET], grid_words[at.LOWEST], grid_words[at.MAX_INDEX]
     first_normal, step = grid_words[at.FIRST_NORMAL], _float(grid_words[at.MANTISSA_STEP])
@@ -104,7 +95,7 @@ def _sum_of_gaps(words, scale, grid_words, top):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def mean_of(words, scale, largest, in_gaps, grid_words):  # type: ignore[no-untyped-def]
+def mean_of(words, scale, largest, in_gaps, grid_words):
     """Mean spacing, or gap where the step is in rungs, in units of the scale."""
     top = binade_of(_F32(_float(largest) / _F32(scale)), grid_words[at.LOWEST], grid_words[at.HIGHEST])
     total = _I64(0)

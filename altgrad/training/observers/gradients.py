@@ -7,13 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from altgrad.quantization import (
-    DeadUnits,
-    gradient_statistics,
-    stiffness_pearson,
-    ulp_statistics,
-    update_statistics,
-)
+from altgrad.quantization import DeadUnits, gradient_statistics, stiffness_pearson, ulp_statistics, update_statistics
 from altgrad.training.observers.base import Moment, Observer, Readings, Subject
 from altgrad.training.observers.weights import grid_scale
 

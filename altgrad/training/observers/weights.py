@@ -101,8 +101,7 @@ class NonfiniteObserver(Observer):
 
     def collect(self) -> Readings:
         return {
-            (name, "_nonfinite"): count_nonfinite(parameter.detach())
-            for name, parameter in self._parameters.items()
+            (name, "_nonfinite"): count_nonfinite(parameter.detach()) for name, parameter in self._parameters.items()
         }
 
     def finish(self, layers: Layers, row: dict[str, Any]) -> None:
@@ -134,5 +133,3 @@ class GridObserver(Observer):
             found[name, "on_grid"] = alignment.share_on_grid
             found[name, "codes_in_use"] = codes_in_use(weight, fmt, scale)
         return found
-
-
