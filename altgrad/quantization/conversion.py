@@ -14,7 +14,7 @@ from typing import Any, cast, overload
 from torch import nn
 
 from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear, obstacle
 from altgrad.quantization.ops import mix_seed
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy, named_policy
 from altgrad.quantization.products import Product
@@ -165,10 +165,12 @@ def _layers(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
 def _convert_linear(
     name: str, linear: nn.Linear, policy: PrecisionPolicy, product: Product, key: int
 ) -> tuple[ConversionRow, QuantizedLinear | None]:
-    if type(linear) is not nn.Linear:
-        return _skipped(name, linear, "a subclass of Linear, with a forward pass of its own"), None
     rule = policy.resolve(name)
-    reason = "no rule matches its name" if rule is None else _obstacle(linear)
+    reason = obstacle(linear)
+    if reason is None and type(linear) is not nn.Linear:
+        reason = "a subclass of Linear, with a forward pass of its own"
+    if rule is None:
+        reason = "no rule matches its name"
     if rule is None or reason is not None:
         return _skipped(name, linear, reason or ""), None
     weight = rule.weight or Role(format="BF16")
@@ -178,21 +180,14 @@ def _convert_linear(
     return ConversionRow(name, "Linear", True, **names, reason=_rule_text(rule)), new
 
 
-def _obstacle(linear: nn.Linear) -> str | None:
-    """Why swapping this layer would change more than its numbers, or None."""
-    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
-        return "its weight is made from other parameters (pruning, weight norm)"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        return "it has hooks, which a swap would drop"
-    return None
-
-
 def _convert_embedding(
     name: str, embedding: nn.Embedding, owners: dict[int, QuantizedLinear], swaps: dict[nn.Module, nn.Module]
 ) -> ConversionRow:
     owner = owners.get(id(embedding.weight))
     if owner is None:
         return _skipped(name, embedding, "an embedding whose weight no converted layer shares")
+    if (reason := obstacle(embedding)) is not None:
+        raise ValueError(f"{name} shares its weight with a converted layer and cannot be converted: {reason}")
     swaps[embedding] = QuantizedEmbedding(embedding, owner)
     weight = str(owner.weight_quantizer.role)
     return ConversionRow(name, type(embedding).__name__, True, weight, "", "", "its weight is a converted layer's")

@@ -7,8 +7,11 @@ on the hardware's 8-bit units or are emulated with the same operands; sums are f
 BF16, what a low-precision GEMM writes. The weight's gradient passes straight through to the Parameter, which stays
 the very object the optimizer holds, under its own name.
 
-The weight's scale is that of its `WeightGrid` where an optimizer has set one: that optimizer keeps the weights on the
-grid, and the layer then changes none of them. Otherwise it follows the role's rule.
+The weight's scale is that of its `WeightGrid` where it has one: an optimizer keeps the weights on the grid, or they
+came from a checkpoint of such a run, and the layer then changes none of them. Otherwise it follows the role's rule.
+
+A converted layer and the one it replaces share their parameters, buffers and hooks, the very dictionaries. So what
+others do to either (hooks, pruning, another Parameter) holds for both, and converting back has nothing to carry over.
 """
 
 from __future__ import annotations
@@ -18,14 +21,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from altgrad.quantization.formats import FloatFormat, get_format
-from altgrad.quantization.ops import mix_seed
+from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
 from altgrad.quantization.products import BF16_DEVICES, Operand, Product, check_product, matmul_transposed
 from altgrad.quantization.roles import Role, RoleQuantizer, as_role, operand_of
-from altgrad.quantization.weight_grid import weight_grid
+from altgrad.quantization.training_steps import follow_steps
+from altgrad.quantization.weight_grid import register_layer, weight_grid
 
 
 class QuantizedLinear(nn.Module):
@@ -35,6 +39,9 @@ class QuantizedLinear(nn.Module):
     hardware's 8-bit units where they exist, "emulated" never, "native" always or not at all (ValueError). `key`
     seeds stochastic rounding.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,23 +53,33 @@ class QuantizedLinear(nn.Module):
         product: Product = "auto",
         key: int = 0,
     ) -> None:
+        reason = obstacle(linear)
+        if reason is not None:
+            raise ValueError(f"this Linear cannot be converted: {reason}")
         super().__init__()
+        _share(linear, self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
         self.product = check_product(product)
         self.weight_quantizer = RoleQuantizer(as_role(weight), mix_seed(key, 0))
         self.activation_quantizer = _quantizer(activation, mix_seed(key, 1))
         self.gradient_quantizer = _quantizer(gradient, mix_seed(key, 2))
+        self.has_optimizer = self.has_run = False
         self.grid = weight_grid(self.weight).join(self.weight_format)
         self._original = (linear,)
-        self.register_state_dict_post_hook(_save_extra)
-        self.register_load_state_dict_pre_hook(_load_extra)
-        self.register_load_state_dict_post_hook(_link_grid)
+        self._enter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copying or unpickling: torch copies a Parameter without its attributes."""
         super().__setstate__(state)
-        _link_grid(self)
+        self._enter()
+
+    def _enter(self) -> None:
+        weight: Any = self._parameters.get("weight")
+        if weight is not None:
+            weight.grid = self.grid
+        register_layer(self)
+        if any(quantizer.has_state for quantizer in self.quantizers().values()):
+            follow_steps(self)
 
     @property
     def weight_format(self) -> FloatFormat:
@@ -80,17 +97,37 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype; on a GPU in BF16, which its values have anyway."""
+        if not torch.compiler.is_compiling():
+            refuse_transforms("a quantized layer", x, self.weight)
+            refuse_script_tracing("a quantized layer")
         advance = self.training
+        if advance:
+            self.has_run = True
         weight = self.weight_operand(advance=advance)
         activation = operand_of(x, self.activation_quantizer, advance=advance)
-        product = _Product(self.product, activation, weight, self.gradient_quantizer, advance)
+        if self.gradient_quantizer is not None:
+            self.gradient_quantizer.prepare(x.device)
+        # Without values: what the graph keeps are saved tensors, which checkpointing can let go.
+        product = _Product(
+            self.product, activation.without_values, weight.without_values, self.gradient_quantizer, advance
+        )
         return cast(
             Tensor, _QuantizedProduct.apply(x, self.weight, self.bias, activation.values, weight.values, product)
         )
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight this layer multiplies by, without gradient."""
-        return self.weight_quantizer.operand(self.weight, advance=advance, own_scale=self.grid.scale)
+        return self.weight_quantizer.operand(self.weight, advance=advance, own_scale=self.own_scale())
+
+    def own_scale(self) -> Tensor | None:
+        """The scale of the weight's grid, 0-d float32; None where the role's rule decides."""
+        return self.grid.scale_for(self.weight)
+
+    def end_step(self) -> None:
+        """A training step is over: histories take it in, stochastic roles go on to another draw."""
+        self.has_run = False
+        for quantizer in self.quantizers().values():
+            quantizer.end_step()
 
     def quantized_weight(self) -> Tensor:
         """The values of `weight_operand`, float32."""
@@ -103,15 +140,50 @@ class QuantizedLinear(nn.Module):
             if quantizer.fmt == before:
                 role = quantizer.role.model_copy(update={"format": after.name})
                 setattr(self, f"{name}_quantizer", RoleQuantizer(role, quantizer.key))
-        self.grid.fmt, self.grid.scale = after, None
+        self.grid.reformat(after)
 
     def original(self) -> nn.Linear:
-        """The wrapped layer, holding the present Parameters, which belong to no grid any more."""
+        """The wrapped layer, which has the present Parameters and hooks; ValueError if it was parametrized since."""
         (linear,) = self._original
-        if hasattr(self.weight, "grid"):
-            del self.weight.grid
-        linear.weight, linear.bias = self.weight, self.bias
+        _give_back(self, linear)
+        self.grid.release()
         return linear.train(self.training)
+
+    @property
+    def recipe(self) -> Tensor:
+        """`numerics` as bytes, uint8: what a saved state belongs to."""
+        return torch.tensor(list(self.numerics().encode()), dtype=torch.uint8)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A plain Linear's state, and that of roles which have some: tensors, under the names of their attributes."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own = {
+            f"{prefix}{name}_quantizer.{key}": value
+            for name, quantizer in self.quantizers().items()
+            for key, value in quantizer.state_dict().items()
+        }
+        if own:
+            destination |= own | {f"{prefix}recipe": self.recipe}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Takes what `_save_to_state_dict` wrote; a plain Linear's state leaves histories and draws as they are.
+
+        ValueError for the state of a layer in other roles.
+        """
+        recipe = state_dict.pop(f"{prefix}recipe", None)
+        if recipe is not None:
+            saved = bytes(recipe.to(torch.uint8).tolist()).decode(errors="replace")
+            if saved != self.numerics():
+                raise ValueError(
+                    f"the state of {prefix.removesuffix('.') or 'a layer'} was saved as {saved!r}; this layer is "
+                    f"{self.numerics()!r}: convert the model in the saved roles, or load its weights only"
+                )
+        for name, quantizer in self.quantizers().items():
+            keys = {key: f"{prefix}{name}_quantizer.{key}" for key in quantizer.state_dict()}
+            quantizer.load_state_dict({key: state_dict.pop(k) for key, k in keys.items() if k in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self._enter()
+        self.grid.expect_new_weights()
 
     def extra_repr(self) -> str:
         """Shapes, then each role."""
@@ -127,27 +199,34 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """An nn.Embedding tied to a converted linear layer: looks up the very weight that layer multiplies by."""
 
+    weight: nn.Parameter
+
     def __init__(self, embedding: nn.Embedding, linear: QuantizedLinear) -> None:
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm={embedding.max_norm} rewrites the weights on look-up; not with a quantized one")
         if embedding.sparse:
             raise ValueError("sparse=True: a quantized embedding has a dense gradient; use sparse=False")
         super().__init__()
-        self.weight = embedding.weight
+        _share(embedding, self)
         self._linear, self._original = (linear,), (embedding,)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> [..., width]; gradient straight through."""
         (embedding,), (linear,) = self._original, self._linear
-        weight = cast(Tensor, _StraightThrough.apply(self.weight, linear.quantized_weight()))
+        if not torch.compiler.is_compiling():
+            refuse_transforms("a quantized embedding", self.weight)
+            refuse_script_tracing("a quantized embedding")
+        own_scale = linear.own_scale() if self.weight is linear.weight else None
+        values = linear.weight_quantizer.operand(self.weight, advance=False, own_scale=own_scale).numbers
+        weight = cast(Tensor, _StraightThrough.apply(self.weight, values))
         return functional.embedding(
             tokens, weight.to(self.weight.dtype), embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
         )
 
     def original(self) -> nn.Embedding:
-        """The wrapped layer, holding the present Parameter."""
+        """The wrapped layer, which has the present Parameter and hooks; ValueError if it was parametrized since."""
         (embedding,) = self._original
-        embedding.weight = self.weight
+        _give_back(self, embedding)
         return embedding.train(self.training)
 
     def extra_repr(self) -> str:
@@ -195,15 +274,19 @@ class _QuantizedProduct(torch.autograd.Function):
         # A low-precision GEMM writes BF16, after the bias.
         wanted = torch.float32 if product.activation.fmt is None else torch.bfloat16
         written = wanted if bias is None else torch.float32
-        y = matmul_transposed(rows, product.weight, product.kind, written).view(*x.shape[:-1], weight.shape[0])
+        matrix = product.weight.with_values(weight_values)
+        y = matmul_transposed(rows, matrix, product.kind, written).view(*x.shape[:-1], weight.shape[0])
         if bias is not None:
             y = (y + bias.to(torch.float32)).to(wanted)
         # What follows on a GPU (attention, GELU) is many times as fast in BF16.
         return y if y.dtype == torch.bfloat16 and x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and gradient.requires_grad:
+            raise NotImplementedError(
+                "no second derivative through a quantized layer (backward with create_graph=True): rounding has none"
+            )
         x_values, weight_values = ctx.saved_tensors
         product: _Product = ctx.product
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -228,23 +311,61 @@ def _quantizer(value: str | FloatFormat | Role | None, key: int) -> RoleQuantize
     return None if value is None else RoleQuantizer(as_role(value), key)
 
 
-def _save_extra(layer: QuantizedLinear, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Adds what a plain Linear's state has no place for, only where there is such a thing."""
-    if layer.grid.scale is not None:
-        state[f"{prefix}grid_scale"] = layer.grid.scale.clone()
-    stateful = {name: quantizer for name, quantizer in layer.quantizers().items() if quantizer.has_state}
-    if stateful:
-        state[f"{prefix}quantizers"] = {name: quantizer.state_dict() for name, quantizer in stateful.items()}
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""What nn.Module keeps that holds for a layer and its conversion alike."""
 
 
-def _load_extra(layer: QuantizedLinear, state: dict[str, Any], prefix: str, *_: object) -> None:
-    scale = state.pop(f"{prefix}grid_scale", None)
-    if scale is not None:
-        layer.grid.scale = scale.clone().to(layer.weight.device)
-    for name, saved in state.pop(f"{prefix}quantizers", {}).items():
-        layer.quantizers()[name].load_state_dict(saved)
+def _share(source: nn.Module, target: nn.Module) -> None:
+    for name in _SHARED:
+        target.__dict__[name] = source.__dict__[name]
 
 
-def _link_grid(layer: QuantizedLinear, *_: object) -> None:
-    weight: Any = layer.weight
-    weight.grid = layer.grid
+def _give_back(converted: nn.Module, original: nn.Module) -> None:
+    """What has come to the converted layer since, and is not shared already."""
+    if parametrize.is_parametrized(converted):
+        raise ValueError(
+            "a converted layer was parametrized since (torch.nn.utils.parametrize); call remove_parametrizations first"
+        )
+    _share(converted, original)
+    # Pruning and old weight norms put the weight they compute beside the parameters.
+    if "weight" in converted.__dict__:
+        original.__dict__["weight"] = converted.__dict__["weight"]
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why converting this layer would change more than its numbers, or None."""
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized (torch.nn.utils.parametrize); call remove_parametrizations first"
+    names = set(layer._parameters) | set(layer._buffers)
+    for made_by, mark, mend in _DERIVED_WEIGHTS:
+        if mark in names:
+            return f"its weight is made from other tensors ({made_by}); call {mend} first"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is no Parameter"
+    if "forward" in layer.__dict__:
+        return "its forward method was replaced (by accelerate's hooks, for one)"
+    return None
+
+
+_DERIVED_WEIGHTS = (
+    ("pruning", "weight_mask", "torch.nn.utils.prune.remove"),
+    ("weight norm", "weight_g", "torch.nn.utils.remove_weight_norm"),
+    ("spectral norm", "weight_u", "torch.nn.utils.remove_spectral_norm"),
+)
+"""What computes a weight anew at each forward pass, the tensor it is known by, and how to end it."""

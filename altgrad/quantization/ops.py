@@ -6,10 +6,11 @@ it saturates, or becomes infinite where asked and the format has an infinity, an
 same policy; NaN stays NaN even where the format has none, for a NaN turned into a number hides the signal
 that training has failed; the sign of zero is kept and so are subnormals. A scale other than a power of two
 rounds in the division and in the product, as hardware does; so do values whose quotient falls below float32's
-normals (2^-126).
+normals (2^-126). float64 is divided and multiplied as float64 and rounded once.
 
-The same law holds on every path: `kernels.dispatch` says which kernel a tensor gets, and how calls look under
-torch.compile.
+The same law holds on every path: `kernels.dispatch` says which kernel a tensor gets, and how calls look where torch
+records them. The transforms of torch.func and forward-mode differentiation are refused: kernels cannot see through
+their wrappers.
 """
 
 from __future__ import annotations
@@ -21,9 +22,19 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
-from altgrad.quantization.kernels import MAX_HASHED_ELEMENTS, Overflow, Rounding, dispatch, mix_seed
+from altgrad.quantization.kernels import (
+    MAX_HASHED_ELEMENTS,
+    Drawn,
+    Overflow,
+    Rounding,
+    Seed,
+    dispatch,
+    mix_seed,
+    seed_of,
+)
 from altgrad.quantization.kernels import codes as bit_patterns
 from altgrad.quantization.kernels.dispatch import Scale, kernel_in_use
 
@@ -41,6 +52,9 @@ __all__ = [
 
 StraightThrough = Literal["identity", "clipped"]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Element types that can be rounded. torch's float8 types are too narrow for most products with a scale."""
+
 
 def quantize(
     x: Tensor,
@@ -49,7 +63,7 @@ def quantize(
     *,
     rounding: Rounding = "nearest",
     overflow: Overflow = "saturate",
-    seed: int | None = None,
+    seed: Seed = None,
     ste: StraightThrough = "identity",
     out: Tensor | None = None,
 ) -> Tensor:
@@ -61,15 +75,15 @@ def quantize(
     scale is finite in x's dtype (E6M1 stops at 49152 in float16, which ends at 65504) | inf. `ste`: "clipped" zeroes
     the gradient where |x / scale| exceeds that value. `out` (may be x) receives the result without gradient.
 
-    ValueError: unknown names, no seed, inf without an infinity, a scale that is no positive float32. A scale tensor is
+    ValueError: unknown names, a dtype that is none of DTYPES, no seed, inf without an infinity, a scale that is no
+    positive float32. NotImplementedError: a transform of torch.func, or forward-mode differentiation. A scale tensor is
     checked on the CPU only: on a device that would wait for it, and in a graph it is not there yet; there a scale that
     is zero, negative or NaN makes NaN or nonsense, and nobody says so.
     """
-    fmt = get_format(fmt)
+    x, fmt = _checked(x), get_format(fmt)
     _check_choice("rounding", rounding, get_args(Rounding))
     _check_choice("overflow", overflow, get_args(Overflow))
     _check_choice("ste", ste, get_args(StraightThrough))
-    _check_floating(x)
     if overflow == "inf" and not fmt.has_inf:
         raise ValueError(f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'")
     if rounding == "stochastic":
@@ -77,16 +91,18 @@ def quantize(
     scale = _as_scale(scale, x)
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     if out is not None:
-        return _quantize_into(x, fmt, scale, rounding, overflow, seed, out, wants_gradient)
+        return _quantize_into(x, fmt, scale, rounding, overflow, seed_of(seed), out, wants_gradient)
     if wants_gradient:
+        refuse_script_tracing("the straight-through gradient of quantize")
         return cast(Tensor, _StraightThrough.apply(x, fmt, scale, rounding, overflow, seed, ste == "clipped"))
     return dispatch.rounded(x.detach(), fmt, scale, rounding, overflow, seed)
 
 
 def quantize_blocks(
-    x: Tensor, fmt: FloatFormat, scale: Tensor, *, rounding: Rounding, seed: int | None, ste: StraightThrough
+    x: Tensor, fmt: FloatFormat, scale: Tensor, *, rounding: Rounding, seed: Seed, ste: StraightThrough
 ) -> Tensor:
     """`quantize` under scales that a block format found in x itself: positive, or NaN, which makes NaN."""
+    x = _checked(x)
     _check_choice("rounding", rounding, get_args(Rounding))
     _check_choice("ste", ste, get_args(StraightThrough))
     if rounding == "stochastic":
@@ -97,7 +113,7 @@ def quantize_blocks(
 
 
 def grid_values(
-    x: Tensor, fmt: FloatFormat, scale: Scale, *, rounding: Rounding = "nearest", seed: int | None = None
+    x: Tensor, fmt: FloatFormat, scale: Scale, *, rounding: Rounding = "nearest", seed: Seed = None
 ) -> Tensor:
     """The values of fmt that `quantize` would multiply with the scale, bfloat16 and without gradient.
 
@@ -115,9 +131,8 @@ def encode(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: O
 
     ValueError where x / scale holds a NaN and the format has no code for it.
     """
-    fmt = get_format(fmt)
+    x, fmt = _checked(x), get_format(fmt)
     _check_choice("overflow", overflow, get_args(Overflow))
-    _check_floating(x)
     if overflow == "inf" and not fmt.has_inf:
         raise ValueError(f"overflow='inf' needs a format with an infinity, {fmt.name} has none; use 'saturate'")
     return bit_patterns.encode(x.detach(), fmt, _as_scale(scale, x), overflow)
@@ -135,7 +150,7 @@ def code_index(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
 
     Differences of indices count grid steps; values beyond the largest have its index.
     """
-    _check_floating(x)
+    x = _checked(x)
     return dispatch.code_index(x.detach(), get_format(fmt), _as_scale(scale, x))
 
 
@@ -151,7 +166,7 @@ def ulp(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
     Zeros and subnormals have the smallest spacing, values beyond the largest that of the top binade, NaN has
     NaN.
     """
-    _check_floating(x)
+    x = _checked(x)
     return dispatch.ulp(x.detach(), get_format(fmt), _as_scale(scale, x))
 
 
@@ -171,13 +186,13 @@ class _StraightThrough(torch.autograd.Function):
         scale: Scale,
         rounding: Rounding,
         overflow: Overflow,
-        seed: int | None,
+        seed: Seed,
         clipped: bool,
     ) -> Tensor:
         if clipped:
             fits = overflow == "saturate"
             largest = dispatch.largest_value(fmt, x.dtype, scale, x.device) if fits else fmt.max
-            ctx.save_for_backward((x.to(torch.float32) / scale).abs() <= largest)
+            ctx.save_for_backward((_wide(x) / scale).abs() <= largest)
         return dispatch.rounded(x.detach(), fmt, scale, rounding, overflow, seed)
 
     @staticmethod
@@ -211,7 +226,7 @@ def _as_scale(scale: Scale, x: Tensor) -> Scale:
     """The scale of x rounded to float32 and checked; values not on a device (it would be waited for) or in a graph."""
     if isinstance(scale, Tensor):
         rounded = _broadcastable(scale, x)
-        if rounded.device.type == "cpu" and not torch.compiler.is_compiling():
+        if rounded.device.type == "cpu" and not dispatch.is_traced(rounded):
             _check_scales(rounded)
         return rounded
     if not hasattr(scale, "__float__"):
@@ -259,11 +274,40 @@ def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(unknown_message(what, given, allowed))
 
 
-def _check_floating(x: Tensor) -> None:
+def _checked(x: Tensor) -> Tensor:
+    """x, once it is known to be what kernels can take; a lazily negated view is written out."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise ValueError(f"expected a floating-point tensor, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"expected a floating-point tensor, got {x.dtype}; allowed: {allowed}")
+    if torch.compiler.is_compiling():
+        return x
+    refuse_transforms("quantize and its like", x)
+    return x.resolve_neg()
+
+
+def refuse_transforms(what: str, *tensors: Tensor) -> None:
+    """NotImplementedError where torch.func or forward-mode differentiation wraps one of the tensors."""
+    for x in tensors:
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if is_wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None):
+            raise NotImplementedError(
+                f"{what} cannot run under vmap, jvp, torch.func.grad or forward-mode differentiation; use reverse mode "
+                "(backward, torch.autograd.grad) over a whole batch"
+            )
+
+
+def refuse_script_tracing(what: str) -> None:
+    """NotImplementedError under torch.jit.trace, whose programs hold no autograd function of Python."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            f"torch.jit.trace cannot record {what}; use torch.export or torch.compile, or quantize outside of it"
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def _check_integers(what: str, x: Tensor) -> None:
@@ -273,10 +317,10 @@ def _check_integers(what: str, x: Tensor) -> None:
         raise ValueError(f"expected an integer tensor of {what}, got {x.dtype}")
 
 
-def _check_seed(elements: int, seed: int | None) -> None:
+def _check_seed(elements: int, seed: Seed) -> None:
     if seed is None:
         raise ValueError("stochastic rounding needs a seed, an integer of up to 64 bits; got None")
-    if not isinstance(seed, int):
+    if not isinstance(seed, int | Drawn):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if elements > MAX_HASHED_ELEMENTS:
         raise ValueError(f"stochastic rounding takes up to {MAX_HASHED_ELEMENTS} elements a call; got {elements}")

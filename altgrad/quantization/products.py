@@ -66,6 +66,11 @@ class Operand:
         """Whether one scale holds for all values, which is what the native products take."""
         return self.scale is None or self.scale.numel() == 1
 
+    @property
+    def without_values(self) -> Operand:
+        """What describes the values, without keeping them alive."""
+        return Operand(cast(Tensor, None), self.fmt, self.scale, self.factor)
+
     def with_values(self, values: Tensor) -> Operand:
         """The same operand in another shape."""
         return Operand(values, self.fmt, self.scale, self.factor)
@@ -153,4 +158,4 @@ def _int8(a: Operand, b: Operand) -> Tensor:
 
 
 def _scaled(operand: Operand) -> Tensor:
-    return torch.ones((), device=operand.values.device) if operand.scale is None else operand.scale
+    return torch.ones((), dtype=torch.float32, device=operand.values.device) if operand.scale is None else operand.scale

@@ -1,23 +1,21 @@
 """How a tensor in one role (weight, activation, gradient) becomes an operand of a matrix product.
 
 A `Role` is a value: a format, a rule for the scale, a rounding. A `RoleQuantizer` is a role at work in one layer: it
-holds what outlives a step, the amax history of a delayed scale and the number of draws that stochastic rounding has
-made. Both advance only in training, so that an evaluation changes no later step, and both are part of the layer's
-state where they exist.
+holds what outlives a step, the amax history of a delayed scale and the number of the draw that stochastic rounding
+takes. Both stand still within a training step, whatever the number of its micro-batches, recomputed forwards and
+evaluations; `end_step` moves them on (see `training_steps`).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
-from altgrad.quantization.kernels import Rounding
+from altgrad.quantization.kernels import Drawn, Rounding
 from altgrad.quantization.kernels.dispatch import grid_values_by_amax
-from altgrad.quantization.ops import grid_values, mix_seed, quantize, quantize_blocks
+from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
 from altgrad.quantization.scaling import ScaleRule
 
@@ -53,13 +51,17 @@ def as_role(value: Role | FloatFormat | str) -> Role:
 
 
 class RoleQuantizer:
-    """A role at work in one layer. `key` seeds its stochastic rounding; equal keys make equal draws."""
+    """A role at work in one layer. `key` seeds its stochastic rounding; equal keys make equal draws.
+
+    `draws`: number of this step's draw, 0-d int64 on the CPU. A tensor, so that a compiled graph takes it as an input;
+    on the CPU, so that reading it waits for no device.
+    """
 
     def __init__(self, role: Role, key: int = 0) -> None:
         self.role = role
         self.fmt = get_format(role.format)
         self.key = key
-        self.calls = 0
+        self.draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self.tracker = role.scale.new_state(self.fmt)
 
     @property
@@ -70,35 +72,40 @@ class RoleQuantizer:
     def operand(self, x: Tensor, *, advance: bool, own_scale: Tensor | None = None) -> Operand:
         """x rounded, as an operand without gradient; `own_scale` overrules the role's rule.
 
-        With `advance` the tensor joins the history and the draw is counted.
+        With `advance` the tensor joins what the step gathers for the history.
         """
         has_one_scale = own_scale is not None or self.role.scale.kind in ("current", "delayed")
         carries_bf16 = has_one_scale and is_carried_in_bf16(x, self.fmt)
-        x = x.detach() if carries_bf16 else x.detach().to(torch.float32)
-        if self.fmt == BF16 and own_scale is None and self.role.rounding == "nearest":
+        x = x.detach()
+        if not carries_bf16 and x.dtype != torch.float64:
+            x = x.to(torch.float32)
+        rounding = self.role.rounding
+        if self.fmt == BF16 and own_scale is None and rounding == "nearest" and x.dtype != torch.float64:
             # The native cast keeps infinities, which are signals; 16-bit formats have scale 1.
             values = x.to(torch.bfloat16)
             return Operand(values if carries_bf16 else values.to(torch.float32), BF16, None)
-        seed = mix_seed(self.key, self.calls) if self.role.rounding == "stochastic" else None
-        if advance and seed is not None:
-            self.calls += 1
+        seed = Drawn(self.key, self.draws) if rounding == "stochastic" else None
         if carries_bf16 and own_scale is None and (found := self._at_once(x, seed)) is not None:
             return Operand(found[0], self.fmt, found[1], found[1])
         scale = own_scale
-        if scale is None:
-            scale = self.role.scale.scale(x, self.fmt, self.tracker, update=advance)
+        if scale is None and self.tracker is not None:
+            scale = self.tracker.gather(x) if advance else self.tracker.scale_for(x)
+        elif scale is None:
+            scale = self.role.scale.scale(x, self.fmt)
         if carries_bf16:
-            values = grid_values(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
+            values = grid_values(x, self.fmt, scale, rounding=rounding, seed=seed)
         elif own_scale is None and self.role.scale.kind == "block":
-            values = quantize_blocks(x, self.fmt, scale, rounding=self.role.rounding, seed=seed, ste="identity")
+            values = quantize_blocks(x, self.fmt, scale, rounding=rounding, seed=seed, ste="identity")
         else:
-            values = quantize(x, self.fmt, scale, rounding=self.role.rounding, seed=seed)
+            values = quantize(x, self.fmt, scale, rounding=rounding, seed=seed)
         if own_scale is None and self.fmt.total_bits <= 8 and not carries_bf16:
             # Saturation would turn an infinity, which says that training has failed, into a harmless number.
             values = torch.where(torch.isinf(x), x, values)
-        return Operand(values, self.fmt, scale, scale if carries_bf16 else None)
+        return Operand(
+            values if carries_bf16 else values.to(torch.float32), self.fmt, scale, scale if carries_bf16 else None
+        )
 
-    def _at_once(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor] | None:
+    def _at_once(self, x: Tensor, seed: Drawn | None) -> tuple[Tensor, Tensor] | None:
         """Grid values and scale by the kernel that also finds the amax, where rule and device allow it."""
         rule = self.role.scale
         if rule.kind != "current" or self.fmt.total_bits > 8:
@@ -106,15 +113,52 @@ class RoleQuantizer:
         headroom = rule.headroom * 2.0**rule.margin
         return grid_values_by_amax(x, self.fmt, self.role.rounding, seed, headroom, rule.power_of_two)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Exact state for a checkpoint."""
-        return {"calls": self.calls, "tracker": None if self.tracker is None else self.tracker.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        self.calls = int(state["calls"])
+    def prepare(self, device: torch.device) -> None:
+        """Brings state to a device ahead of the backward pass, in which a compiled graph could not."""
         if self.tracker is not None:
-            self.tracker.load_state_dict(state["tracker"])
+            self.tracker.to(device)
+
+    def end_step(self) -> None:
+        """The training step is over: the next one has another draw, and what was gathered joins the history."""
+        if self.role.rounding == "stochastic":
+            self.draws += 1
+        if self.tracker is not None and not self.tracker.shared:
+            self.tracker.settle()
+
+    @property
+    def amax_history(self) -> Tensor:
+        """The amaxes of a delayed scale, latest first, float32 [history]; NaN where there was no step yet."""
+        assert self.tracker is not None
+        window = self.tracker.history.window
+        return _absent(self.tracker.history.length) if window is None else window
+
+    @property
+    def amax_gathered(self) -> Tensor:
+        """The largest amax of the step under way, 0-d float32; NaN where there is none."""
+        assert self.tracker is not None
+        return self.tracker.gathered_or_nan
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Exact state for a checkpoint, by the names of the attributes; empty for a role without state."""
+        state = {"draws": self.draws.clone()} if self.role.rounding == "stochastic" else {}
+        if self.tracker is not None:
+            state |= {"amax_history": self.amax_history.clone(), "amax_gathered": self.amax_gathered.clone()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues from `state_dict`; ValueError for another length of history."""
+        if "draws" in state:
+            self.draws = state["draws"].detach().to("cpu", torch.int64).reshape(()).clone()
+        if self.tracker is not None and "amax_history" in state:
+            window, gathered = (
+                None if value is None or bool(value.isnan().all()) else value.detach().to(torch.float32)
+                for value in (state["amax_history"], state.get("amax_gathered"))
+            )
+            self.tracker.load_state_dict({"window": window, "gathered": gathered})
+
+
+def _absent(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float32)
 
 
 def operand_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> Operand:

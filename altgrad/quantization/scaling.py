@@ -85,7 +85,7 @@ class ScaleRule(BaseModel):
                 raise ValueError(f"a delayed scale needs the state of new_state({fmt.name!r}), got {has}")
             return state.update(x) if update else state.scale_for(x, largest)
         if fmt.total_bits > 8:
-            return torch.ones((), device=x.device)
+            return torch.ones((), dtype=torch.float32, device=x.device)
         if self.kind == "block":
             return block_scale(x, BlockFormat(fmt, self.block_scale_format, self.block_size))
         is_whole = self.kind == "current" or x.dim() == 0
@@ -138,14 +138,14 @@ def format_scale(x: Tensor, fmt: str | FloatFormat, *, power_of_two: bool = Fals
     """The scale x takes in fmt: 1 for formats wider than 8 bits, else `compute_scale`; 0-d float32."""
     fmt = get_format(fmt)
     if fmt.total_bits > 8:
-        return torch.ones((), device=x.device)
+        return torch.ones((), dtype=torch.float32, device=x.device)
     return compute_scale(x, fmt, power_of_two=power_of_two, headroom=headroom)
 
 
 def amax(x: Tensor) -> Tensor:
     """Largest magnitude, 0-d float32; NaN if any element is, 0 for an empty tensor."""
     if x.numel() == 0:
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
     low, high = torch.aminmax(x.detach())
     return torch.maximum(high, -low).to(torch.float32)
 
@@ -161,7 +161,7 @@ def channel_amax(x: Tensor, axis: int | tuple[int, ...] = 0) -> Tensor:
         return x.detach().abs().to(torch.float32)
     shape = [n if i in kept_axes else 1 for i, n in enumerate(x.shape)]
     if x.numel() == 0:
-        return torch.zeros(shape, device=x.device)
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
     return x.detach().abs().amax(others, keepdim=True).to(torch.float32)
 
 
@@ -174,17 +174,26 @@ class AmaxHistory:
         self.length = length
         self._window: Tensor | None = None
 
-    def push(self, value: Tensor | float) -> None:
-        """Take in one amax; what is not finite takes a place in the window but counts as absent."""
+    def push(self, value: Tensor | float, where: Tensor | None = None) -> None:
+        """Take in one amax; what is not finite takes a place in the window but counts as absent.
+
+        `where`, 0-d bool: whether to, known on the device only.
+        """
         value = torch.as_tensor(value, dtype=torch.float32).detach()
         newest = torch.where(torch.isfinite(value), value, 0.0).reshape(1)
         # A new tensor and no counter: a step of several million must not recompile a traced one each time.
-        earlier = newest.new_zeros(self.length) if self._window is None else self._window
-        self._window = torch.cat([newest, earlier[:-1]])
+        earlier = newest.new_zeros(self.length) if self._window is None else self._window.to(newest.device)
+        window = torch.cat([newest, earlier[:-1]])
+        self._window = window if where is None else torch.where(where, window, earlier)
 
     def amax(self) -> Tensor:
         """Largest finite amax in the window, 0-d float32; 0 while there is none."""
-        return torch.zeros(()) if self._window is None else self._window.max()
+        return torch.zeros((), dtype=torch.float32) if self._window is None else self._window.max()
+
+    @property
+    def window(self) -> Tensor | None:
+        """The amaxes, latest first, float32 [length]; None while nothing was pushed."""
+        return self._window
 
     @property
     def is_empty(self) -> bool:
@@ -208,9 +217,11 @@ class AmaxHistory:
 class ScaleTracker:
     """Delayed scaling: a tensor's scale from the amax of earlier steps, so that no pass waits for its own.
 
-    The scale is headroom * 2^margin * amax / fmt.max. With `shared`, amaxes gather until `synchronize_amax`, and
-    until its first call the scale is 1: the processes have nothing in common yet. (One pass over a batch and a
-    synchronization before the first step spare training that.)
+    The scale is headroom * 2^margin * amax / fmt.max. A step may hold several passes (micro-batches, a recomputed
+    forward): `gather` each of them, then `settle` once, and they take one place in the history and one scale. `update`
+    is a step of one pass. With `shared`, amaxes gather until `synchronize_amax`, and until its first call the scale is
+    1: the processes have nothing in common yet. (One pass over a batch and a synchronization before the first step
+    spare training that.)
     """
 
     def __init__(
@@ -230,22 +241,39 @@ class ScaleTracker:
         self.power_of_two = power_of_two
         self.shared = shared
         self.history = AmaxHistory(history)
-        self._gathered: Tensor | None = None
+        # Written in place, which a compiled backward pass can do; NaN where there is nothing.
+        self._gathered = torch.full((), torch.nan, dtype=torch.float32)
+        self._opening = self._gathered.clone()
+
+    def to(self, device: torch.device) -> None:
+        """Keeps what a step gathers on a device."""
+        if self._gathered.device != device:
+            self._gathered, self._opening = self._gathered.to(device), self._opening.to(device)
 
     def update(self, x: Tensor) -> Tensor:
-        """`scale_for(x)`; then x joins the history (if `shared`, with the next synchronization)."""
-        scale, largest = self.scale_for(x), amax(x)
-        if self.shared:
-            finite = torch.where(torch.isfinite(largest), largest, 0.0)
-            self._gathered = finite if self._gathered is None else torch.maximum(self._gathered, finite)
-        else:
-            self.history.push(largest)
+        """`gather(x)`; then x joins the history (if `shared`, with the next synchronization)."""
+        scale = self.gather(x)
+        if not self.shared:
+            self.settle()
+        return scale
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The scale of this step for x, 0-d float32; x counts when the step is settled."""
+        self.to(x.device)
+        largest = amax(x)
+        scale = self.scale_for(x, largest)
+        if self.history.is_empty and not self.shared:
+            # No later pass of the first step may take another scale than the first one took.
+            self._opening.copy_(torch.where(torch.isnan(self._opening), largest, self._opening))
+        self._gathered.copy_(torch.fmax(self._gathered, torch.where(torch.isfinite(largest), largest, 0.0)))
         return scale
 
     def scale_for(self, x: Tensor, largest: Tensor | None = None) -> Tensor:
         """The scale for x from earlier steps, 0-d float32; from x, or its known amax, on the first unless `shared`."""
         if self.history.is_empty and not self.shared:
-            return self._scale_of(amax(x) if largest is None else largest)
+            largest = amax(x) if largest is None else largest
+            opening = self._opening.to(x.device)
+            return self._scale_of(torch.where(torch.isnan(opening), largest, opening))
         return self._scale_of(self.history.amax().to(x.device))
 
     def scale(self) -> Tensor:
@@ -253,28 +281,40 @@ class ScaleTracker:
         return self._scale_of(self.history.amax())
 
     def gathered(self) -> Tensor | None:
-        """Largest finite amax since the last synchronization, 0-d float32; None if there was no tensor."""
+        """Largest finite amax since the last step ended, 0-d float32; None if there was no tensor (waits to know)."""
+        return None if bool(self._gathered.isnan()) else self._gathered
+
+    @property
+    def gathered_or_nan(self) -> Tensor:
+        """`gathered` without waiting for a device: NaN if there was no tensor."""
         return self._gathered
 
-    def settle(self, largest: Tensor) -> None:
-        """Ends a step: an amax joins the history in place of what was gathered."""
-        self.history.push(largest)
-        self._gathered = None
+    def settle(self, largest: Tensor | None = None) -> None:
+        """Ends a step: what was gathered, or an amax in its place, joins the history; nothing where there is none."""
+        if largest is not None:
+            self.history.push(largest)
+        elif not self.history.is_empty:
+            self.history.push(self._gathered, where=~torch.isnan(self._gathered))
+        elif (gathered := self.gathered()) is not None:
+            self.history.push(gathered)
+        self._gathered.fill_(torch.nan)
+        self._opening.fill_(torch.nan)
 
     def state_dict(self) -> dict[str, object]:
         """Exact state for a checkpoint."""
-        gathered = None if self._gathered is None else self._gathered.clone()
-        return {**self.history.state_dict(), "gathered": gathered}
+        gathered = self.gathered()
+        return {**self.history.state_dict(), "gathered": None if gathered is None else gathered.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; ValueError for another length of history."""
         self.history.load_state_dict(state)
         gathered = state["gathered"]
-        self._gathered = None if gathered is None else gathered.clone()
+        self._gathered.fill_(torch.nan) if gathered is None else self._gathered.copy_(gathered)
+        self._opening.fill_(torch.nan)
 
     def _scale_of(self, largest: Tensor) -> Tensor:
         if self.fmt.total_bits > 8:
-            return torch.ones((), device=largest.device)
+            return torch.ones((), dtype=torch.float32, device=largest.device)
         return scale_of_amax(largest, self.fmt, power_of_two=self.power_of_two, headroom=self.headroom)
 
 
@@ -289,10 +329,9 @@ def synchronize_amax(trackers: Sequence[ScaleTracker], group: distributed.Proces
         raise ValueError("only trackers made with shared=True wait for a synchronization; another was passed")
     if not trackers:
         return
-    gathered = [tracker.gathered() for tracker in trackers]
-    device = next((seen.device for seen in gathered if seen is not None), torch.device("cpu"))
-    absent = torch.zeros((), device=device)
-    largest = torch.stack([absent if seen is None else seen.to(device) for seen in gathered])
+    gathered = [tracker.gathered_or_nan for tracker in trackers]
+    device = next((seen.device for seen in gathered if seen.device.type != "cpu"), gathered[0].device)
+    largest = torch.stack([seen.to(device) for seen in gathered]).nan_to_num(0.0)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
     for tracker, value in zip(trackers, largest.unbind(), strict=True):

@@ -19,11 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from altgrad.quantization import FloatFormat, QuantizedEmbedding, get_format, quantized_parameters
+from altgrad.quantization import FloatFormat, get_format, quantized_parameters
 from altgrad.training.config import TrainConfig
 from altgrad.training.grid_optim import GridOptim
 from altgrad.training.kernels import Counting, Geometry, Job, Moments, Placement, Plan
 from altgrad.training.optimizer import GridAwareOptimizer, Rounding
+from altgrad.training.optimizer_groups import parameter_groups
+from altgrad.training.optimizer_state import is_sharded, put_back, whole
 from altgrad.training.rules import RULES
 
 _PLACEMENTS = {None: Placement.MASTER, "nearest": Placement.NEAREST, "stochastic": Placement.STOCHASTIC}
@@ -159,25 +161,33 @@ class RoundedOptimizer(GridAwareOptimizer):
         moments = Moments.ADAM if group["rule"] == "adam" else Moments.GIVEN
         return adam_plan(own, self._counting(group), moments=moments)
 
-    def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
-        if plan.moments == Moments.GIVEN and parameter.dim() < RULES[group["rule"]].least_axes:
-            plan = replace(plan, moments=Moments.ADAM)
-        plan, job = super()._job(parameter, group, index, plan)
+    def _own_plan(self, parameter: Tensor, group: dict[str, Any], plan: Plan) -> Plan:
+        is_too_flat = plan.moments == Moments.GIVEN and parameter.dim() < RULES[group["rule"]].least_axes
+        return replace(plan, moments=Moments.ADAM) if is_too_flat else plan
+
+    def _moments(self, plan: Plan, parameter: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        plan = self._own_plan(parameter, group, plan)
+        return RULES[group["rule"]].state if plan.moments == Moments.GIVEN else super()._moments(plan, parameter, group)
+
+    def _job(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
+        plan, job = super()._job(parameter, grad, group, index, self._own_plan(parameter, group, plan))
         if plan.moments == Moments.GIVEN:
-            job.direction = self._direction(parameter, group)
+            job.direction = self._direction(parameter, job, group)
         return plan, job
 
-    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        rule, state = RULES[group["rule"]], self.state[parameter]
-        assert parameter.grad is not None
-        grad = parameter.grad.float()
-        for name in rule.state:
-            if name not in state:
-                state[name] = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-        direction, new = rule.update(grad, parameter.detach().float(), state, group, state["step"] + 1)
+    def _direction(self, parameter: Tensor, job: Job, group: dict[str, Any]) -> Tensor:
+        rule, state, grad = RULES[group["rule"]], self.state[parameter], job.grad.float()
+        own = {name: whole(state[name]) for name in rule.state}
+        direction, new = rule.update(grad, job.weight.float(), own, group, job.step + 1)
         is_finite = torch.isfinite(grad).all()
         for name, value in new.items():
-            state[name] = torch.where(is_finite, value, state[name])
+            kept = torch.where(is_finite, value, own[name])
+            if is_sharded(state[name]):
+                put_back(state[name], kept)
+            else:
+                state[name] = kept
+        # The kernel has no part in these.
+        job.first = job.second = None
         return direction.contiguous()
 
 
@@ -219,18 +229,8 @@ def build_optimizer(
     """
     if formats is None:
         formats = weight_formats(model)
-    lookups = (nn.Embedding, QuantizedEmbedding)
-    embedded = {module.weight for module in model.modules() if isinstance(module, lookups)}
     rule = config.optimizer.kind if config.optimizer.kind in RULES else None
-    groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        fmt = formats.get(parameter)
-        own_rule = "adam" if rule == "muon" and parameter in embedded else rule
-        groups.setdefault((None if fmt is None else fmt.name, own_rule), []).append(parameter)
-    params: list[dict[str, Any]] = [
-        {"params": members, "format": name} | ({"rule": own_rule} if own_rule else {})
-        for (name, own_rule), members in groups.items()
-    ]
+    params = parameter_groups(model, formats, rule)
     own = config.optimizer.model_dump(exclude={"kind", "quantized"})
     shared: dict[str, Any] = {"format": next((f.name for f in formats.values()), None), "seed": config.seed}
     if config.optimizer.kind == "grid":

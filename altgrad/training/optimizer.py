@@ -11,26 +11,42 @@ unbiased rounding would realise. Their quotient, the flip yield, tells a step th
 rounding swallows. Randomness is a counter hash of (seed, parameter, call, element): reproducible, with no state of
 its own but the number of calls, which lies in the parameter group.
 
-The arithmetic is in `kernels`; all tensors of a group take one call. On a GPU nothing here waits for it.
+The arithmetic is in `kernels`; all tensors of a group take one call. On a GPU nothing here waits for it. What kernels
+may be given is decided in `optimizer_state`. Weights that others wrote since the last step (a checkpoint, an
+initialization) are honoured: a resident arm finds their scale anew and logs it.
+
+Under torch.compile a step is one op of the graph, which runs the eager step: learning rates, counts and state are read
+when it runs, so that no step compiles anything again.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, ulp, weight_grid
+from altgrad.quantization.weight_grid import converted_weights, initial_scale, memory_of
 from altgrad.training.kernels import Count, Counting, Job, Moments, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
-from altgrad.training.rules import RULES
+from altgrad.training.optimizer_groups import FREE, check_arguments, check_groups, parameter_groups
+from altgrad.training.optimizer_state import (
+    ENTRIES,
+    admitted,
+    check_gradient,
+    check_parameter,
+    fits,
+    is_sharded,
+    number_like,
+    put_back,
+    whole,
+    zeros_like,
+)
 from altgrad.training.step_counts import StepCounts
-
-HEADROOM = 2.0
+from altgrad.training.step_in_graph import handle_of, step_in_graph
 
 COUNT_EVERY = 8
 """Steps from one that is counted to the next, unless the optimizer's `count_every` is set."""
@@ -41,107 +57,96 @@ OF_FORMAT = ("mean_spacing", "grid_scale", "overflow_streak", "carry")
 Rounding = Literal["nearest", "stochastic"]
 
 
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a number >= 0", lambda value: 0 <= value < math.inf),
-    "eps": ("a number > 0", lambda value: 0 < value < math.inf),
-    "weight_decay": ("a number >= 0", lambda value: 0 <= value < math.inf),
-    "betas": ("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
-    "momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
-    "beta2": ("a number in [0, 1)", lambda value: 0 <= value < 1),
-    "max_stiffness": ("a number > 0", lambda value: value > 0),
-    "rung_clip": ("a number > 0, in rungs", lambda value: value > 0),
-    "tensor_scale": ("None or a number > 0", lambda value: value is None or 0 < value < math.inf),
-    "rounding": ("None, 'nearest' or 'stochastic'", lambda value: value in (None, "nearest", "stochastic")),
-    "precondition": ("'update' or 'gradient'", lambda value: value in ("update", "gradient")),
-    "normalize": ("'rms' or 'none'", lambda value: value in ("rms", "none")),
-    "step_unit": ("'weight', or the arm's own unit", lambda value: value in ("weight", "ulp", "rungs")),
-    "rule": (f"one of {', '.join(RULES)}, adam", lambda value: value in RULES or value == "adam"),
-    "seed": ("an integer", lambda value: isinstance(value, int)),
-}
-"""What each argument of an arm may be, in words and as a test."""
-
-
-def check_arguments(group: dict[str, Any]) -> None:
-    """Raises ValueError that names the first argument out of its range, its value and what is allowed."""
-    for name, value in group.items():
-        if name in RANGES and not _passes(RANGES[name][1], value):
-            raise ValueError(f"{name}={value!r} is not allowed: {RANGES[name][0]}")
-    own_unit = "rungs" if "rung_clip" in group else "ulp"
-    if group.get("step_unit", "weight") not in ("weight", own_unit):
-        raise ValueError(f"step_unit={group['step_unit']!r} is not allowed: 'weight' or {own_unit!r}")
-    if group.get("carry") and group["rung_clip"] < 1:
-        raise ValueError(f"rung_clip={group['rung_clip']} is not allowed with carry: at least 1, one whole rung")
-    if group.get("format") is not None:
-        _check_scale(get_format(group["format"]), group.get("tensor_scale"))
-    if group.get("error_feedback") and (group["rounding"] is None or not group["betas"][0]):
-        raise ValueError(
-            f"error_feedback=True is not allowed with rounding={group['rounding']!r}, betas={group['betas']}: it needs "
-            "weights on the grid ('nearest' or 'stochastic') and a first moment (betas[0] > 0)"
-        )
-
-
-def _passes(test: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return bool(test(value))
-    except TypeError:
-        return False
-
-
-def _check_scale(fmt: FloatFormat, scale: float | None) -> None:
-    least, most = 2.0**-149 / fmt.min_spacing, 2.0**128 / fmt.max
-    if scale is not None and not least <= scale < most:
-        raise ValueError(
-            f"tensor_scale={scale!r} does not fit format={fmt.name!r}: its values times the scale must be "
-            f"float32 numbers, so {least:.3g} <= tensor_scale < {most:.3g}"
-        )
-
-
 class GridAwareOptimizer(torch.optim.Optimizer):
     """Plumbing shared by the arms: state, scales, randomness, counting, exact resume.
 
-    A parameter group may carry its own `format` (a name, or None for plain float32 parameters such as norms).
+    A parameter group may carry its own `format` (a name, or None for plain float32 parameters such as norms). Without
+    one it takes the optimizer's; of parameters of a converted model, however, only the converted weights do, and the
+    others form a plain group of their own. `from_model` makes a group per format of the model's layers.
+
     `counts` holds each parameter's `StepCounts` of the last step that was counted, `skipped` the number of tensors
     whose gradient was not finite in the last step (0-d). The first step is counted and every `count_every`-th after it,
     for counting costs more than the step itself; with `telemetry = False` none is. The weights are the same, bit for
     bit.
     """
 
+    ends_its_steps = True
+    """In a compiled graph, the op that is the step also ends it for layers that follow training steps."""
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self.telemetry = True
-        self.count_every = COUNT_EVERY
-        self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        self._versions: dict[Tensor, int] = {}
-        self._largest: dict[Tensor, tuple[tuple[int, int], Tensor]] = {}
+        self._start()
         check_arguments(defaults)
         super().__init__(params, {"calls": 0} | defaults)
 
+    @classmethod
+    def from_model(cls, model: nn.Module, **options: Any) -> Self:
+        """Over a converted model: each layer's weight on the format of that layer, everything else in plain float32."""
+        return cls(parameter_groups(model), **options)
+
+    def _start(self) -> None:
+        """What torch neither saves nor copies."""
+        self.telemetry = self.__dict__.get("telemetry", True)
+        self.count_every = self.__dict__.get("count_every", COUNT_EVERY)
+        self._forget()
+        self._handle = handle_of(self)
+
+    def _forget(self) -> None:
+        """Nothing is known of the weights and of earlier steps."""
+        self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._seen: dict[Tensor, tuple[int, int]] = {}
+        self._largest: dict[Tensor, tuple[tuple[int, int], Tensor]] = {}
+        self._is_counting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copying and pickling: torch keeps groups and state only, and drops what hangs on a Parameter."""
+        resident = [p for group in self.param_groups if self._has_grid(group) for p in group["params"]]
+        return super().__getstate__() | {"_grids": [(parameter, weight_grid(parameter)) for parameter in resident]}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After copying, unpickling and loading: torch keeps groups and state only."""
+        """After copying and unpickling, and when torch loads a state."""
+        grids = state.pop("_grids", [])
         super().__setstate__(state)
-        for name, value in (
-            ("telemetry", True),
-            ("count_every", COUNT_EVERY),
-            ("counted", []),
-            ("_whole", []),
-            ("_versions", {}),
-            ("_largest", {}),
-        ):
-            self.__dict__.setdefault(name, value)
+        if "_handle" not in self.__dict__:
+            self._start()
+        for parameter, grid in grids:
+            parameter.grid = grid
+            grid.own(self, grid.fmt, grid.scale)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_arguments(self.defaults | param_group)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["format"] is None:
-            return
-        group["format"] = get_format(group["format"]).name
-        for parameter in group["params"]:
-            if self._is_resident(group):
-                self._place_on_grid(parameter, group)
-            elif hasattr(parameter, "grid"):
-                # A master's scale follows its amax; one left by an earlier optimizer would not.
-                parameter.grid.join(get_format(group["format"])).scale = None
+        """As torch does; ValueError for arguments out of their range and parameters that no step could move exactly."""
+        for part in self._parts(param_group):
+            check_arguments(self.defaults | part)
+            super().add_param_group(part)
+            group = self.param_groups[-1]
+            for position, parameter in enumerate(group["params"]):
+                check_parameter(parameter, _name(group, position, parameter))
+            if group["format"] is None:
+                continue
+            fmt = get_format(group["format"])
+            group["format"] = fmt.name
+            for parameter in group["params"]:
+                if self._is_resident(group):
+                    self._place_on_grid(parameter, group)
+                elif hasattr(parameter, "grid") or id(parameter) in converted_weights():
+                    # A master's scale follows its amax; one left by an earlier optimizer would not.
+                    weight_grid(parameter).own(self, fmt, None)
+
+    def _parts(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        """The group, or its converted weights and the rest where it leaves the format to the optimizer."""
+        params = param_group["params"]
+        if isinstance(params, Tensor | set) or "format" in param_group or self.defaults["format"] is None:
+            return [param_group]
+        entries = list(params)
+        converted = converted_weights()
+        is_converted = [id(entry[1] if isinstance(entry, tuple) else entry) in converted for entry in entries]
+        if all(is_converted) or not any(is_converted):
+            return [param_group | {"params": entries}]
+        own, rest = (
+            [entry for entry, found in zip(entries, is_converted, strict=True) if found == wanted]
+            for wanted in (True, False)
+        )
+        return [param_group | {"params": own}, param_group | {"params": rest, "format": None}]
 
     @property
     def counts(self) -> dict[Tensor, StepCounts]:
@@ -163,39 +168,45 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _is_resident(self, group: dict[str, Any]) -> bool:
         return group.get("rounding") is not None
 
+    def _has_grid(self, group: dict[str, Any]) -> bool:
+        return group["format"] is not None and self._is_resident(group)
+
     def _plan(self, group: dict[str, Any]) -> Plan:
         """What the step does to a group's tensors; an arm's own choice."""
-        raise TypeError(f"{type(self).__name__} says no plan")
+        raise NotImplementedError(f"{type(self).__name__} does not implement _plan")
 
     def _counting(self, group: dict[str, Any]) -> Counting:
-        """What this step counts, the group's `calls` being its number, the first from 1."""
-        is_due = self.telemetry and group["format"] is not None and (group["calls"] - 1) % self.count_every == 0
-        return Counting.ALL if is_due else Counting.NONE
+        """What this step counts; the same step in every group, or sums over them would mix steps."""
+        return Counting.ALL if self._is_counting and group["format"] is not None else Counting.NONE
 
     @torch.no_grad()
     def _place_on_grid(self, parameter: Any, group: dict[str, Any]) -> None:
         fmt = get_format(group["format"])
         grid = weight_grid(parameter).join(fmt)
-        weight = parameter.float()
+        weight = whole(parameter).float()
         if group["tensor_scale"] is not None:
-            scale = torch.tensor(float(group["tensor_scale"]), device=parameter.device)
+            scale = torch.tensor(float(group["tensor_scale"]), dtype=torch.float32, device=parameter.device)
         elif grid.scale is not None and torch.equal(quantize(weight, fmt, grid.scale), weight):
             scale = grid.scale
-        elif fmt.total_bits > 8:
-            scale = torch.tensor(1.0, device=parameter.device)
         else:
-            scale = compute_scale(weight, fmt, power_of_two=True, headroom=HEADROOM)
+            scale = initial_scale(weight, fmt)
         if parameter.dtype != torch.float32:
             self._check_holds(parameter, fmt, float(scale))
-        grid.scale = scale.clone()
+        grid.own(self, fmt, scale)
         self._snap(parameter, group)
 
-    def _snap(self, parameter: Any, group: dict[str, Any]) -> None:
-        """Takes every weight at its nearest grid point."""
-        scale = weight_grid(parameter).scale
-        assert scale is not None
-        parameter.copy_(quantize(parameter.float(), group["format"], scale))
-        self._versions[parameter] = parameter._version
+    def _snap(self, parameter: Any, group: dict[str, Any]) -> bool:
+        """Takes every weight at its nearest grid point; returns whether that moved any."""
+        grid = weight_grid(parameter)
+        assert grid.scale is not None
+        weight = whole(parameter).float()
+        snapped = quantize(weight, group["format"], grid.scale)
+        has_moved = not weight.is_meta and bool(((snapped != weight) & (weight == weight)).any())
+        if has_moved:
+            put_back(parameter, snapped)
+        self._seen[parameter] = memory_of(parameter)
+        grid.settle(parameter)
+        return has_moved
 
     @staticmethod
     def _check_holds(parameter: Tensor, fmt: FloatFormat, scale: float) -> None:
@@ -213,6 +224,16 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            step_in_graph(self._handle, self.param_groups)
+        else:
+            self._step({})
+        return loss
+
+    def _step(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """One step; gradients that are given go before the parameters' own."""
+        number = 1 + max(group["calls"] for group in self.param_groups)
+        self._is_counting = self.telemetry and (number - 1) % self.count_every == 0
         self.counted = []
         index, is_whole = 0, False
         kernels: dict[Any, Kernel] = {}
@@ -220,92 +241,146 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             group["calls"] += 1
             batches: dict[Any, tuple[Plan, list[tuple[Tensor, Job]]]] = {}
             plan = self._plan(group)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    own, job = self._job(parameter, group, index, plan)
+            for position, parameter in enumerate(group["params"]):
+                grad = grads.get(parameter, parameter.grad) if grads else parameter.grad
+                if grad is not None:
+                    name = _name(group, position, parameter)
+                    check_parameter(parameter, name)
+                    check_gradient(parameter, grad, name)
+                    own, job = self._job(parameter, grad, group, index, plan)
                     kind = job.weight.device, job.weight.dtype, job.grad.dtype, job.weight.numel() > 0
                     if kind not in kernels:
                         kernels[kind] = kernel_for(job)
-                    key = kernels[kind], job.weight.dtype, id(own)
-                    batches.setdefault(key, (own, []))[1].append((parameter, job))
+                    if is_sharded(parameter):
+                        # By itself: all of it is here only for this step.
+                        self._step_batch(kernels[kind], own, [(parameter, job)], group["calls"])
+                        is_whole = is_whole or own.counting == Counting.ALL
+                    else:
+                        key = kernels[kind], job.weight.dtype, id(own)
+                        batches.setdefault(key, (own, []))[1].append((parameter, job))
                 index += 1
             for (kernel, _, _), (own, members) in batches.items():
                 self._step_batch(kernel, own, members, group["calls"])
                 is_whole = is_whole or own.counting == Counting.ALL
         if is_whole:
             self._whole = self.counted
-        return loss
 
     def _step_batch(self, kernel: Kernel, plan: Plan, members: list[tuple[Tensor, Job]], call: int) -> None:
         device = members[0][0].device
         rows = torch.zeros(len(members), len(Count), dtype=torch.int64, device=device)
         kernel.step_tensors([job for _, job in members], plan, call, rows)
         for parameter, job in members:
-            if job.weight.data_ptr() != parameter.data_ptr():
+            if is_sharded(parameter):
+                self._keep_shard(parameter, job)
+            elif job.weight.data_ptr() != parameter.data_ptr():
                 parameter.copy_(job.weight)
-            self._versions[parameter] = parameter._version
+            memory = memory_of(parameter)
+            self._seen[parameter] = memory
+            if job.scale is not None:
+                weight_grid(parameter).settle(parameter)
             if job.largest is None:
                 self._largest.pop(parameter, None)
             else:
-                self._largest[parameter] = _state_of(parameter), job.largest
+                self._largest[parameter] = memory, job.largest
         self.counted.append((tuple(parameter for parameter, _ in members), rows))
 
-    def _job(self, parameter: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
+    def _keep_shard(self, parameter: Tensor, job: Job) -> None:
+        state = self.state[parameter]
+        put_back(parameter, job.weight)
+        for key, values in (("exp_avg", job.first), ("exp_avg_sq", job.second), ("carry", job.carry)):
+            if values is not None:
+                put_back(state[key], values)
+
+    def _job(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
         """The parameter's share of the step, and the plan for it, which is the group's but for an arm's exceptions."""
-        grad = parameter.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise ValueError(
-                f"the gradient of parameter {index} {tuple(parameter.shape)} is sparse; dense ones are "
-                "needed (nn.Embedding(sparse=False))"
-            )
-        if self._is_resident(group) and plan.fmt and self._versions.get(parameter) != parameter._version:
-            # Written by others since our last step: loaded weights need not lie on the grid.
-            self._grid_scale(parameter, self.state[parameter])
-            self._snap(parameter, group)
-        state = self._state(parameter, plan)
+        state = self._state(parameter, group, plan)
+        if self._seen.get(parameter) != memory_of(parameter):
+            self._meet(parameter, group, state, plan)
         job = Job(
-            weight=parameter.detach().contiguous(),
-            grad=grad.contiguous(),
+            weight=whole(parameter.detach()).contiguous(),
+            grad=whole(grad).resolve_neg().contiguous(),
             step=state["step"],
             seed=_seed_of(group["seed"], index),
-            first=state.get("exp_avg"),
-            second=state.get("exp_avg_sq"),
-            carry=state.get("carry"),
+            first=_whole_or_none(state.get("exp_avg")),
+            second=_whole_or_none(state.get("exp_avg_sq")),
+            carry=_whole_or_none(state.get("carry")),
             mean=state.get("mean_spacing"),
         )
         if plan.fmt is not None and plan.placement != Placement.MASTER:
-            job.scale, job.streak = self._grid_scale(parameter, state), state.get("overflow_streak")
+            job.scale, job.streak = self._grid_scale(parameter, group, state), state.get("overflow_streak")
         if plan.follows_amax:
             written, job.largest = self._largest.get(parameter, (None, None))
-            job.knows_largest = written == _state_of(parameter)
+            job.knows_largest = written == memory_of(parameter)
             if job.largest is None or job.largest.device != parameter.device:
                 job.largest = torch.zeros((), dtype=torch.int32, device=parameter.device)
         return plan, job
 
-    def _state(self, parameter: Tensor, plan: Plan) -> dict[str, Any]:
+    def _meet(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], plan: Plan) -> None:
+        """Looks at weights that were written, or exchanged, since this optimizer's last step."""
+        is_rewritten = parameter in self._seen
+        if self._has_grid(group) and plan.fmt is not None:
+            scale = self._grid_scale(parameter, group, state)
+            grid = weight_grid(parameter)
+            if group["tensor_scale"] is None:
+                is_rewritten = grid.refit(whole(parameter)) or bool(scale != state["grid_scale"])
+            is_rewritten = self._snap(parameter, group) or is_rewritten
+            state["grid_scale"] = grid.scale
+            if is_rewritten:
+                for key in ("carry", "overflow_streak"):
+                    if key in state:
+                        state[key].zero_()
+        if is_rewritten and "mean_spacing" in state and plan.fmt is not None:
+            state["mean_spacing"] = self._spacing(parameter, plan.fmt.name)
+
+    def _state(self, parameter: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """The parameter's state as kernels take it; what is missing starts, and what a user put there is checked."""
         state: dict[str, Any] = self.state[parameter]
+        for key, value in state.items():
+            entry = ENTRIES.get(key)
+            if entry is not None and not fits(value, entry, parameter):
+                if entry.is_shaped and is_sharded(value) and value.shape == parameter.shape:
+                    continue
+                state[key] = admitted(value, key, parameter, self._name_of(parameter))
         if "step" not in state:
-            state["step"] = torch.zeros((), device=parameter.device)
-        if "exp_avg" not in state and plan.moments != Moments.GIVEN:
-            state["exp_avg"] = _zeros(parameter)
-        if "exp_avg_sq" not in state and plan.moments == Moments.ADAM:
-            state["exp_avg_sq"] = _zeros(parameter)
+            state["step"] = number_like(parameter, "step")
+        for key in self._moments(plan, parameter, group):
+            if key not in state:
+                state[key] = zeros_like(parameter)
         if "carry" not in state and plan.carry:
-            state["carry"] = _zeros(parameter)
+            state["carry"] = zeros_like(parameter)
         if "mean_spacing" not in state and plan.needs_mean:
-            state["mean_spacing"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            state["mean_spacing"] = number_like(parameter, "mean_spacing")
+            if not parameter.is_meta and int(state["step"]) > 0 and plan.fmt is not None:
+                # Of a checkpoint that had none; the next measurement may be far off.
+                state["mean_spacing"] = self._spacing(parameter, plan.fmt.name)
         if "overflow_streak" not in state and plan.rescales:
-            state["overflow_streak"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+            state["overflow_streak"] = number_like(parameter, "overflow_streak")
         return state
 
-    def _grid_scale(self, parameter: Any, state: dict[str, Any]) -> Tensor:
-        """The tensor's scale, which the layer shares; the weights may have been loaded with another one."""
-        grid = weight_grid(parameter)
-        scale = state.get("grid_scale") if grid.scale is None else grid.scale
-        if scale is None:
-            raise RuntimeError("a parameter lost the scale of its grid; build the optimizer after the model is final")
-        state["grid_scale"] = grid.scale = scale.to(parameter.device, torch.float32)
+    def _moments(self, plan: Plan, parameter: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        """The state a step cannot do without."""
+        return {Moments.ADAM: ("exp_avg", "exp_avg_sq"), Moments.MOMENTUM: ("exp_avg",), Moments.GIVEN: ()}[
+            plan.moments
+        ]
+
+    def _name_of(self, parameter: Tensor) -> str:
+        for group in self.param_groups:
+            for position, own in enumerate(group["params"]):
+                if own is parameter:
+                    return _name(group, position, parameter)
+        return f"a parameter of shape {tuple(parameter.shape)}"
+
+    def _grid_scale(self, parameter: Any, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        """The tensor's scale, which the layer shares; ValueError where the layer has another format by now."""
+        fmt, grid = get_format(group["format"]), weight_grid(parameter)
+        grid.check(fmt)
+        if not grid.is_owned_by(self) or grid.scale is None:
+            scale = state.get("grid_scale") if grid.scale is None else grid.scale
+            grid.own(self, fmt, initial_scale(whole(parameter), fmt) if scale is None else scale)
+        assert grid.scale is not None
+        if grid.scale.device != parameter.device:
+            grid.scale = grid.scale.to(parameter.device)
+        state["grid_scale"] = grid.scale
         return grid.scale
 
     @torch.no_grad()
@@ -325,39 +400,93 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                     state = {name: value for name, value in state.items() if name not in OF_FORMAT}
                     if "mean_spacing" in other.state[parameter] and group["format"] is not None:
                         state["mean_spacing"] = self._spacing(parameter, group["format"])
+                    if self._has_grid(group):
+                        state["grid_scale"] = weight_grid(parameter).scale
                 self.state[parameter] = state
 
     @staticmethod
     def _spacing(parameter: Tensor, format: str) -> Tensor:
-        fmt, scale = get_format(format), weight_grid(parameter).scale
+        fmt, scale, weight = get_format(format), weight_grid(parameter).scale, whole(parameter.detach()).float()
         if scale is None:
-            scale = torch.ones((), device=parameter.device) if fmt.total_bits > 8 else compute_scale(parameter, fmt)
-        return ulp(parameter.float(), fmt, scale).double().mean()
+            is_wide = fmt.total_bits > 8
+            scale = torch.ones((), dtype=torch.float32, device=weight.device) if is_wide else compute_scale(weight, fmt)
+        return ulp(weight, fmt, scale).double().mean()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state exactly: torch casts state to the parameter's dtype, which would lose bits."""
-        super().load_state_dict(state_dict)
-        parameters: list[Any] = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    value = value.detach().clone().to(parameter.device)
-                self.state[parameter][name] = value
-                if name == "grid_scale":
-                    weight_grid(parameter).scale = value
+        """Restores the state exactly, with torch's hooks, where torch would cast it to the parameter's dtype.
+
+        ValueError, with nothing changed, for a checkpoint of another recipe and for state that no kernel could take.
+        """
+        exact: dict[Tensor, dict[str, Any]] = {}
+        before = [dict(group) for group in self.param_groups]
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            exact.update(self._admitted_state(given))
+
+        def settle(_: torch.optim.Optimizer) -> None:
+            for group, own in zip(self.param_groups, before, strict=True):
+                for key, value in own.items():
+                    group.setdefault(key, value)
+            for parameter, state in exact.items():
+                self.state[parameter] = state
+            self._forget()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if "grid_scale" in self.state.get(parameter, {}) and self._has_grid(group):
+                        scale = self.state[parameter]["grid_scale"]
+                        weight_grid(parameter).own(self, get_format(group["format"]), scale)
+
+        # The last to see what other hooks make of the state, the first after it was loaded.
+        checking = self.register_load_state_dict_pre_hook(check)
+        settling = self.register_load_state_dict_post_hook(settle, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            checking.remove()
+            settling.remove()
+
+    def _admitted_state(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """The state of a checkpoint by parameter, in tensors of our own."""
+        saved = given["param_groups"]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            return {}  # torch says what is wrong
+        check_groups(self.param_groups, saved, FREE)
+        found: dict[Tensor, dict[str, Any]] = {}
+        for group, other in zip(self.param_groups, saved, strict=True):
+            merged = group | {key: value for key, value in other.items() if key in group and key != "params"}
+            check_arguments(merged)
+            plan = self._plan(merged)
+            for position, (parameter, key) in enumerate(zip(group["params"], other["params"], strict=True)):
+                state = given["state"].get(key)
+                if state:
+                    found[parameter] = self._admit(parameter, state, merged, plan, _name(group, position, parameter))
+        return found
+
+    def _admit(
+        self, parameter: Tensor, given: Mapping[str, Any], group: dict[str, Any], plan: Plan, name: str
+    ) -> dict[str, Any]:
+        state = {
+            key: admitted(value, key, parameter, name) if key in ENTRIES else value for key, value in given.items()
+        }
+        needed = ("step", *self._moments(plan, parameter, group))
+        missing = [key for key in needed if key not in state]
+        if missing and len(missing) < len(needed) and not ("step" in state and int(state["step"]) == 0):
+            raise ValueError(
+                f"state of {name} lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, given))}"
+            )
+        return state
 
 
-def _state_of(parameter: Tensor) -> tuple[int, int]:
-    """Changes where others than the kernels have written or moved a parameter; writing into `.data` goes unseen."""
-    return parameter._version, parameter.data_ptr()
+def _name(group: Mapping[str, Any], position: int, parameter: Tensor) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[position] if names else position} {tuple(parameter.shape)}"
+
+
+def _whole_or_none(value: Tensor | None) -> Tensor | None:
+    return None if value is None else whole(value)
 
 
 @lru_cache(maxsize=4096)
 def _seed_of(seed: int, index: int) -> int:
     """Of a parameter's draws."""
     return mix_seed(seed, index)
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)

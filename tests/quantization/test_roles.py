@@ -35,6 +35,7 @@ def step(layer: nn.Module, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     x.requires_grad_()
     y = layer(x)
     y.backward(g)
+    layer.end_step()
     return y.detach(), x.grad
 
 
@@ -76,7 +77,7 @@ def test_state_resumes_exactly_and_evaluation_leaves_no_trace(kind):
             cut(data(99)[0])
         cut.train()
     resumed = make(**roles)
-    assert "quantizers" in cut.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in cut.state_dict().values())
     resumed.load_state_dict(cut.state_dict())
     for seed in range(3, 6):
         for a, b in zip(step(straight, seed), step(resumed, seed), strict=True):

@@ -25,11 +25,22 @@ from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat
 
 Rounding = Literal["nearest", "stochastic", "toward_zero"]
 Overflow = Literal["saturate", "inf"]
+
+
+class Drawn(NamedTuple):
+    """The seed of a numbered draw, `mix_seed(key, number)`; `number` 0-d int64, so that graphs can take it as input."""
+
+    key: int
+    number: Tensor
+
+
+Seed = int | Drawn | None
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types the fast kernels read and write; others pass through float32."""
@@ -124,6 +135,11 @@ def mix_seed(*parts: int) -> int:
     for part in parts:
         state = _splitmix64(state ^ _splitmix64(part & _MASK64))
     return state
+
+
+def seed_of(seed: Seed) -> int | None:
+    """The seed as a number; reads a numbered draw."""
+    return mix_seed(seed.key, int(seed.number)) if isinstance(seed, Drawn) else seed
 
 
 def hash_keys(seed: int) -> tuple[int, int]:

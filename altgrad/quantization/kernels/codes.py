@@ -1,7 +1,7 @@
 """Bit patterns: what a format stores, and back.
 
 Both directions can refuse their input for what it holds (a NaN without a code, a pattern of too many bits), which a
-traced graph cannot; under torch.compile they are therefore ops of the graph, on every device, and refuse there too.
+traced graph cannot; where calls are recorded they are therefore ops of the graph, on every device, and refuse there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.kernels import Overflow, grid_of, reference
-from altgrad.quantization.kernels.dispatch import Scale, as_tensor
+from altgrad.quantization.kernels.dispatch import Scale, as_tensor, is_traced
 
 
 def code_dtype(fmt: FloatFormat) -> torch.dtype:
@@ -24,9 +24,13 @@ def code_dtype(fmt: FloatFormat) -> torch.dtype:
 
 def encode(x: Tensor, fmt: FloatFormat, scale: Scale, overflow: Overflow) -> Tensor:
     """Bit patterns of the values nearest to x / scale; ValueError for NaN where the format has no code."""
-    if torch.compiler.is_compiling():
+    if is_traced(x):
         return cast(Tensor, _encode_op(x, as_tensor(scale), fmt.name, overflow))
-    y = x.to(torch.float32) / scale
+    return _encode_now(x, fmt, scale, overflow)
+
+
+def _encode_now(x: Tensor, fmt: FloatFormat, scale: Scale, overflow: Overflow) -> Tensor:
+    y = reference.quotient(x, scale)
     is_nan = torch.isnan(y)
     if not fmt.has_nan and bool(is_nan.any()):
         raise ValueError(f"{int(is_nan.sum())} NaN to encode, and {fmt.name} has no code for NaN")
@@ -40,8 +44,12 @@ def encode(x: Tensor, fmt: FloatFormat, scale: Scale, overflow: Overflow) -> Ten
 
 def decode(codes: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Values of bit patterns times scale, float32; ValueError for patterns the format does not have."""
-    if torch.compiler.is_compiling():
+    if is_traced(codes):
         return cast(Tensor, _decode_op(codes, as_tensor(scale), fmt.name))
+    return _decode_now(codes, fmt, scale)
+
+
+def _decode_now(codes: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     patterns = codes.to(torch.int64)
     if codes.dtype == torch.int16:
         patterns = patterns & 0xFFFF
@@ -60,7 +68,7 @@ def _values(fmt: FloatFormat) -> Tensor:
 
 @torch.library.custom_op("altgrad::encode", mutates_args=())
 def _encode_op(x: Tensor, scale: Tensor, fmt: str, overflow: str) -> Tensor:
-    return encode(x, get_format(fmt), scale, cast(Overflow, overflow)).contiguous()
+    return _encode_now(x, get_format(fmt), scale, cast(Overflow, overflow)).contiguous()
 
 
 @_encode_op.register_fake
@@ -70,7 +78,7 @@ def _encode_shape(x: Tensor, scale: Tensor, fmt: str, overflow: str) -> Tensor:
 
 @torch.library.custom_op("altgrad::decode", mutates_args=())
 def _decode_op(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    return decode(codes, get_format(fmt), scale).contiguous()
+    return _decode_now(codes, get_format(fmt), scale).contiguous()
 
 
 @_decode_op.register_fake

@@ -27,7 +27,6 @@ THREADED_FROM = 1 << 17
 """Elements from which a second thread repays its start."""
 
 _WORDS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16}
-_VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 Words = NDArray[Any]
 
@@ -152,14 +151,27 @@ def _word(number: float) -> int:
     return int(np.float32(number).view(np.uint32))
 
 
+class _Memory:
+    """A contiguous tensor's memory, for numpy. `Tensor.numpy()` would forbid its storage to be resized for ever, which
+    is how sharding frees a gathered weight."""
+
+    def __init__(self, x: Tensor, code: str) -> None:
+        self.__array_interface__ = {"data": (x.data_ptr(), False), "shape": (x.numel(),), "typestr": code, "version": 3}
+
+
+_CODES = {torch.float32: "<f4", torch.int32: "<i4"}
+
+
 def _words(x: Tensor) -> Words:
-    view: Words = x.detach().view(-1).view(_VIEWS[x.dtype]).numpy()
-    return view.view(_WORDS[x.dtype])
+    if x.numel() == 0:
+        return np.empty(0, _WORDS[x.dtype])
+    return np.asarray(_Memory(x, np.dtype(_WORDS[x.dtype]).str))
 
 
 def _flat(x: Tensor) -> Words:
-    flat: Words = x.detach().view(-1).numpy()
-    return flat
+    if x.numel() == 0:
+        return np.empty(0, _CODES[x.dtype])
+    return np.asarray(_Memory(x, _CODES[x.dtype]))
 
 
 def _in_pieces(size: int, work: Callable[[int, int], object]) -> None:

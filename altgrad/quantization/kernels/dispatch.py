@@ -5,10 +5,11 @@ Triton kernels (rounding and codes) on a GPU, everything else to the torch refer
 ALTGRAD_KERNEL=reference|numba|triton names the one kernel that may be used beside the reference: forced, it must be
 installed, and tensors it cannot take go to the reference.
 
-Under torch.compile a CPU tensor's call becomes one op of the graph, `altgrad::quantize` and its like, which
-runs the kernel: torch cannot look into numba code, and need not. On other devices the reference is traced and
-fuses with its neighbours. Eager calls do not pass through the ops, whose dispatch costs more than a small
-tensor's rounding.
+Where something records torch's calls or stands in for tensors (torch.compile, torch.export, make_fx, jit.trace,
+fake tensors), a CPU tensor's call becomes one op of the graph, `altgrad::quantize` and its like, which runs the
+kernel: torch cannot look into numba code, and need not. On other devices the reference is traced and fuses with its
+neighbours, but for numbered draws (`Drawn`), whose seed a graph does not know. Eager calls do not pass through the
+ops, whose dispatch costs more than a small tensor's rounding.
 """
 
 from __future__ import annotations
@@ -27,25 +28,38 @@ from torch import Tensor
 from altgrad.quantization.formats import FloatFormat, get_format, unknown_message
 from altgrad.quantization.kernels import (
     KERNEL_DTYPES,
+    Drawn,
     Grid,
     Overflow,
     Rounding,
+    Seed,
     finite_bound,
     fitting,
     grid_of,
     reference,
+    seed_of,
 )
 
 Scale = float | Tensor
+_PLAIN = (Tensor, torch.nn.Parameter)
 FORCIBLE = ("", "numba", "triton", "reference")
 
 
-def rounded(
+def rounded(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: Seed) -> Tensor:
+    """round(x / scale) * scale, x's shape and dtype."""
+    if is_traced(x) and (x.device.type == "cpu" or isinstance(seed, Drawn)):
+        key, number = (seed.key, seed.number) if isinstance(seed, Drawn) else (seed, None)
+        arguments = as_tensor(scale), fmt.name, rounding, overflow, _as_int64(key), number
+        return cast(Tensor, _quantize_op(x, *arguments))
+    return _rounded_now(x, fmt, scale, rounding, overflow, seed_of(seed))
+
+
+def _rounded_now(
     x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None
 ) -> Tensor:
-    """round(x / scale) * scale, x's shape and dtype."""
-    if _is_traced(x):
-        return cast(Tensor, _quantize_op(x, as_tensor(scale), fmt.name, rounding, overflow, _as_int64(seed)))
+    """`rounded`, where nothing records it."""
+    if x.dtype == torch.float64:
+        return reference.quantize(x, scale, grid_of(fmt), rounding, overflow, seed)
     grid, number = _reaching(fmt, x.dtype, scale, overflow), scalar(scale)
     carrier = x if number is not None and x.dtype in KERNEL_DTYPES else x.to(torch.float32)
     if (triton := triton_for(x, scale)) is not None:
@@ -68,36 +82,38 @@ def round_into(
     x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None, out: Tensor
 ) -> Tensor:
     """`rounded`, written to `out` (may be x) without a tensor between where a kernel can."""
-    is_direct = out.is_contiguous() and _is_same_or_apart(x, out)
+    is_direct = out.is_contiguous() and not out.is_neg() and not is_traced(x) and _is_same_or_apart(x, out)
     if is_direct and (triton := triton_for(x, scale)) is not None:
         triton.quantize(x, scale, grid_of(fmt), rounding, overflow, seed, out)
         return out
     kernel = numba_for(x) if is_direct else None
-    number = scalar(scale)
+    number = scalar(scale) if is_direct else None
     if kernel is None or number is None:
         return out.copy_(rounded(x, fmt, scale, rounding, overflow, seed))
     kernel.quantize(x, number, _reaching(fmt, x.dtype, number, overflow), rounding, overflow, seed, out)
     return out
 
 
-def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, seed: int | None) -> Tensor:
+def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, seed: Seed) -> Tensor:
     """round(x / scale), saturating, in bfloat16, which has to hold the format's values; infinities stay."""
     if (triton := triton_for(x, scale)) is not None:
         out = torch.empty_like(x, dtype=torch.bfloat16)
-        triton.grid_values(x, scale, grid_of(fmt), rounding, seed, out)
+        triton.grid_values(x, scale, grid_of(fmt), rounding, seed_of(seed), out)
         return out
-    y = x.to(torch.float32) / scale
+    y = reference.quotient(x, scale)
     return torch.where(y.isinf(), y, rounded(y, fmt, 1.0, rounding, "saturate", seed)).to(torch.bfloat16)
 
 
 def grid_values_by_amax(
-    x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: int | None, headroom: float, power_of_two: bool
+    x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: Seed, headroom: float, power_of_two: bool
 ) -> tuple[Tensor, Tensor] | None:
     """`grid_values` under the scale of x's amax, and that scale; None where no kernel does both at once."""
     if (triton := triton_for(x, 1.0)) is None:
         return None
     out, grid = torch.empty_like(x, dtype=torch.bfloat16), grid_of(fmt)
-    return out, triton.grid_values_by_amax(x, grid, rounding, seed, out, headroom=headroom, power_of_two=power_of_two)
+    return out, triton.grid_values_by_amax(
+        x, grid, rounding, seed_of(seed), out, headroom=headroom, power_of_two=power_of_two
+    )
 
 
 def scaled(y: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -119,6 +135,8 @@ def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def largest_value(fmt: FloatFormat, dtype: torch.dtype, scale: Scale, device: torch.device) -> Scale:
     """Where saturation stops for elements of a dtype, before the product with the scale."""
+    if dtype == torch.float64:
+        return fmt.max
     if not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
         return fitting(grid_of(fmt), dtype, scale).max_value
     grid = grid_of(fmt)
@@ -127,15 +145,19 @@ def largest_value(fmt: FloatFormat, dtype: torch.dtype, scale: Scale, device: to
 
 def code_index(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Signed code of the value nearest to x / scale, int32, saturating; NaN gives 0."""
-    if _is_traced(x):
+    if is_traced(x) and x.device.type == "cpu":
         return cast(Tensor, _code_index_op(x, as_tensor(scale), fmt.name))
+    return _code_index_now(x, fmt, scale)
+
+
+def _code_index_now(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     grid, kernel = grid_of(fmt), numba_for(x)
     if (triton := triton_for(x, scale)) is not None:
         out = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         triton.code_index(x, scale, grid, out)
         return out
     if kernel is None:
-        return reference.code_index(x.to(torch.float32), scale, grid)
+        return reference.code_index(x, scale, grid)
     number = scalar(scale)
     if number is None:
         x, number = (x.to(torch.float32) / scale).contiguous(), 1.0
@@ -146,8 +168,12 @@ def code_index(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
 
 def index_to_value(index: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Value of a signed code times scale, float32; codes beyond the last are clamped to it."""
-    if _is_traced(index):
+    if is_traced(index) and index.device.type == "cpu":
         return cast(Tensor, _index_to_value_op(index, as_tensor(scale), fmt.name))
+    return _index_to_value_now(index, fmt, scale)
+
+
+def _index_to_value_now(index: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     kernel, number = numba_for(index, (torch.int32,)), scalar(scale)
     if kernel is None or number is None:
         return reference.index_to_value(index, scale, grid_of(fmt))
@@ -158,11 +184,15 @@ def index_to_value(index: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
 
 def ulp(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     """Spacing of the scaled grid at x, float32; NaN where x / scale is."""
-    if _is_traced(x):
+    if is_traced(x) and x.device.type == "cpu":
         return cast(Tensor, _ulp_op(x, as_tensor(scale), fmt.name))
+    return _ulp_now(x, fmt, scale)
+
+
+def _ulp_now(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     kernel, number = numba_for(x), scalar(scale)
     if kernel is None or number is None:
-        return reference.ulp(x.to(torch.float32), scale, grid_of(fmt))
+        return reference.ulp(x, scale, grid_of(fmt))
     out = torch.empty(x.shape, dtype=torch.float32)
     kernel.ulp(x, number, grid_of(fmt), out)
     return out
@@ -170,7 +200,7 @@ def ulp(x: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
 
 def uniform(size: torch.Size, seed: int, device: torch.device) -> Tensor:
     """The draws in [0, 1) of a seed, 24 bits each, float32."""
-    out = torch.empty(size, device=device)
+    out = torch.empty(size, dtype=torch.float32, device=device)
     kernel = numba_for(out)
     if kernel is None:
         return reference.uniform(size, seed, device)
@@ -212,7 +242,7 @@ def _import_report(package: str) -> str:
 def triton_for(x: Tensor, scale: Scale) -> ModuleType | None:
     """The Triton kernels if they can take this tensor under this scale, else None."""
     is_plain = x.dtype in KERNEL_DTYPES and x.is_contiguous() and x.numel() > 0
-    if x.device.type != "cuda" or not is_plain or torch.compiler.is_compiling():
+    if x.device.type != "cuda" or not is_plain or is_traced(x) or x.is_neg():
         return None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         return None
@@ -279,13 +309,19 @@ def _may_use(package: str, forced: str) -> bool:
     return is_installed and forced in ("", package)
 
 
-def _is_traced(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
+def is_traced(x: Tensor) -> bool:
+    """Whether something records or replaces torch's calls on x: a kernel would escape it, or meet no memory."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def as_tensor(scale: Scale) -> Tensor:
     """The scale as an op takes it, 0-d where it is a number."""
-    return scale if isinstance(scale, Tensor) else torch.full((), scale)
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32)
 
 
 def _as_int64(seed: int | None) -> int | None:
@@ -294,18 +330,21 @@ def _as_int64(seed: int | None) -> int | None:
 
 
 @torch.library.custom_op("altgrad::quantize", mutates_args=())
-def _quantize_op(x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None) -> Tensor:
+def _quantize_op(
+    x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None, number: Tensor | None = None
+) -> Tensor:
     modes = cast(Rounding, rounding), cast(Overflow, overflow)
-    return rounded(x, get_format(fmt), scale, *modes, seed).contiguous()
+    drawn = seed if seed is None or number is None else seed_of(Drawn(seed, number))
+    return _rounded_now(x, get_format(fmt), scale, *modes, drawn).contiguous()
 
 
 @_quantize_op.register_fake
-def _quantize_shape(x: Tensor, scale: Tensor, fmt: str, rounding: str, overflow: str, seed: int | None) -> Tensor:
+def _quantize_shape(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient, None, None, None, None, None
+    return gradient, None, None, None, None, None, None
 
 
 _quantize_op.register_autograd(_straight_through)
@@ -313,7 +352,7 @@ _quantize_op.register_autograd(_straight_through)
 
 @torch.library.custom_op("altgrad::code_index", mutates_args=())
 def _code_index_op(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    return code_index(x, get_format(fmt), scale).contiguous()
+    return _code_index_now(x, get_format(fmt), scale).contiguous()
 
 
 @_code_index_op.register_fake
@@ -323,12 +362,12 @@ def _code_index_shape(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
 
 @torch.library.custom_op("altgrad::index_to_value", mutates_args=())
 def _index_to_value_op(index: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    return index_to_value(index, get_format(fmt), scale).contiguous()
+    return _index_to_value_now(index, get_format(fmt), scale).contiguous()
 
 
 @torch.library.custom_op("altgrad::ulp", mutates_args=())
 def _ulp_op(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    return ulp(x, get_format(fmt), scale).contiguous()
+    return _ulp_now(x, get_format(fmt), scale).contiguous()
 
 
 @_index_to_value_op.register_fake

@@ -1,0 +1,49 @@
+"""When a training step ends, for layers that keep something from one step to the next.
+
+A step is what an optimizer makes of it: any number of forward passes, recomputed ones and evaluations among them, and
+one `optimizer.step()`. A hook on all of torch's optimizers therefore moves a layer on when the optimizer that holds its
+weight has stepped. A layer whose weight no optimizer ever held (frozen, an adapter beside it, flattened by a sharding
+wrapper) moves on with every optimizer if it has run in training since. A step that a gradient scaler leaves out does
+not count.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_STATEFUL: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def follow_steps(layer: nn.Module) -> None:
+    """Calls the layer's `end_step()` after each training step from now on."""
+    _install()
+    _STATEFUL.add(layer)
+
+
+@cache
+def _install() -> None:
+    register_optimizer_step_post_hook(_end_step)
+
+
+def _end_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if torch.compiler.is_compiling() and getattr(optimizer, "ends_its_steps", False):
+        return  # at run time, from within the op that is its step
+    end_step_of(optimizer)
+
+
+@torch._dynamo.disable
+def end_step_of(optimizer: torch.optim.Optimizer) -> None:
+    """Moves on the layers whose weights the optimizer holds; in a graph of torch's own optimizers, a graph break."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in list(_STATEFUL):
+        is_held = any(id(parameter) in held for parameter in layer._parameters.values())
+        if is_held:
+            layer.has_optimizer = True
+        if is_held or (layer.has_run and not layer.has_optimizer):
+            layer.end_step()
