@@ -254,7 +254,7 @@ class ScaleTracker:
         """`gather(x)`; then x joins the history (if `shared`, with the next synchronization)."""
         scale = self.gather(x)
         if not self.shared:
-            self.settle()
+            self.settle(self._gathered.clone())
         return scale
 
     def gather(self, x: Tensor) -> Tensor:

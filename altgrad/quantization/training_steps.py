@@ -32,14 +32,15 @@ def _install() -> None:
 
 
 def _end_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    if torch.compiler.is_compiling() and getattr(optimizer, "ends_its_steps", False):
-        return  # at run time, from within the op that is its step
+    if torch.compiler.is_compiling():
+        if getattr(optimizer, "ends_its_steps", False):
+            return  # at run time, from within the op that is its step
+        torch._dynamo.graph_break()
     end_step_of(optimizer)
 
 
-@torch._dynamo.disable
 def end_step_of(optimizer: torch.optim.Optimizer) -> None:
-    """Moves on the layers whose weights the optimizer holds; in a graph of torch's own optimizers, a graph break."""
+    """Moves on the layers whose weights the optimizer holds."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(_STATEFUL):
         is_held = any(id(parameter) in held for parameter in layer._parameters.values())

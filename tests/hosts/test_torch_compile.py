@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import torch._dynamo as dynamo
 from host_models import ARMS, batch, equal, loss_of, net, train, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -27,7 +26,7 @@ def compiled_losses(model, optimizer, backend: str) -> tuple[list[float], list[i
         step()
         schedule.step()
         losses.append(loss.item())
-        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return losses, graphs
 
 
@@ -55,7 +54,7 @@ CASES = [
 def test_forward_backward_and_step_compile_once(arm, stateful, backend):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
-    dynamo.reset()
+    torch._dynamo.reset()
     eager, traced = (net(stateful=stateful) for _ in range(2))
     expected = eager_losses(eager, ARMS[arm](eager.parameters()))
     found, graphs = compiled_losses(traced, ARMS[arm](traced.parameters()), backend)
@@ -70,7 +69,7 @@ def test_forward_backward_and_step_compile_once(arm, stateful, backend):
 
 
 def test_clipping_and_step_in_one_graph():
-    dynamo.reset()
+    torch._dynamo.reset()
     results = []
     for compiles in (False, True):
         model = net()
@@ -91,7 +90,7 @@ def test_clipping_and_step_in_one_graph():
 
 
 def test_a_compiled_step_returns_flips_and_updates():
-    dynamo.reset()
+    torch._dynamo.reset()
     model = net()
     optimizer = ARMS["grid"](model.parameters())
     loss_of(model, batch(0)).backward()

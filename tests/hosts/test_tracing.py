@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from altgrad.quantization import code_index, decode, encode, index_to_value, quantize, ulp
 
@@ -80,6 +79,8 @@ def test_jit_trace_records_calls_without_a_gradient():
 
 
 def test_a_mode_that_only_watches_changes_nothing():
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which other tests set up first
+
     model, watched = net(), net()
     loss_of(model, batch(0)).backward()
     with FlopCounterMode(display=False) as counter:
