@@ -170,6 +170,8 @@ class QuantizedLinear(nn.Module):
 
         ValueError for the state of a layer in other roles.
         """
+        # Model states held the scale once; it is the optimizer's, and is found from the weights without one.
+        state_dict.pop(f"{prefix}grid_scale", None)
         recipe = state_dict.pop(f"{prefix}recipe", None)
         if recipe is not None:
             saved = bytes(recipe.to(torch.uint8).tolist()).decode(errors="replace")

@@ -8,7 +8,8 @@ conversion that swaps Parameters, sharding, assignment of another Parameter); it
 Weights may be written by anyone between two steps: a checkpoint is loaded, a model is averaged, an initialization runs
 again. A grid therefore remembers which memory it last saw, and in which version. Weights that lie on the grid keep the
 scale. For others the scale is found anew, which is logged where an optimizer owns it; without an owner the layer goes
-back to the rule of its role. Writes through `.data` change no version and are not seen.
+back to the rule of its role. Writes through `.data` change no version: on a CPU a sample of the elements tells of them,
+on a GPU nothing does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.kernels.dispatch import is_traced
+from altgrad.quantization.kernels.memory import sample
 from altgrad.quantization.ops import quantize
 from altgrad.quantization.scaling import amax, compute_scale, scale_of_amax
 
@@ -32,6 +34,9 @@ SAMPLE = 256
 """About so many elements are looked at before a whole tensor is: weights that were never rounded fail on these."""
 
 logger = logging.getLogger("altgrad")
+
+
+Memory = tuple[int, int, bytes]
 
 
 class LayerWithGrid(Protocol):
@@ -52,7 +57,7 @@ class WeightGrid:
         self.scale: Tensor | None = None
         self._is_released = False
         self._owner: weakref.ref[Any] | None = None
-        self._seen: tuple[int, int] | None = None
+        self._seen: Memory | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no owner: the optimizer that is copied with the model takes possession again."""
@@ -110,9 +115,9 @@ class WeightGrid:
             self.scale = self.scale.to(weight.device)
         return self.scale
 
-    def settle(self, weight: Tensor) -> None:
-        """The weight lies on the grid as it is now."""
-        self._seen = memory_of(weight)
+    def settle(self, memory: Memory) -> None:
+        """The weight lies on the grid as its memory is now."""
+        self._seen = memory
 
     @torch.no_grad()
     def refit(self, weight: Tensor) -> bool:
@@ -138,7 +143,7 @@ class WeightGrid:
         """The next look takes the weights for ones that were never seen."""
         self._seen = None
 
-    def _look(self, weight: Tensor, seen: tuple[int, int]) -> None:
+    def _look(self, weight: Tensor, seen: Memory) -> None:
         is_new = self._seen is None or self._seen[0] != seen[0]
         self._seen = seen
         if self.is_owned:
@@ -186,10 +191,14 @@ def converted_weights() -> set[int]:
     return {id(layer._parameters.get("weight")) for layer in _LAYERS}
 
 
-def memory_of(weight: Tensor) -> tuple[int, int]:
-    """Changes where a tensor's memory was exchanged, or written by torch's operators."""
+def memory_of(weight: Tensor) -> Memory:
+    """Changes where a tensor's memory was exchanged or written: its address, its version, some elements.
+
+    The elements, on a CPU, tell of writes through `.data`, which change no version.
+    """
     local = getattr(weight, "_local_tensor", weight)
-    return local.data_ptr(), -1 if local.is_inference() else local._version + weight._version
+    version = -1 if local.is_inference() else local._version + weight._version
+    return local.data_ptr(), version, sample(local)
 
 
 def is_on_grid(weight: Tensor, fmt: FloatFormat, scale: Tensor) -> bool:

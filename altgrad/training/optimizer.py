@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, ulp, weight_grid
-from altgrad.quantization.weight_grid import converted_weights, initial_scale, memory_of
+from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, memory_of
 from altgrad.training.kernels import Count, Counting, Job, Moments, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
 from altgrad.training.optimizer_groups import FREE, check_arguments, check_groups, parameter_groups
@@ -94,8 +94,8 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         """Nothing is known of the weights and of earlier steps."""
         self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        self._seen: dict[Tensor, tuple[int, int]] = {}
-        self._largest: dict[Tensor, tuple[tuple[int, int], Tensor]] = {}
+        self._seen: dict[Tensor, Memory] = {}
+        self._largest: dict[Tensor, tuple[Memory, Tensor]] = {}
         self._is_counting = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if has_moved:
             put_back(parameter, snapped)
         self._seen[parameter] = memory_of(parameter)
-        grid.settle(parameter)
+        grid.settle(self._seen[parameter])
         return has_moved
 
     @staticmethod
@@ -274,10 +274,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 self._keep_shard(parameter, job)
             elif job.weight.data_ptr() != parameter.data_ptr():
                 parameter.copy_(job.weight)
-            memory = memory_of(parameter)
-            self._seen[parameter] = memory
+            if plan.fmt is None:
+                continue  # nothing depends on who wrote a plain parameter
+            memory = self._seen[parameter] = memory_of(parameter)
             if job.scale is not None:
-                weight_grid(parameter).settle(parameter)
+                weight_grid(parameter).settle(memory)
             if job.largest is None:
                 self._largest.pop(parameter, None)
             else:
@@ -294,8 +295,10 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _job(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
         """The parameter's share of the step, and the plan for it, which is the group's but for an arm's exceptions."""
         state = self._state(parameter, group, plan)
-        if self._seen.get(parameter) != memory_of(parameter):
+        memory = None if plan.fmt is None else memory_of(parameter)
+        if memory is not None and self._seen.get(parameter) != memory:
             self._meet(parameter, group, state, plan)
+            memory = memory_of(parameter)
         job = Job(
             weight=whole(parameter.detach()).contiguous(),
             grad=whole(grad).resolve_neg().contiguous(),
@@ -310,7 +313,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             job.scale, job.streak = self._grid_scale(parameter, group, state), state.get("overflow_streak")
         if plan.follows_amax:
             written, job.largest = self._largest.get(parameter, (None, None))
-            job.knows_largest = written == memory_of(parameter)
+            job.knows_largest = written == memory
             if job.largest is None or job.largest.device != parameter.device:
                 job.largest = torch.zeros((), dtype=torch.int32, device=parameter.device)
         return plan, job

@@ -161,6 +161,8 @@ REWRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "mul_": lambda w: w.mul_(1 / 300),
     "initialized": lambda w: nn.init.normal_(w, std=3.0),
     "exchanged": lambda w: setattr(w, "data", w.detach() * 7.3),
+    "through .data": lambda w: w.data.copy_(10 * w.detach()),
+    "initialized through .data": lambda w: w.data.normal_(0.0, 2.0),
     "foreach": lambda w: torch._foreach_mul_([w], 25.0),
     "index": lambda w: w.__setitem__((slice(None), slice(0, 4)), 5.0),
 }

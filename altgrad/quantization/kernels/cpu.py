@@ -18,17 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from altgrad.quantization.kernels import Grid, Overflow, Rounding, hash_keys, loops, overflow_values
+from altgrad.quantization.kernels.memory import Words, words
 
 THREADED_FROM = 1 << 17
 """Elements from which a second thread repays its start."""
-
-_WORDS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16}
-
-Words = NDArray[Any]
 
 
 def quantize(
@@ -41,43 +37,43 @@ def quantize(
         if seed is None:
             raise ValueError("stochastic rounding needs a seed, an integer of up to 64 bits; got None")
         keys = hash_keys(seed)
-    words = _words(x)
-    target = None if out.data_ptr() == x.data_ptr() else _words(out)
+    source = words(x)
+    target = None if out.data_ptr() == x.data_ptr() else words(out)
 
     def piece(begin: int, end: int) -> None:
         part = None if target is None else target[begin:end]
-        loop(words[begin:end], part, *numbers, *((*keys, begin) if keys else ()))
+        loop(source[begin:end], part, *numbers, *((*keys, begin) if keys else ()))
 
     _in_pieces(x.numel(), piece)
 
 
 def code_index(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Signed code nearest to x / scale into the int32 `out`."""
-    words, target = _words(x), _flat(out)
+    source, target = words(x), words(out)
     constants = _constants(grid, "nearest", "saturate")
     _in_pieces(
         x.numel(),
-        lambda a, b: loops.nearest_index(words[a:b], target[a:b], scale, constants, grid.offset, grid.max_index),
+        lambda a, b: loops.nearest_index(source[a:b], target[a:b], scale, constants, grid.offset, grid.max_index),
     )
 
 
 def index_to_value(index: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Value of the signed int32 code times scale into the float32 `out`."""
-    codes, target = _flat(index), _flat(out)
+    codes, target = words(index), words(out)
     numbers = (scale, grid.shift, grid.offset, grid.spacing, grid.max_index)
     _in_pieces(index.numel(), lambda a, b: loops.value_of_index(codes[a:b], target[a:b], *numbers))
 
 
 def ulp(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Spacing of the scaled grid at x into the float32 `out`."""
-    words, target = _words(x), _flat(out)
+    source, target = words(x), words(out)
     numbers = (scale, grid.min_exponent_bits, grid.max_exponent_bits, grid.mantissa_step)
-    _in_pieces(x.numel(), lambda a, b: loops.spacing_at(words[a:b], target[a:b], *numbers))
+    _in_pieces(x.numel(), lambda a, b: loops.spacing_at(source[a:b], target[a:b], *numbers))
 
 
 def uniform(seed: int, out: Tensor) -> None:
     """The draws in [0, 1) of a seed, 24 bits each, into the float32 `out`."""
-    target, keys = _flat(out), hash_keys(seed)
+    target, keys = words(out), hash_keys(seed)
     _in_pieces(out.numel(), lambda a, b: loops.uniform(target[a:b], *keys, a))
 
 
@@ -149,29 +145,6 @@ def _constants(grid: Grid, rounding: Rounding, overflow: Overflow) -> Words:
 
 def _word(number: float) -> int:
     return int(np.float32(number).view(np.uint32))
-
-
-class _Memory:
-    """A contiguous tensor's memory, for numpy. `Tensor.numpy()` would forbid its storage to be resized for ever, which
-    is how sharding frees a gathered weight."""
-
-    def __init__(self, x: Tensor, code: str) -> None:
-        self.__array_interface__ = {"data": (x.data_ptr(), False), "shape": (x.numel(),), "typestr": code, "version": 3}
-
-
-_CODES = {torch.float32: "<f4", torch.int32: "<i4"}
-
-
-def _words(x: Tensor) -> Words:
-    if x.numel() == 0:
-        return np.empty(0, _WORDS[x.dtype])
-    return np.asarray(_Memory(x, np.dtype(_WORDS[x.dtype]).str))
-
-
-def _flat(x: Tensor) -> Words:
-    if x.numel() == 0:
-        return np.empty(0, _CODES[x.dtype])
-    return np.asarray(_Memory(x, _CODES[x.dtype]))
 
 
 def _in_pieces(size: int, work: Callable[[int, int], object]) -> None:

@@ -186,7 +186,7 @@ def measures_mean(step: int) -> bool:
 def integer_power(base: float, exponent: int) -> float:
     """base^exponent by squaring, exponent >= 0: the same float64 on every device, where a library's pow is not."""
     result = 1.0
-    while exponent:
+    while exponent > 0:
         if exponent & 1:
             result *= base
         base *= base

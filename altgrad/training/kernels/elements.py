@@ -155,9 +155,9 @@ def mixed(seed, number):
 
 @inlined
 def power(base, exponent):
-    """`integer_power`."""
+    """`integer_power`; ends whatever a damaged step count holds."""
     result = 1.0
-    while exponent:
+    while exponent > 0:
         if exponent & 1:
             result *= base
         base *= base
