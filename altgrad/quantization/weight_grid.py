@@ -8,30 +8,32 @@ conversion that swaps Parameters, sharding, assignment of another Parameter); it
 Weights may be written by anyone between two steps: a checkpoint is loaded, a model is averaged, an initialization runs
 again. A grid therefore remembers which memory it last saw, and in which version. Weights that lie on the grid keep the
 scale. For others the scale is found anew, which is logged where an optimizer owns it; without an owner the layer goes
-back to the rule of its role. Writes through `.data` change no version: on a CPU a sample of the elements tells of them,
-on a GPU nothing does.
+back to the rule of its role. Writes through `.data` change no version: on a CPU the first bytes tell of them, on a
+GPU nothing does.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from ctypes import string_at
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.kernels.dispatch import is_traced
-from altgrad.quantization.kernels.memory import sample
 from altgrad.quantization.ops import quantize
 from altgrad.quantization.scaling import amax, compute_scale, scale_of_amax
 
 HEADROOM = 2.0
 """Of a scale that an optimizer owns: the weights may grow by this factor before they saturate."""
 
-SAMPLE = 256
-"""About so many elements are looked at before a whole tensor is: weights that were never rounded fail on these."""
+SAMPLE = 64
+"""Bytes whose change tells of a write, and the elements looked at before a whole tensor is: weights that were never
+rounded fail on these."""
 
 logger = logging.getLogger("altgrad")
 
@@ -192,13 +194,12 @@ def converted_weights() -> set[int]:
 
 
 def memory_of(weight: Tensor) -> Memory:
-    """Changes where a tensor's memory was exchanged or written: its address, its version, some elements.
-
-    The elements, on a CPU, tell of writes through `.data`, which change no version.
-    """
-    local = getattr(weight, "_local_tensor", weight)
-    version = -1 if local.is_inference() else local._version + weight._version
-    return local.data_ptr(), version, sample(local)
+    """Changes where a tensor's memory was exchanged or written: its address, its version, its first bytes on a CPU."""
+    local = weight if type(weight) is Parameter else getattr(weight, "_local_tensor", weight)
+    address = local.data_ptr()
+    is_readable = local.is_cpu and local.is_contiguous()
+    start = string_at(address, min(SAMPLE, local.nbytes)) if is_readable and address else b""
+    return address, -1 if local.is_inference() else local._version, start
 
 
 def is_on_grid(weight: Tensor, fmt: FloatFormat, scale: Tensor) -> bool:

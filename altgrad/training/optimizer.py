@@ -38,8 +38,10 @@ from altgrad.training.optimizer_state import (
     admitted,
     check_gradient,
     check_parameter,
-    fits,
+    is_plain,
     is_sharded,
+    is_usual,
+    misfits,
     number_like,
     put_back,
     whole,
@@ -53,6 +55,8 @@ COUNT_EVERY = 8
 
 OF_FORMAT = ("mean_spacing", "grid_scale", "overflow_streak", "carry")
 """State that means nothing in another format."""
+
+MOMENTS = {Moments.ADAM: ("exp_avg", "exp_avg_sq"), Moments.MOMENTUM: ("exp_avg",), Moments.GIVEN: ()}
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -244,15 +248,16 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             for position, parameter in enumerate(group["params"]):
                 grad = grads.get(parameter, parameter.grad) if grads else parameter.grad
                 if grad is not None:
-                    name = _name(group, position, parameter)
-                    check_parameter(parameter, name)
-                    check_gradient(parameter, grad, name)
+                    if not is_usual(parameter, grad):
+                        name = _name(group, position, parameter)
+                        check_parameter(parameter, name)
+                        check_gradient(parameter, grad, name)
                     own, job = self._job(parameter, grad, group, index, plan)
                     kind = job.weight.device, job.weight.dtype, job.grad.dtype, job.weight.numel() > 0
                     if kind not in kernels:
                         kernels[kind] = kernel_for(job)
-                    if is_sharded(parameter):
-                        # By itself: all of it is here only for this step.
+                    if not is_plain(parameter):
+                        # Sharded, so by itself: all of it is here only for this step.
                         self._step_batch(kernels[kind], own, [(parameter, job)], group["calls"])
                         is_whole = is_whole or own.counting == Counting.ALL
                     else:
@@ -270,12 +275,13 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         rows = torch.zeros(len(members), len(Count), dtype=torch.int64, device=device)
         kernel.step_tensors([job for _, job in members], plan, call, rows)
         for parameter, job in members:
-            if is_sharded(parameter):
+            if not is_plain(parameter):
                 self._keep_shard(parameter, job)
             elif job.weight.data_ptr() != parameter.data_ptr():
                 parameter.copy_(job.weight)
-            if plan.fmt is None:
-                continue  # nothing depends on who wrote a plain parameter
+            if not plan.watches_weights:
+                self._largest.pop(parameter, None)
+                continue
             memory = self._seen[parameter] = memory_of(parameter)
             if job.scale is not None:
                 weight_grid(parameter).settle(memory)
@@ -295,18 +301,28 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _job(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], index: int, plan: Plan) -> tuple[Plan, Job]:
         """The parameter's share of the step, and the plan for it, which is the group's but for an arm's exceptions."""
         state = self._state(parameter, group, plan)
-        memory = None if plan.fmt is None else memory_of(parameter)
+        memory = memory_of(parameter) if plan.watches_weights else None
         if memory is not None and self._seen.get(parameter) != memory:
             self._meet(parameter, group, state, plan)
             memory = memory_of(parameter)
+        weight, first, second, carry = (
+            parameter.detach(),
+            state.get("exp_avg"),
+            state.get("exp_avg_sq"),
+            state.get("carry"),
+        )
+        if not is_plain(parameter):
+            weight, grad, first, second, carry = map(_whole_or_none, (weight, grad, first, second, carry))
+        if grad.is_neg():
+            grad = grad.resolve_neg()
         job = Job(
-            weight=whole(parameter.detach()).contiguous(),
-            grad=whole(grad).resolve_neg().contiguous(),
+            weight=weight.contiguous(),
+            grad=grad.contiguous(),
             step=state["step"],
             seed=_seed_of(group["seed"], index),
-            first=_whole_or_none(state.get("exp_avg")),
-            second=_whole_or_none(state.get("exp_avg_sq")),
-            carry=_whole_or_none(state.get("carry")),
+            first=first,
+            second=second,
+            carry=carry,
             mean=state.get("mean_spacing"),
         )
         if plan.fmt is not None and plan.placement != Placement.MASTER:
@@ -338,11 +354,9 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _state(self, parameter: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """The parameter's state as kernels take it; what is missing starts, and what a user put there is checked."""
         state: dict[str, Any] = self.state[parameter]
-        for key, value in state.items():
-            entry = ENTRIES.get(key)
-            if entry is not None and not fits(value, entry, parameter):
-                if entry.is_shaped and is_sharded(value) and value.shape == parameter.shape:
-                    continue
+        for key in misfits(state, parameter):
+            value = state[key]
+            if not (ENTRIES[key].is_shaped and is_sharded(value) and value.shape == parameter.shape):
                 state[key] = admitted(value, key, parameter, self._name_of(parameter))
         if "step" not in state:
             state["step"] = number_like(parameter, "step")
@@ -485,7 +499,7 @@ def _name(group: Mapping[str, Any], position: int, parameter: Tensor) -> str:
     return f"parameter {names[position] if names else position} {tuple(parameter.shape)}"
 
 
-def _whole_or_none(value: Tensor | None) -> Tensor | None:
+def _whole_or_none(value: Any) -> Any:
     return None if value is None else whole(value)
 
 

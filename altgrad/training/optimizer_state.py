@@ -55,6 +55,8 @@ ENTRIES: dict[str, Entry] = {
 }
 """All the state that kernels read; other keys belong to somebody else and are carried along."""
 
+_EXPECTED = {key: (entry.dtype, entry.is_shaped) for key, entry in ENTRIES.items()}
+
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's memory is what it stands for."""
@@ -125,16 +127,34 @@ def check_gradient(parameter: Tensor, grad: Tensor, name: str) -> None:
         )
 
 
-def fits(value: Any, entry: Entry, parameter: Tensor) -> bool:
-    """Whether kernels can take this state as it is."""
+def is_usual(parameter: Tensor, grad: Tensor) -> bool:
+    """Whether nothing is to be said about a parameter and its gradient; the look that every step takes."""
     return (
-        type(value) is Tensor
-        and value.dtype is entry.dtype
-        and value.device == parameter.device
-        and value.shape == (parameter.shape if entry.is_shaped else ())
-        and value.is_contiguous()
-        and not value.is_neg()
+        type(parameter) is nn.Parameter
+        and type(grad) is Tensor
+        and parameter.dtype in WEIGHT_DTYPES
+        and grad.layout is torch.strided
+        and grad.shape == parameter.shape
+        and grad.device == parameter.device
     )
+
+
+def misfits(state: dict[str, Any], parameter: Tensor) -> list[str]:
+    """Keys whose state kernels cannot take as it is. Every step looks at all of it, so this is one flat loop."""
+    found: list[str] = []
+    shape, device, is_cpu = parameter.shape, parameter.device, parameter.is_cpu
+    for key, value in state.items():
+        if key in ENTRIES:
+            dtype, is_shaped = _EXPECTED[key]
+            if (
+                type(value) is not Tensor
+                or value.dtype is not dtype
+                or (value.shape != shape or not value.is_contiguous() if is_shaped else value.dim())
+                or not (value.is_cpu if is_cpu else value.device == device)
+                or value.is_neg()
+            ):
+                found.append(key)
+    return found
 
 
 @torch.no_grad()

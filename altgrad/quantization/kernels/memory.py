@@ -17,8 +17,6 @@ Words = NDArray[Any]
 WORDS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16, torch.int32: np.int32}
 """What the loops read an element type as: the first two as bits, float16 as the integer that they widen."""
 
-SAMPLES = 64
-
 
 class _Memory:
     def __init__(self, x: Tensor, code: str) -> None:
@@ -33,11 +31,3 @@ def words(x: Tensor) -> Words:
     if x.numel() == 0:
         return np.empty(0, WORDS[x.dtype])
     return np.asarray(_Memory(x, _CODES[x.dtype]))
-
-
-def sample(x: Tensor) -> bytes:
-    """Some 64 elements of a CPU tensor, evenly spread; empty elsewhere, where looking would wait for a device."""
-    if x.device.type != "cpu" or x.dtype not in _CODES or not x.is_contiguous():
-        return b""
-    found: bytes = words(x)[:: max(1, x.numel() // SAMPLES)].tobytes()
-    return found

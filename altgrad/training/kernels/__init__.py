@@ -146,6 +146,12 @@ class Plan:
         return self.needs_scale and self.master_scale is None and self.fmt.total_bits <= 8
 
     @cached_property
+    def watches_weights(self) -> bool:
+        """Whether it matters to the step that others wrote the weights since the last one."""
+        is_resident = self.fmt is not None and self.placement != Placement.MASTER
+        return is_resident or self.needs_mean or self.follows_amax
+
+    @cached_property
     def rescales(self) -> bool:
         """Whether sustained overflow doubles the scale: that of 8-bit formats and below; wider ones have scale 1."""
         return self.fmt is not None and self.placement != Placement.MASTER and self.fmt.total_bits <= 8
