@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization.kernels import Grid, Overflow, Rounding, hash_keys, loops, overflow_values
-from altgrad.quantization.kernels.memory import Words, words
+from altgrad.quantization.kernels.memory import Words, values, words
 
 THREADED_FROM = 1 << 17
 """Elements from which a second thread repays its start."""
@@ -49,7 +49,7 @@ def quantize(
 
 def code_index(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Signed code nearest to x / scale into the int32 `out`."""
-    source, target = words(x), words(out)
+    source, target = words(x), values(out)
     constants = _constants(grid, "nearest", "saturate")
     _in_pieces(
         x.numel(),
@@ -59,21 +59,21 @@ def code_index(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
 
 def index_to_value(index: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Value of the signed int32 code times scale into the float32 `out`."""
-    codes, target = words(index), words(out)
+    codes, target = values(index), values(out)
     numbers = (scale, grid.shift, grid.offset, grid.spacing, grid.max_index)
     _in_pieces(index.numel(), lambda a, b: loops.value_of_index(codes[a:b], target[a:b], *numbers))
 
 
 def ulp(x: Tensor, scale: float, grid: Grid, out: Tensor) -> None:
     """Spacing of the scaled grid at x into the float32 `out`."""
-    source, target = words(x), words(out)
+    source, target = words(x), values(out)
     numbers = (scale, grid.min_exponent_bits, grid.max_exponent_bits, grid.mantissa_step)
     _in_pieces(x.numel(), lambda a, b: loops.spacing_at(source[a:b], target[a:b], *numbers))
 
 
 def uniform(seed: int, out: Tensor) -> None:
     """The draws in [0, 1) of a seed, 24 bits each, into the float32 `out`."""
-    target, keys = words(out), hash_keys(seed)
+    target, keys = values(out), hash_keys(seed)
     _in_pieces(out.numel(), lambda a, b: loops.uniform(target[a:b], *keys, a))
 
 

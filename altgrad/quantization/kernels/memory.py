@@ -14,8 +14,10 @@ from torch import Tensor
 
 Words = NDArray[Any]
 
-WORDS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16, torch.int32: np.int32}
+WORDS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 """What the loops read an element type as: the first two as bits, float16 as the integer that they widen."""
+
+VALUES = {torch.float32: np.float32, torch.int32: np.int32}
 
 
 class _Memory:
@@ -23,11 +25,15 @@ class _Memory:
         self.__array_interface__ = {"data": (x.data_ptr(), False), "shape": (x.numel(),), "typestr": code, "version": 3}
 
 
-_CODES = {dtype: np.dtype(word).str for dtype, word in WORDS.items()}
-
-
 def words(x: Tensor) -> Words:
     """The elements of a contiguous CPU tensor, flat, as words; it must outlive the array."""
-    if x.numel() == 0:
-        return np.empty(0, WORDS[x.dtype])
-    return np.asarray(_Memory(x, _CODES[x.dtype]))
+    return _array(x, WORDS[x.dtype])
+
+
+def values(x: Tensor) -> Words:
+    """The elements of a contiguous CPU tensor, flat, as what they are; it must outlive the array."""
+    return _array(x, VALUES[x.dtype])
+
+
+def _array(x: Tensor, kind: type) -> Words:
+    return np.asarray(_Memory(x, np.dtype(kind).str)) if x.numel() else np.empty(0, kind)
