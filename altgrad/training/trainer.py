@@ -370,5 +370,7 @@ class Trainer:
 
 def _norms(named: dict[str, torch.nn.Parameter]) -> Tensor:
     """[parameters] the L2 norm of each one's gradient, 0 where it has none."""
-    gradients = [torch.zeros((), device=p.device) if p.grad is None else p.grad for p in named.values()]
+    gradients = [
+        torch.zeros((), dtype=torch.float32, device=p.device) if p.grad is None else p.grad for p in named.values()
+    ]
     return torch.stack(torch._foreach_norm(gradients))

@@ -120,3 +120,13 @@ def test_every_module_says_why_it_exists_and_stays_short(path: Path):
 def test_no_test_is_too_long_to_read():
     long = {path.name for path in PACKAGE.parent.glob("tests/**/*.py") if path.read_text().count("\n") > 420}
     assert not long
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_tensor_that_is_made_states_its_dtype(path: Path):
+    """Nothing may depend on torch's default dtype, which belongs to the program around."""
+    makers = {"zeros", "ones", "empty", "full", "tensor", "rand", "randn", "eye", "linspace", "hann_window"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in makers:
+            is_torchs = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            assert not is_torchs or "dtype" in {k.arg for k in node.keywords}, f"{path.name}:{node.lineno}"

@@ -60,7 +60,7 @@ class LabelledSplit:
 
     def targets(self, rows: np.ndarray, labels: int) -> Tensor:
         """1 where a document has a label, else 0: float32 [rows, labels]; ids from `labels` on are left out."""
-        found = torch.zeros(len(rows), labels)
+        found = torch.zeros(len(rows), labels, dtype=torch.float32)
         for line, row in zip(found, rows, strict=True):
             ids = np.asarray(self.labels[_start(self.label_ends, row) : self.label_ends[row]])
             line[torch.from_numpy(ids[ids < labels].astype(np.int64))] = 1

@@ -358,7 +358,7 @@ def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None
     table, owner, is_aligned = _table(jobs, device)
     blocks, tensors = (len(owner),), (len(jobs),)
     integers = torch.zeros(len(jobs), INTEGERS.value, dtype=torch.int64, device=device)
-    numbers = torch.empty(len(jobs), NUMBERS.value, device=device)
+    numbers = torch.empty(len(jobs), NUMBERS.value, dtype=torch.float32, device=device)
     shape = {"SHIFT": grid.shift, "OFFSET": grid.offset, "MAX_INDEX": grid.max_index}
     ends = {"LOWEST": grid.min_exponent_bits, "HIGHEST": grid.max_exponent_bits}
     block = {
@@ -483,10 +483,10 @@ def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]
     if key not in _kept_tables:
         while len(_kept_tables) >= KEPT_TABLES:
             _kept_tables.pop(next(iter(_kept_tables)))
-        blocks = torch.tensor([-(-job.weight.numel() // BLOCK) for job in jobs])
+        blocks = torch.tensor([-(-job.weight.numel() // BLOCK) for job in jobs], dtype=torch.int64)
         owner = torch.repeat_interleave(torch.arange(len(jobs), dtype=torch.int32), blocks)
         is_aligned = all(line[place] % 16 == 0 for line in lines for place in (*range(6), ELEMENTS.value))
-        _kept_tables[key] = (_sent(torch.tensor(lines), device), _sent(owner, device), is_aligned)
+        _kept_tables[key] = (_sent(torch.tensor(lines, dtype=torch.int64), device), _sent(owner, device), is_aligned)
     return _kept_tables[key]
 
 

@@ -75,7 +75,7 @@ def _scale(job: Job, plan: Plan, weight: Tensor) -> Tensor:
     if plan.master_scale is not None:
         return torch.tensor(plan.master_scale, dtype=torch.float32, device=weight.device)
     if plan.fmt.total_bits > 8 or weight.numel() == 0:
-        return torch.ones((), device=weight.device)
+        return torch.ones((), dtype=torch.float32, device=weight.device)
     return scale_of_amax(weight.abs().max(), plan.fmt)
 
 

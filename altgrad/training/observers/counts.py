@@ -37,7 +37,7 @@ class CountsObserver(Observer):
                 if name is not None:
                     found |= {(name, _RAW[count]): value for count, value in zip(Count, row.unbind(), strict=True)}
         skipped = [rows[:, Count.SKIPPED].sum() for rows in self._sums.values()]
-        found["", "skipped_tensors"] = torch.stack(skipped).sum() if skipped else torch.zeros(())
+        found["", "skipped_tensors"] = torch.stack(skipped).sum() if skipped else torch.zeros((), dtype=torch.float32)
         self._sums = {}
         return found
 

@@ -170,7 +170,7 @@ class OutputSums:
 
     def end_step(self, device: torch.device) -> Tensor:
         """[modules] sums of the step, 0 where nobody asked, in the order of `names`, which the first step fixes."""
-        zero = torch.zeros((), device=device)
+        zero = torch.zeros((), dtype=torch.float32, device=device)
         return torch.stack([self._sums.get(name, zero) for name in self.names]) if self.names else zero[None][:0]
 
     def _take(self, name: str, _: nn.Module, inputs: Any, y: Any) -> None:

@@ -6,15 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from altgrad.quantization import (
     RankGauge,
     codes_in_use,
-    compute_scale,
     compute_stiffness_field,
     count_nonfinite,
+    format_scale,
     grid_alignment_statistics,
     weight_grid,
 )
@@ -28,7 +27,7 @@ def grid_scale(parameter: Tensor, fmt: FloatFormat) -> Tensor:
     own = weight_grid(parameter).scale
     if own is not None:
         return own
-    return torch.ones((), device=parameter.device) if fmt.total_bits > 8 else compute_scale(parameter.detach(), fmt)
+    return format_scale(parameter.detach(), fmt)
 
 
 class RankObserver(Observer):
