@@ -119,12 +119,14 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch does; ValueError for arguments out of their range and parameters that no step could move exactly."""
-        for part in self._parts(param_group):
+        converted = converted_weights()
+        for part in self._parts(param_group, converted):
             check_arguments(self.defaults | part)
+            for position, parameter in enumerate(map(_tensor_of, part["params"])):
+                if isinstance(parameter, Tensor):
+                    check_parameter(parameter, f"parameter {position} {tuple(parameter.shape)}")
             super().add_param_group(part)
             group = self.param_groups[-1]
-            for position, parameter in enumerate(group["params"]):
-                check_parameter(parameter, _name(group, position, parameter))
             if group["format"] is None:
                 continue
             fmt = get_format(group["format"])
@@ -132,25 +134,25 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if self._is_resident(group):
                     self._place_on_grid(parameter, group)
-                elif hasattr(parameter, "grid") or id(parameter) in converted_weights():
+                elif hasattr(parameter, "grid") or id(parameter) in converted:
                     # A master's scale follows its amax; one left by an earlier optimizer would not.
                     weight_grid(parameter).own(self, fmt, None)
 
-    def _parts(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _parts(self, param_group: dict[str, Any], converted: set[int]) -> list[dict[str, Any]]:
         """The group, or its converted weights and the rest where it leaves the format to the optimizer."""
         params = param_group["params"]
-        if isinstance(params, Tensor | set) or "format" in param_group or self.defaults["format"] is None:
-            return [param_group]
-        entries = list(params)
-        converted = converted_weights()
-        is_converted = [id(entry[1] if isinstance(entry, tuple) else entry) in converted for entry in entries]
-        if all(is_converted) or not any(is_converted):
-            return [param_group | {"params": entries}]
+        entries = [params] if isinstance(params, Tensor) else list(params)
+        whole_group = param_group | {"params": entries}
+        if isinstance(params, set) or not all(isinstance(_tensor_of(entry), Tensor) for entry in entries):
+            return [param_group | {"params": params}]  # torch says what is wrong
+        is_converted = [id(_tensor_of(entry)) in converted for entry in entries]
+        if "format" in param_group or self.defaults["format"] is None or all(is_converted) or not any(is_converted):
+            return [whole_group]
         own, rest = (
             [entry for entry, found in zip(entries, is_converted, strict=True) if found == wanted]
             for wanted in (True, False)
         )
-        return [param_group | {"params": own}, param_group | {"params": rest, "format": None}]
+        return [whole_group | {"params": own}, whole_group | {"params": rest, "format": None}]
 
     @property
     def counts(self) -> dict[Tensor, StepCounts]:
@@ -492,6 +494,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 f"state of {name} lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, given))}"
             )
         return state
+
+
+def _tensor_of(entry: Any) -> Any:
+    """The tensor of a parameter that may come with its name."""
+    return entry[1] if isinstance(entry, tuple) else entry
 
 
 def _name(group: Mapping[str, Any], position: int, parameter: Tensor) -> str:
