@@ -63,10 +63,11 @@ class QuantizedLinear(nn.Module):
         self.weight_quantizer = RoleQuantizer(as_role(weight), mix_seed(key, 0))
         self.activation_quantizer = _quantizer(activation, mix_seed(key, 1))
         self.gradient_quantizer = _quantizer(gradient, mix_seed(key, 2))
-        self.has_optimizer = self.has_run = False
+        self.has_run = False
         self.grid = weight_grid(self.weight).join(self.weight_format)
         self._original = (linear,)
         self._enter()
+        self.own_scale()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copying or unpickling: torch copies a Parameter without its attributes."""
@@ -100,7 +101,7 @@ class QuantizedLinear(nn.Module):
         if not torch.compiler.is_compiling():
             refuse_transforms("a quantized layer", x, self.weight)
             refuse_script_tracing("a quantized layer")
-        advance = self.training
+        advance = self.training and torch.is_grad_enabled()
         if advance:
             self.has_run = True
         weight = self.weight_operand(advance=advance)
@@ -121,7 +122,11 @@ class QuantizedLinear(nn.Module):
 
     def own_scale(self) -> Tensor | None:
         """The scale of the weight's grid, 0-d float32; None where the role's rule decides."""
-        return self.grid.scale_for(self.weight)
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            return self.grid.scale_for(weight)
+        # Made from other tensors since: a mask leaves a weight on its grid, a norm or a parametrization does not.
+        return self.grid.scale if "weight_mask" in self._buffers else None
 
     def end_step(self) -> None:
         """A training step is over: histories take it in, stochastic roles go on to another draw."""
@@ -186,6 +191,8 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
         self._enter()
         self.grid.expect_new_weights()
+        # Now, for a compiled forward does not look.
+        self.own_scale()
 
     def extra_repr(self) -> str:
         """Shapes, then each role."""

@@ -2,13 +2,14 @@
 
 A step is what an optimizer makes of it: any number of forward passes, recomputed ones and evaluations among them, and
 one `optimizer.step()`. A hook on all of torch's optimizers therefore moves a layer on when the optimizer that holds its
-weight has stepped. A layer whose weight no optimizer ever held (frozen, an adapter beside it, flattened by a sharding
-wrapper) moves on with every optimizer if it has run in training since. A step that a gradient scaler leaves out does
-not count.
+weight has stepped. A layer whose weight no living optimizer holds (frozen, an adapter beside it, flattened by a
+sharding wrapper) moves on with every optimizer if it has run in training since. A step that a gradient scaler leaves
+out does not count.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from functools import cache
 from typing import Any
@@ -18,12 +19,15 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _STATEFUL: weakref.WeakSet[Any] = weakref.WeakSet()
+_HOLDERS: weakref.WeakKeyDictionary[Any, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
 
 
 def follow_steps(layer: nn.Module) -> None:
     """Calls the layer's `end_step()` after each training step from now on."""
     _install()
-    _STATEFUL.add(layer)
+    with _LOCK:
+        _STATEFUL.add(layer)
 
 
 @cache
@@ -41,10 +45,28 @@ def _end_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 def end_step_of(optimizer: torch.optim.Optimizer) -> None:
     """Moves on the layers whose weights the optimizer holds."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer in list(_STATEFUL):
-        is_held = any(id(parameter) in held for parameter in layer._parameters.values())
-        if is_held:
-            layer.has_optimizer = True
-        if is_held or (layer.has_run and not layer.has_optimizer):
+    held = _held_by(optimizer)
+    for layer in _layers():
+        weight = id(_weight_of(layer))
+        if weight in held:
+            _HOLDERS[layer] = weakref.ref(optimizer)
             layer.end_step()
+            continue
+        holder = _HOLDERS[layer]() if layer in _HOLDERS else None
+        if layer.has_run and (holder is None or weight not in _held_by(holder)):
+            layer.end_step()
+
+
+def _layers() -> list[Any]:
+    with _LOCK:
+        return list(_STATEFUL)
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _weight_of(layer: nn.Module) -> Any:
+    """The weight, or what it is made from; not the bias, which may be another optimizer's."""
+    parameters = layer._parameters
+    return parameters.get("weight", parameters.get("weight_orig"))

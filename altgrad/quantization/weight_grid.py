@@ -8,13 +8,14 @@ conversion that swaps Parameters, sharding, assignment of another Parameter); it
 Weights may be written by anyone between two steps: a checkpoint is loaded, a model is averaged, an initialization runs
 again. A grid therefore remembers which memory it last saw, and in which version. Weights that lie on the grid keep the
 scale. For others the scale is found anew, which is logged where an optimizer owns it; without an owner the layer goes
-back to the rule of its role. Writes through `.data` change no version: on a CPU the first bytes tell of them, on a
-GPU nothing does.
+back to the rule of its role. Writes through `.data` change no version: on a CPU the bytes at the start, in the
+middle and at the end tell of them, on a GPU nothing does.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from ctypes import string_at
 from typing import Any, Protocol
@@ -49,6 +50,7 @@ class LayerWithGrid(Protocol):
 
 
 _LAYERS: weakref.WeakSet[Any] = weakref.WeakSet()
+_LOCK = threading.RLock()
 
 
 class WeightGrid:
@@ -60,6 +62,7 @@ class WeightGrid:
         self._is_released = False
         self._owner: weakref.ref[Any] | None = None
         self._seen: Memory | None = None
+        self.refits = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no owner: the optimizer that is copied with the model takes possession again."""
@@ -114,7 +117,8 @@ class WeightGrid:
         if seen != self._seen:
             self._look(weight, seen)
         if self.scale is not None and self.scale.device != weight.device:
-            self.scale = self.scale.to(weight.device)
+            with torch.inference_mode(False):
+                self.scale = self.scale.to(weight.device)
         return self.scale
 
     def settle(self, memory: Memory) -> None:
@@ -132,6 +136,7 @@ class WeightGrid:
         self._put(scale)
         if before is None or before == float(scale):
             return False
+        self.refits += 1
         logger.warning(
             "a weight of shape %s was rewritten and does not lie on its grid of %s: scale %g -> %g",
             tuple(weight.shape),
@@ -158,12 +163,12 @@ class WeightGrid:
             self._put(scale_on_grid(weight, self.fmt) if is_new else None)
 
     def _put(self, scale: Tensor | None) -> None:
-        # In place, for compiled graphs hold the tensor.
-        if self.scale is None or scale is None:
-            self.scale = None if scale is None else scale.detach().clone()
-        else:
-            self.scale = self.scale.to(scale.device)
-            self.scale.copy_(scale)
+        # In place, for compiled graphs hold the tensor; an evaluation in inference mode must leave none of its kind.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.scale is None or scale is None or self.scale.device != scale.device:
+                self.scale = None if scale is None else scale.detach().clone()
+            else:
+                self.scale.copy_(scale)
 
     def _conflict(self, fmt: FloatFormat) -> str:
         assert self.fmt is not None
@@ -175,31 +180,40 @@ class WeightGrid:
 
 def register_layer(layer: LayerWithGrid) -> None:
     """A weight of this layer that has lost its grid finds it again."""
-    _LAYERS.add(layer)
+    with _LOCK:
+        _LAYERS.add(layer)
 
 
 def weight_grid(weight: Any) -> WeightGrid:
     """The grid of the layer that multiplies by this very tensor, or the tensor's own; a new one where it has none."""
     grid = getattr(weight, "grid", None)
     if not isinstance(grid, WeightGrid):
-        owners = (layer for layer in _LAYERS if layer._parameters.get("weight") is weight)
-        layer = next(owners, None)
+        with _LOCK:
+            owners = (layer for layer in _LAYERS if layer._parameters.get("weight") is weight)
+            layer = next(owners, None)
         grid = weight.grid = WeightGrid() if layer is None else layer.grid
     return grid
 
 
 def converted_weights() -> set[int]:
     """The ids of the tensors that living converted layers multiply by."""
-    return {id(layer._parameters.get("weight")) for layer in _LAYERS}
+    with _LOCK:
+        return {id(layer._parameters.get("weight")) for layer in _LAYERS}
 
 
 def memory_of(weight: Tensor) -> Memory:
-    """Changes where a tensor's memory was exchanged or written: its address, its version, its first bytes on a CPU."""
+    """Changes where a tensor's memory was exchanged or written: address, version, on a CPU some of its bytes."""
     local = weight if type(weight) is Parameter else getattr(weight, "_local_tensor", weight)
     address = local.data_ptr()
     is_readable = local.is_cpu and local.is_contiguous()
-    start = string_at(address, min(SAMPLE, local.nbytes)) if is_readable and address else b""
-    return address, -1 if local.is_inference() else local._version, start
+    sample = b""
+    if is_readable and address:
+        size = local.nbytes
+        last = max(size - SAMPLE, 0)
+        sample = string_at(address, min(SAMPLE, size))
+        if last:
+            sample += string_at(address + last // 2, SAMPLE) + string_at(address + last, SAMPLE)
+    return address, -1 if local.is_inference() else local._version, sample
 
 
 def is_on_grid(weight: Tensor, fmt: FloatFormat, scale: Tensor) -> bool:

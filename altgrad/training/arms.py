@@ -185,7 +185,7 @@ class RoundedOptimizer(GridAwareOptimizer):
             if is_sharded(state[name]):
                 put_back(state[name], kept)
             else:
-                state[name] = kept
+                state[name] = self._own[parameter][name] = kept
         # The kernel has no part in these.
         job.first = job.second = None
         return direction.contiguous()

@@ -32,7 +32,7 @@ from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_see
 from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, memory_of
 from altgrad.training.kernels import Count, Counting, Job, Moments, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
-from altgrad.training.optimizer_groups import FREE, check_arguments, check_groups, parameter_groups
+from altgrad.training.optimizer_groups import check_arguments, check_groups, name_of, parameter_groups, tensor_of
 from altgrad.training.optimizer_state import (
     ENTRIES,
     admitted,
@@ -100,6 +100,8 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._seen: dict[Tensor, Memory] = {}
         self._largest: dict[Tensor, tuple[Memory, Tensor]] = {}
+        self._refits: dict[Tensor, int] = {}
+        self._own: dict[Tensor, dict[str, Tensor]] = {}
         self._is_counting = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         converted = converted_weights()
         for part in self._parts(param_group, converted):
             check_arguments(self.defaults | part)
-            for position, parameter in enumerate(map(_tensor_of, part["params"])):
+            for position, parameter in enumerate(map(tensor_of, part["params"])):
                 if isinstance(parameter, Tensor):
                     check_parameter(parameter, f"parameter {position} {tuple(parameter.shape)}")
             super().add_param_group(part)
@@ -143,9 +145,9 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         params = param_group["params"]
         entries = [params] if isinstance(params, Tensor) else list(params)
         whole_group = param_group | {"params": entries}
-        if isinstance(params, set) or not all(isinstance(_tensor_of(entry), Tensor) for entry in entries):
+        if isinstance(params, set) or not all(isinstance(tensor_of(entry), Tensor) for entry in entries):
             return [param_group | {"params": params}]  # torch says what is wrong
-        is_converted = [id(_tensor_of(entry)) in converted for entry in entries]
+        is_converted = [id(tensor_of(entry)) in converted for entry in entries]
         if "format" in param_group or self.defaults["format"] is None or all(is_converted) or not any(is_converted):
             return [whole_group]
         own, rest = (
@@ -199,6 +201,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if parameter.dtype != torch.float32:
             self._check_holds(parameter, fmt, float(scale))
         grid.own(self, fmt, scale)
+        self._refits[parameter] = grid.refits
         self._snap(parameter, group)
 
     def _snap(self, parameter: Any, group: dict[str, Any]) -> bool:
@@ -233,11 +236,11 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             step_in_graph(self._handle, self.param_groups)
         else:
-            self._step({})
+            self._step(None)
         return loss
 
-    def _step(self, grads: Mapping[Tensor, Tensor]) -> None:
-        """One step; gradients that are given go before the parameters' own."""
+    def _step(self, grads: Mapping[Tensor, Tensor] | None) -> None:
+        """One step; with gradients that are given in place of the parameters' own."""
         number = 1 + max(group["calls"] for group in self.param_groups)
         self._is_counting = self.telemetry and (number - 1) % self.count_every == 0
         self.counted = []
@@ -248,10 +251,10 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             batches: dict[Any, tuple[Plan, list[tuple[Tensor, Job]]]] = {}
             plan = self._plan(group)
             for position, parameter in enumerate(group["params"]):
-                grad = grads.get(parameter, parameter.grad) if grads else parameter.grad
+                grad = parameter.grad if grads is None else grads.get(parameter)
                 if grad is not None:
                     if not is_usual(parameter, grad):
-                        name = _name(group, position, parameter)
+                        name = name_of(group, position, parameter)
                         check_parameter(parameter, name)
                         check_gradient(parameter, grad, name)
                     own, job = self._job(parameter, grad, group, index, plan)
@@ -314,7 +317,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             state.get("carry"),
         )
         if not is_plain(parameter):
-            weight, grad, first, second, carry = map(_whole_or_none, (weight, grad, first, second, carry))
+            weight, grad, first, second, carry = map(whole, (weight, grad, first, second, carry))
         if grad.is_neg():
             grad = grad.resolve_neg()
         job = Job(
@@ -343,9 +346,13 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             scale = self._grid_scale(parameter, group, state)
             grid = weight_grid(parameter)
             if group["tensor_scale"] is None:
-                is_rewritten = grid.refit(whole(parameter)) or bool(scale != state["grid_scale"])
+                grid.refit(whole(parameter))
+            if parameter.dtype != torch.float32:
+                self._check_holds(parameter, plan.fmt, float(scale))
+            # A layer may have found the scale before this step did.
+            is_rewritten = grid.refits != self._refits.get(parameter, grid.refits)
             is_rewritten = self._snap(parameter, group) or is_rewritten
-            state["grid_scale"] = grid.scale
+            self._refits[parameter], state["grid_scale"] = grid.refits, grid.scale
             if is_rewritten:
                 for key in ("carry", "overflow_streak"):
                     if key in state:
@@ -356,10 +363,13 @@ class GridAwareOptimizer(torch.optim.Optimizer):
     def _state(self, parameter: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """The parameter's state as kernels take it; what is missing starts, and what a user put there is checked."""
         state: dict[str, Any] = self.state[parameter]
-        for key in misfits(state, parameter):
+        own = self._own.setdefault(parameter, {})
+        if not state:
+            own.clear()
+        for key in misfits(state, parameter, own):
             value = state[key]
             if not (ENTRIES[key].is_shaped and is_sharded(value) and value.shape == parameter.shape):
-                state[key] = admitted(value, key, parameter, self._name_of(parameter))
+                state[key] = own[key] = admitted(value, key, parameter, self._name_of(parameter))
         if "step" not in state:
             state["step"] = number_like(parameter, "step")
         for key in self._moments(plan, parameter, group):
@@ -386,7 +396,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for position, own in enumerate(group["params"]):
                 if own is parameter:
-                    return _name(group, position, parameter)
+                    return name_of(group, position, parameter)
         return f"a parameter of shape {tuple(parameter.shape)}"
 
     def _grid_scale(self, parameter: Any, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
@@ -469,7 +479,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         saved = given["param_groups"]
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
             return {}  # torch says what is wrong
-        check_groups(self.param_groups, saved, FREE)
+        check_groups(self.param_groups, saved)
         found: dict[Tensor, dict[str, Any]] = {}
         for group, other in zip(self.param_groups, saved, strict=True):
             merged = group | {key: value for key, value in other.items() if key in group and key != "params"}
@@ -478,7 +488,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
             for position, (parameter, key) in enumerate(zip(group["params"], other["params"], strict=True)):
                 state = given["state"].get(key)
                 if state:
-                    found[parameter] = self._admit(parameter, state, merged, plan, _name(group, position, parameter))
+                    found[parameter] = self._admit(parameter, state, merged, plan, name_of(group, position, parameter))
         return found
 
     def _admit(
@@ -494,20 +504,6 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                 f"state of {name} lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, given))}"
             )
         return state
-
-
-def _tensor_of(entry: Any) -> Any:
-    """The tensor of a parameter that may come with its name."""
-    return entry[1] if isinstance(entry, tuple) else entry
-
-
-def _name(group: Mapping[str, Any], position: int, parameter: Tensor) -> str:
-    names = group.get("param_names")
-    return f"parameter {names[position] if names else position} {tuple(parameter.shape)}"
-
-
-def _whole_or_none(value: Any) -> Any:
-    return None if value is None else whole(value)
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, QuantizedEmbedding, get_format, quantized_parameters
 from altgrad.training.rules import RULES
@@ -66,27 +66,25 @@ def _check_scale(fmt: FloatFormat, scale: float | None) -> None:
         )
 
 
-FREE = frozenset(
-    {"params", "param_names", "calls", "lr", "initial_lr", "betas", "eps", "weight_decay", "momentum", "beta2"}
-    | {"max_stiffness", "rung_clip", "tensor_scale", "seed"}
+RECIPE = (
+    *("format", "rounding", "rule", "precondition", "manifold_aware", "step_unit", "normalize", "carry"),
+    "error_feedback",
 )
-"""Keys of a group that a checkpoint may change, as with torch's optimizers; the others say what its state means."""
+"""Keys of a group that say what its state means. Others come from a checkpoint, as with torch's optimizers."""
 
 
-def check_groups(present: list[dict[str, Any]], saved: list[Mapping[str, Any]], free: frozenset[str]) -> None:
+def check_groups(present: list[dict[str, Any]], saved: list[Mapping[str, Any]]) -> None:
     """ValueError where a saved group says another recipe than the present one: a format, a rounding, a rule, a unit.
 
-    `free`: hyperparameters, which come from the checkpoint as with torch's optimizers.
+    Keys that schedulers, users and torch's own optimizers put there are nobody's recipe.
     """
     for index, (own, other) in enumerate(zip(present, saved, strict=False)):
         if "format" not in other:
             continue  # not one of ours: torch.optim's own, whose moments mean the same
-        recipe = {key for key in own if key not in free}
-        strange = recipe.symmetric_difference(key for key in other if key not in free)
-        differing = {key for key in recipe - strange if own[key] != other[key]} | strange
+        differing = [key for key in RECIPE if (key in own, own.get(key)) != (key in other, other.get(key))]
         if differing:
             was, here = (
-                ", ".join(f"{key}={group[key]!r}" for key in sorted(differing) if key in group) or "nothing of these"
+                ", ".join(f"{key}={group[key]!r}" for key in differing if key in group) or "nothing of these"
                 for group in (other, own)
             )
             raise ValueError(
@@ -116,3 +114,14 @@ def parameter_groups(
         {"params": members, "format": name} | ({"rule": own_rule} if own_rule else {})
         for (name, own_rule), members in groups.items()
     ]
+
+
+def tensor_of(entry: Any) -> Any:
+    """The tensor of a parameter that may come with its name."""
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+def name_of(group: Mapping[str, Any], position: int, parameter: Tensor) -> str:
+    """A parameter in messages: its name, or its place in the group, and its shape."""
+    names = group.get("param_names")
+    return f"parameter {names[position] if names else position} {tuple(parameter.shape)}"

@@ -139,15 +139,20 @@ def is_usual(parameter: Tensor, grad: Tensor) -> bool:
     )
 
 
-def misfits(state: dict[str, Any], parameter: Tensor) -> list[str]:
-    """Keys whose state kernels cannot take as it is. Every step looks at all of it, so this is one flat loop."""
+def misfits(state: dict[str, Any], parameter: Tensor, own: dict[str, Tensor]) -> list[str]:
+    """Keys whose state kernels cannot take as it is, or that somebody else put there: not what is in `own`.
+
+    Every step looks at all of it, so this is one flat loop.
+    """
     found: list[str] = []
     shape, device, is_cpu = parameter.shape, parameter.device, parameter.is_cpu
     for key, value in state.items():
-        if key in ENTRIES:
+        # A grid's scale is checked with its grid.
+        if key in ENTRIES and key != "grid_scale":
             dtype, is_shaped = _EXPECTED[key]
             if (
-                type(value) is not Tensor
+                own.get(key) is not value
+                or type(value) is not Tensor
                 or value.dtype is not dtype
                 or (value.shape != shape or not value.is_contiguous() if is_shaped else value.dim())
                 or not (value.is_cpu if is_cpu else value.device == device)

@@ -30,15 +30,22 @@ def handle_of(optimizer: torch.optim.Optimizer) -> int:
 
 def step_in_graph(handle: int, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     """Puts the step into the graph that is being traced; its summed counts, [1, len(Count)], none without gradients."""
-    moved = [p for group in groups for p in group["params"] if p.grad is not None]
-    return [_step_op(handle, moved, [p.grad for p in moved])] if moved else []
+    moved, places, place = [], [], 0
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                moved.append(parameter)
+                places.append(place)
+            place += 1
+    return [_step_op(handle, places, moved, [p.grad for p in moved])] if moved else []
 
 
 @torch.library.custom_op("altgrad::optimizer_step", mutates_args=("weights",))
-def _step_op(handle: int, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """A graph may hand over copies of the parameters, and gradients that it has changed."""
+def _step_op(handle: int, places: list[int], weights: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """A graph may hand over copies of the parameters, and gradients that it has changed; `places`: which they are."""
     optimizer = _OPTIMIZERS[handle]
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = [parameters[place] for place in places]
     with torch.no_grad():
         apart = [(p, w) for p, w in zip(held, weights, strict=True) if p.data_ptr() != w.data_ptr()]
         for parameter, weight in apart:
@@ -53,5 +60,5 @@ def _step_op(handle: int, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
 
 
 @_step_op.register_fake
-def _step_shape(handle: int, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
+def _step_shape(handle: int, places: list[int], weights: list[Tensor], grads: list[Tensor]) -> Tensor:
     return torch.empty(1, len(Count), dtype=torch.int64, device=weights[0].device)
