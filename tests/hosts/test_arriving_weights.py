@@ -21,7 +21,7 @@ from altgrad.quantization import (
 )
 from altgrad.training import GridOptim, RoundedAdamW
 
-RESIDENT = ("manifold_sr", "eco", "grid", "grid_carry")
+RESIDENT = ("manifold_sr", "eco", "grid_carry")
 
 
 def on_grid(model: Net) -> list[torch.Tensor]:

@@ -153,11 +153,11 @@ ROADS: dict[str, Callable[[Pair, Make], Pair]] = {
 }
 
 OPTIMIZERS: dict[str, Make] = {
-    **{name: ARMS[name] for name in ("adamw", "manifold", "manifold_sr", "eco", "grid_carry", "muon")},
+    **{name: ARMS[name] for name in ("adamw", "manifold_sr", "grid_carry", "muon")},
     "torch AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
 }
 
-REORDERING_CHANGES_DRAWS = {"manifold_sr", "eco", "grid_carry"}
+REORDERING_CHANGES_DRAWS = {"manifold_sr", "grid_carry"}
 """Draws belong to a parameter's place among all, so an order of its own is another stream of them."""
 
 

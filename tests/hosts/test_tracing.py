@@ -58,8 +58,7 @@ def test_a_model_runs_on_fake_tensors():
         assert net()(mode.from_tensor(batch(0))).shape == (8, 4)
 
 
-@pytest.mark.parametrize("stateful", [False, True])
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("stateful", "strict"), [(False, True), (True, False)])
 def test_a_converted_model_exports_saves_and_takes_other_batches(stateful, strict):
     model = net(stateful=stateful).eval()
     rows = torch.export.Dim("rows", min=2, max=64)
