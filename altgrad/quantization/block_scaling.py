@@ -166,9 +166,8 @@ def _scales(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
         # frexp's mantissa lies in [1/2, 1), so its exponent is one above floor(log2); log2 itself is inexact.
         exponent = torch.frexp(largest).exponent - (1 + fmt.emax)
         codes = torch.where(largest > 0, exponent, -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS
-        return _e8m0_values(torch.where(torch.isnan(largest), E8M0_NAN, codes)), torch.ones(
-            (), dtype=torch.float32, device=x.device
-        )
+        whole = torch.ones((), dtype=torch.float32, device=x.device)
+        return _e8m0_values(torch.where(torch.isnan(largest), E8M0_NAN, codes)), whole
     known = torch.where(torch.isnan(largest), 0.0, largest)
     whole = known.max() if known.numel() else known.new_zeros(())
     beyond = get_format(fmt.scale).max * fmt.element.max

@@ -53,7 +53,7 @@ def end_step_of(optimizer: torch.optim.Optimizer) -> None:
             layer.end_step()
             continue
         holder = _HOLDERS[layer]() if layer in _HOLDERS else None
-        if layer.has_run and (holder is None or weight not in _held_by(holder)):
+        if layer.has_run and not _awaits_step(_weight_of(layer)) and (holder is None or weight not in _held_by(holder)):
             layer.end_step()
 
 
@@ -64,6 +64,11 @@ def _layers() -> list[Any]:
 
 def _held_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _awaits_step(weight: Any) -> bool:
+    """Whether a weight has a gradient to be used: it is somebody's, whose step is still to come."""
+    return weight is not None and weight.requires_grad and weight.grad is not None
 
 
 def _weight_of(layer: nn.Module) -> Any:

@@ -310,12 +310,8 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if memory is not None and self._seen.get(parameter) != memory:
             self._meet(parameter, group, state, plan)
             memory = memory_of(parameter)
-        weight, first, second, carry = (
-            parameter.detach(),
-            state.get("exp_avg"),
-            state.get("exp_avg_sq"),
-            state.get("carry"),
-        )
+        weight, carry = parameter.detach(), state.get("carry")
+        first, second = state.get("exp_avg"), state.get("exp_avg_sq")
         if not is_plain(parameter):
             weight, grad, first, second, carry = map(whole, (weight, grad, first, second, carry))
         if grad.is_neg():
@@ -388,9 +384,7 @@ class GridAwareOptimizer(torch.optim.Optimizer):
 
     def _moments(self, plan: Plan, parameter: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
         """The state a step cannot do without."""
-        return {Moments.ADAM: ("exp_avg", "exp_avg_sq"), Moments.MOMENTUM: ("exp_avg",), Moments.GIVEN: ()}[
-            plan.moments
-        ]
+        return MOMENTS[plan.moments]
 
     def _name_of(self, parameter: Tensor) -> str:
         for group in self.param_groups:
