@@ -59,8 +59,8 @@ def test_half_width_parameters_too(arm, dtype, monkeypatch):
 @pytest.mark.parametrize("arm", ["adamw", "manifold", "grid_carry"])
 def test_wide_reads_of_aligned_tensors_change_nothing(arm, monkeypatch):
     monkeypatch.setattr(steps, "SMALL", 16)
-    table, aligned = gpu._table, []
-    monkeypatch.setattr(gpu, "_table", lambda *given: aligned.append(table(*given)) or aligned[-1])
+    table, aligned = gpu.table_of, []
+    monkeypatch.setattr(gpu, "table_of", lambda *given: aligned.append(table(*given)) or aligned[-1])
     assert_equal(*both(monkeypatch, arm, "E4M3", torch.float32, (16, 48)))
     assert aligned and all(is_aligned for _, _, is_aligned in aligned)
 

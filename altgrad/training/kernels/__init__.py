@@ -183,6 +183,13 @@ class Job:
     largest: Tensor | None = None
     knows_largest: bool = False
 
+    def addresses(self) -> tuple[int, ...]:
+        """A row of the compiled kernels' tables, in the order of `layout`: 0 for what is not given."""
+        shaped = (self.weight, self.grad, self.first, self.second, self.direction, self.carry)
+        given = (*shaped, self.step, self.scale, self.streak, self.mean, self.largest)
+        seed = self.seed if self.seed < 1 << 63 else self.seed - (1 << 64)
+        return (*(0 if t is None else t.data_ptr() for t in given), self.weight.numel(), seed, int(self.knows_largest))
+
 
 def measures_mean(step: int) -> bool:
     """Whether this step of a tensor, the first from 1, measures the mean spacing anew."""

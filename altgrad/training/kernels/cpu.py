@@ -24,7 +24,7 @@ _WORDS: dict[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.u
 
 def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None:
     """One step of every job, all of one dtype; `counts` is int64 [jobs, len(Count)] and is added to."""
-    table = np.array([_row(job) for job in jobs], dtype=np.int64)
+    table = np.array([job.addresses() for job in jobs], dtype=np.int64)
     word, rows = np.zeros(1, dtype=_WORDS[jobs[0].weight.dtype]), counts.numpy()
     numbers, grid_words = _numbers(plan), _grid_words(plan.fmt.name if plan.fmt else "E4M3")
     dividing = [_divides(job, plan) for job in jobs]
@@ -72,24 +72,6 @@ def _divides(job: Job, plan: Plan) -> bool:
     if job.scale is not None:
         return math.frexp(job.scale.item())[0] != 0.5
     return plan.master_scale is not None or plan.fmt.total_bits <= 8
-
-
-def _row(job: Job) -> tuple[int, ...]:
-    tensors = (
-        job.weight,
-        job.grad,
-        job.first,
-        job.second,
-        job.direction,
-        job.carry,
-        job.step,
-        job.scale,
-        job.streak,
-        job.mean,
-        job.largest,
-    )
-    seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
-    return (*(0 if t is None else t.data_ptr() for t in tensors), job.weight.numel(), seed, job.knows_largest)
 
 
 def _shares(chosen: list[int], jobs: list[Job]) -> list[NDArray[np.int64]]:

@@ -8,7 +8,6 @@ Fused multiply-add is off, as it would round otherwise.
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import torch
 import triton
@@ -23,7 +22,6 @@ from altgrad.training.kernels import (
     GRADIENT_FLOOR,
     MAX_RUNGS,
     OVERFLOW_SHARE,
-    OVERFLOW_STEPS,
     Counting,
     Geometry,
     Job,
@@ -37,7 +35,6 @@ from altgrad.training.kernels.gpu_parts import (
     BY_ROOT,
     COUNTS,
     DIRECTION,
-    ELEMENTS,
     END,
     EXPECTED,
     FIRST,
@@ -53,13 +50,9 @@ from altgrad.training.kernels.gpu_parts import (
     PER_RUNG,
     POSITION,
     REPAID,
-    RESCALED,
-    RESCALES,
     SCALE,
-    SCALE_CELL,
     SECOND,
     SEED,
-    STREAK,
     TRAVEL,
     WEIGHT,
     WIDTH,
@@ -69,9 +62,9 @@ from altgrad.training.kernels.gpu_parts import (
     _binade_of_quotient,
     _clipped,
     _code,
-    _double,
     _drawn,
     _gap,
+    _kept,
     _keys,
     _mixed,
     _place,
@@ -82,12 +75,13 @@ from altgrad.training.kernels.gpu_parts import (
     _value,
 )
 from altgrad.training.kernels.gpu_parts import CARRY as OWED
+from altgrad.training.kernels.gpu_rescale import _requantize, _watch
+from altgrad.training.kernels.gpu_table import BLOCK, table_of
 
 _FLOOR, _FULL = tl.constexpr(GRADIENT_FLOOR), tl.constexpr(2.0**FIXED)
-_SHARE, _STREAK = tl.constexpr(OVERFLOW_SHARE), tl.constexpr(OVERFLOW_STEPS)
 _ADAM, _GIVEN = tl.constexpr(int(Moments.ADAM)), tl.constexpr(int(Moments.GIVEN))
 _MASTER, _NEAREST = tl.constexpr(int(Placement.MASTER)), tl.constexpr(int(Placement.NEAREST))
-BLOCK, WARPS = 1024, 4
+WARPS = 4
 _WORDS = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 _RUNGS, _ALL = tl.constexpr(int(Placement.RUNGS)), tl.constexpr(int(Counting.ALL))
 
@@ -284,78 +278,11 @@ def _step(
             tl.atomic_add(row + EXPECTED, tl.sum(expected, axis=0))
 
 
-@triton.jit
-def _kept(value, pointer, IS_BFLOAT16: tl.constexpr):
-    """What the tensor's dtype keeps of a float32."""
-    if IS_BFLOAT16:
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits, rounded)
-        return rounded.to(tl.float32, bitcast=True)
-    return value.to(pointer.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["share_bits"])
-def _watch(table, integers, rows, share_bits):
-    """Doubles the scale after sustained overflow, and says so to `_requantize`."""
-    job = tl.program_id(0).to(tl.int64)
-    line, integers, row = table + job * WIDTH, integers + job * INTEGERS, rows + job * COUNTS
-    streak, scale_cell = _address(line, STREAK, tl.int64), _address(line, SCALE_CELL, tl.float32)
-    crowded = tl.load(row + OVERFLOW).to(tl.float64) > _double(share_bits) * tl.load(line + ELEMENTS).to(tl.float64)
-    is_finite = tl.load(integers + IS_FINITE) != 0
-    old = tl.load(streak)
-    count = tl.where(crowded, old + 1, old * 0)
-    doubles = is_finite & (count >= _STREAK)
-    tl.store(streak, tl.where(is_finite, tl.where(doubles, count * 0, count), old))
-    scale = tl.load(scale_cell)
-    tl.store(scale_cell, tl.where(doubles, scale * 2, scale))
-    tl.store(row + RESCALED, tl.load(row + RESCALED) + doubles.to(tl.int64))
-    tl.store(integers + RESCALES, doubles.to(tl.int64))
-
-
-@triton.jit(do_not_specialize=["call"])
-def _requantize(
-    table,
-    owner,
-    integers,
-    call,
-    min_normal,
-    spacing,
-    unscale,
-    unscale_rest,
-    max_value,
-    WORD: tl.constexpr,
-    IS_NEAREST: tl.constexpr,
-    CARRY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MAX_INDEX: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    job = tl.load(owner + tl.program_id(0)).to(tl.int64)
-    line = table + job * WIDTH
-    if tl.load(integers + job * INTEGERS + RESCALES) != 0:
-        index, mask = _place(line, BLOCK, ALIGNED)
-        weight, scale = _address(line, WEIGHT, WORD, ALIGNED), tl.load(_address(line, SCALE_CELL, tl.float32))
-        first_key, second_key = _keys(_mixed(_mixed(tl.load(line + SEED), call), tl.full((), 1, tl.uint64)))
-        hashed = _hash(index.to(tl.uint32), first_key, second_key)
-        y = tl.div_rn(_load(weight, index, mask, IS_BFLOAT16), scale)
-        y = _rounded(
-            y, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT, OFFSET, MAX_INDEX, IS_NEAREST
-        )
-        _store(weight, index, y * scale, mask, IS_BFLOAT16)
-        if CARRY:
-            carry = _address(line, OWED, tl.float32, ALIGNED)
-            tl.store(carry + index, tl.load(carry + index, mask=mask, other=0.0) * 0.5, mask=mask)
-
-
 def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None:
     """One step of every job, all of one dtype; `counts` is int64 [jobs, len(Count)] and is added to."""
     fmt = plan.fmt or get_format("E4M3")
     grid, device, dtype = grid_of(fmt), jobs[0].weight.device, jobs[0].weight.dtype
-    table, owner, is_aligned = _table(jobs, device)
+    table, owner, is_aligned = table_of(jobs, device)
     blocks, tensors = (len(owner),), (len(jobs),)
     integers = torch.zeros(len(jobs), INTEGERS.value, dtype=torch.int64, device=device)
     numbers = torch.empty(len(jobs), NUMBERS.value, dtype=torch.float32, device=device)
@@ -466,54 +393,6 @@ def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None
         )
 
 
-KEPT_TABLES = 8
-_kept_tables: dict[Any, tuple[Tensor, Tensor, bool]] = {}
-
-
-def _table(jobs: list[Job], device: torch.device) -> tuple[Tensor, Tensor, bool]:
-    """The jobs' table, the job of every block, and whether all tensors allow reads of 16 bytes.
-
-    Kept by its contents, for from step to step the addresses are mostly the same.
-    """
-    lines, begin = [], 0
-    for job in jobs:
-        lines.append(_line(job, begin))
-        begin += -(-job.weight.numel() // BLOCK)
-    key = (tuple(lines), device)
-    if key not in _kept_tables:
-        while len(_kept_tables) >= KEPT_TABLES:
-            _kept_tables.pop(next(iter(_kept_tables)))
-        blocks = torch.tensor([-(-job.weight.numel() // BLOCK) for job in jobs], dtype=torch.int64)
-        owner = torch.repeat_interleave(torch.arange(len(jobs), dtype=torch.int32), blocks)
-        is_aligned = all(line[place] % 16 == 0 for line in lines for place in (*range(6), ELEMENTS.value))
-        _kept_tables[key] = (_sent(torch.tensor(lines, dtype=torch.int64), device), _sent(owner, device), is_aligned)
-    return _kept_tables[key]
-
-
-def _line(job: Job, begin: int) -> tuple[int, ...]:
-    tensors = (
-        job.weight,
-        job.grad,
-        job.first,
-        job.second,
-        job.direction,
-        job.carry,
-        job.step,
-        job.scale,
-        job.streak,
-        job.mean,
-        job.largest,
-    )
-    seed = job.seed if job.seed < 1 << 63 else job.seed - (1 << 64)
-    addresses = (0 if t is None else t.data_ptr() for t in tensors)
-    return *addresses, job.weight.numel(), seed, int(job.knows_largest), begin
-
-
 def _bits(number: float) -> int:
     """The bits of a float64 as a signed integer."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

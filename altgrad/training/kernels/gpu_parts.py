@@ -360,3 +360,14 @@ def _rounded(
     value = tl.where(magnitude >= 0x7F800000, max_value, _value(size, spacing, SHIFT, OFFSET))
     signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
     return tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kept(value, pointer, IS_BFLOAT16: tl.constexpr):
+    """What the tensor's dtype keeps of a float32."""
+    if IS_BFLOAT16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits, rounded)
+        return rounded.to(tl.float32, bitcast=True)
+    return value.to(pointer.dtype.element_ty).to(tl.float32)
