@@ -28,27 +28,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from altgrad.quantization import FloatFormat, compute_scale, get_format, mix_seed, quantize, ulp, weight_grid
+from altgrad.quantization import FloatFormat, get_format, mix_seed, quantize, weight_grid
 from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, memory_of
-from altgrad.training.kernels import Count, Counting, Job, Moments, Placement, Plan
+from altgrad.training.kernels import Count, Counting, Job, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
-from altgrad.training.optimizer_groups import check_arguments, check_groups, name_of, parameter_groups, tensor_of
-from altgrad.training.optimizer_state import (
-    ENTRIES,
-    admitted,
-    check_gradient,
-    check_parameter,
-    is_plain,
-    is_sharded,
-    is_usual,
-    misfits,
-    number_like,
-    put_back,
-    whole,
-    zeros_like,
-)
+from altgrad.training.optimizer_groups import check_arguments, name_of, parameter_groups, parts_of, tensor_of
+from altgrad.training.optimizer_state import check_gradient, check_parameter, is_plain, is_usual, put_back, whole
+from altgrad.training.optimizer_travel import TravellingOptimizer
 from altgrad.training.step_counts import StepCounts
-from altgrad.training.step_in_graph import handle_of, step_in_graph
+from altgrad.training.step_in_graph import step_in_graph
 
 COUNT_EVERY = 8
 """Steps from one that is counted to the next, unless the optimizer's `count_every` is set."""
@@ -56,12 +44,10 @@ COUNT_EVERY = 8
 OF_FORMAT = ("mean_spacing", "grid_scale", "overflow_streak", "carry")
 """State that means nothing in another format."""
 
-MOMENTS = {Moments.ADAM: ("exp_avg", "exp_avg_sq"), Moments.MOMENTUM: ("exp_avg",), Moments.GIVEN: ()}
-
 Rounding = Literal["nearest", "stochastic"]
 
 
-class GridAwareOptimizer(torch.optim.Optimizer):
+class GridAwareOptimizer(TravellingOptimizer):
     """Plumbing shared by the arms: state, scales, randomness, counting, exact resume.
 
     A parameter group may carry its own `format` (a name, or None for plain float32 parameters such as norms). Without
@@ -88,41 +74,21 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         return cls(parameter_groups(model), **options)
 
     def _start(self) -> None:
-        """What torch neither saves nor copies."""
         self.telemetry = self.__dict__.get("telemetry", True)
         self.count_every = self.__dict__.get("count_every", COUNT_EVERY)
-        self._forget()
-        self._handle = handle_of(self)
+        super()._start()
 
     def _forget(self) -> None:
-        """Nothing is known of the weights and of earlier steps."""
+        super()._forget()
         self.counted: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._whole: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        self._seen: dict[Tensor, Memory] = {}
         self._largest: dict[Tensor, tuple[Memory, Tensor]] = {}
-        self._refits: dict[Tensor, int] = {}
-        self._own: dict[Tensor, dict[str, Tensor]] = {}
         self._is_counting = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copying and pickling: torch keeps groups and state only, and drops what hangs on a Parameter."""
-        resident = [p for group in self.param_groups if self._has_grid(group) for p in group["params"]]
-        return super().__getstate__() | {"_grids": [(parameter, weight_grid(parameter)) for parameter in resident]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """After copying and unpickling, and when torch loads a state."""
-        grids = state.pop("_grids", [])
-        super().__setstate__(state)
-        if "_handle" not in self.__dict__:
-            self._start()
-        for parameter, grid in grids:
-            parameter.grid = grid
-            grid.own(self, grid.fmt, grid.scale)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch does; ValueError for arguments out of their range and parameters that no step could move exactly."""
         converted = converted_weights()
-        for part in self._parts(param_group, converted):
+        for part in parts_of(param_group, self.defaults["format"], converted):
             check_arguments(self.defaults | part)
             for position, parameter in enumerate(map(tensor_of, part["params"])):
                 if isinstance(parameter, Tensor):
@@ -140,22 +106,6 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                     # A master's scale follows its amax; one left by an earlier optimizer would not.
                     weight_grid(parameter).own(self, fmt, None)
 
-    def _parts(self, param_group: dict[str, Any], converted: set[int]) -> list[dict[str, Any]]:
-        """The group, or its converted weights and the rest where it leaves the format to the optimizer."""
-        params = param_group["params"]
-        entries = [params] if isinstance(params, Tensor) else list(params)
-        whole_group = param_group | {"params": entries}
-        if isinstance(params, set) or not all(isinstance(tensor_of(entry), Tensor) for entry in entries):
-            return [param_group | {"params": params}]  # torch says what is wrong
-        is_converted = [id(tensor_of(entry)) in converted for entry in entries]
-        if "format" in param_group or self.defaults["format"] is None or all(is_converted) or not any(is_converted):
-            return [whole_group]
-        own, rest = (
-            [entry for entry, found in zip(entries, is_converted, strict=True) if found == wanted]
-            for wanted in (True, False)
-        )
-        return [whole_group | {"params": own}, whole_group | {"params": rest, "format": None}]
-
     @property
     def counts(self) -> dict[Tensor, StepCounts]:
         """What the last counted step did to each parameter that has a format."""
@@ -172,16 +122,6 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         """Number of tensors whose gradient was not finite in the last step, 0-d int64."""
         sums = [rows[:, Count.SKIPPED].sum() for _, rows in self.counted]
         return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
-
-    def _is_resident(self, group: dict[str, Any]) -> bool:
-        return group.get("rounding") is not None
-
-    def _has_grid(self, group: dict[str, Any]) -> bool:
-        return group["format"] is not None and self._is_resident(group)
-
-    def _plan(self, group: dict[str, Any]) -> Plan:
-        """What the step does to a group's tensors; an arm's own choice."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement _plan")
 
     def _counting(self, group: dict[str, Any]) -> Counting:
         """What this step counts; the same step in every group, or sums over them would mix steps."""
@@ -356,43 +296,6 @@ class GridAwareOptimizer(torch.optim.Optimizer):
         if is_rewritten and "mean_spacing" in state and plan.fmt is not None:
             state["mean_spacing"] = self._spacing(parameter, plan.fmt.name)
 
-    def _state(self, parameter: Tensor, group: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """The parameter's state as kernels take it; what is missing starts, and what a user put there is checked."""
-        state: dict[str, Any] = self.state[parameter]
-        own = self._own.setdefault(parameter, {})
-        if not state:
-            own.clear()
-        for key in misfits(state, parameter, own):
-            value = state[key]
-            if not (ENTRIES[key].is_shaped and is_sharded(value) and value.shape == parameter.shape):
-                state[key] = own[key] = admitted(value, key, parameter, self._name_of(parameter))
-        if "step" not in state:
-            state["step"] = number_like(parameter, "step")
-        for key in self._moments(plan, parameter, group):
-            if key not in state:
-                state[key] = zeros_like(parameter)
-        if "carry" not in state and plan.carry:
-            state["carry"] = zeros_like(parameter)
-        if "mean_spacing" not in state and plan.needs_mean:
-            state["mean_spacing"] = number_like(parameter, "mean_spacing")
-            if not parameter.is_meta and int(state["step"]) > 0 and plan.fmt is not None:
-                # Of a checkpoint that had none; the next measurement may be far off.
-                state["mean_spacing"] = self._spacing(parameter, plan.fmt.name)
-        if "overflow_streak" not in state and plan.rescales:
-            state["overflow_streak"] = number_like(parameter, "overflow_streak")
-        return state
-
-    def _moments(self, plan: Plan, parameter: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-        """The state a step cannot do without."""
-        return MOMENTS[plan.moments]
-
-    def _name_of(self, parameter: Tensor) -> str:
-        for group in self.param_groups:
-            for position, own in enumerate(group["params"]):
-                if own is parameter:
-                    return name_of(group, position, parameter)
-        return f"a parameter of shape {tuple(parameter.shape)}"
-
     def _grid_scale(self, parameter: Any, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         """The tensor's scale, which the layer shares; ValueError where the layer has another format by now."""
         fmt, grid = get_format(group["format"]), weight_grid(parameter)
@@ -426,78 +329,6 @@ class GridAwareOptimizer(torch.optim.Optimizer):
                     if self._has_grid(group):
                         state["grid_scale"] = weight_grid(parameter).scale
                 self.state[parameter] = state
-
-    @staticmethod
-    def _spacing(parameter: Tensor, format: str) -> Tensor:
-        fmt, scale, weight = get_format(format), weight_grid(parameter).scale, whole(parameter.detach()).float()
-        if scale is None:
-            is_wide = fmt.total_bits > 8
-            scale = torch.ones((), dtype=torch.float32, device=weight.device) if is_wide else compute_scale(weight, fmt)
-        return ulp(weight, fmt, scale).double().mean()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state exactly, with torch's hooks, where torch would cast it to the parameter's dtype.
-
-        ValueError, with nothing changed, for a checkpoint of another recipe and for state that no kernel could take.
-        """
-        exact: dict[Tensor, dict[str, Any]] = {}
-        before = [dict(group) for group in self.param_groups]
-
-        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            exact.update(self._admitted_state(given))
-
-        def settle(_: torch.optim.Optimizer) -> None:
-            for group, own in zip(self.param_groups, before, strict=True):
-                for key, value in own.items():
-                    group.setdefault(key, value)
-            for parameter, state in exact.items():
-                self.state[parameter] = state
-            self._forget()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if "grid_scale" in self.state.get(parameter, {}) and self._has_grid(group):
-                        scale = self.state[parameter]["grid_scale"]
-                        weight_grid(parameter).own(self, get_format(group["format"]), scale)
-
-        # The last to see what other hooks make of the state, the first after it was loaded.
-        checking = self.register_load_state_dict_pre_hook(check)
-        settling = self.register_load_state_dict_post_hook(settle, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            checking.remove()
-            settling.remove()
-
-    def _admitted_state(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-        """The state of a checkpoint by parameter, in tensors of our own."""
-        saved = given["param_groups"]
-        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
-            return {}  # torch says what is wrong
-        check_groups(self.param_groups, saved)
-        found: dict[Tensor, dict[str, Any]] = {}
-        for group, other in zip(self.param_groups, saved, strict=True):
-            merged = group | {key: value for key, value in other.items() if key in group and key != "params"}
-            check_arguments(merged)
-            plan = self._plan(merged)
-            for position, (parameter, key) in enumerate(zip(group["params"], other["params"], strict=True)):
-                state = given["state"].get(key)
-                if state:
-                    found[parameter] = self._admit(parameter, state, merged, plan, name_of(group, position, parameter))
-        return found
-
-    def _admit(
-        self, parameter: Tensor, given: Mapping[str, Any], group: dict[str, Any], plan: Plan, name: str
-    ) -> dict[str, Any]:
-        state = {
-            key: admitted(value, key, parameter, name) if key in ENTRIES else value for key, value in given.items()
-        }
-        needed = ("step", *self._moments(plan, parameter, group))
-        missing = [key for key in needed if key not in state]
-        if missing and len(missing) < len(needed) and not ("step" in state and int(state["step"]) == 0):
-            raise ValueError(
-                f"state of {name} lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, given))}"
-            )
-        return state
 
 
 @lru_cache(maxsize=4096)

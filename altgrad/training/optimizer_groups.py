@@ -116,6 +116,23 @@ def parameter_groups(
     ]
 
 
+def parts_of(param_group: dict[str, Any], format: str | None, converted: set[int]) -> list[dict[str, Any]]:
+    """The group, or its converted weights and the rest where it leaves the format to the optimizer's `format`."""
+    params = param_group["params"]
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    whole_group = param_group | {"params": entries}
+    if isinstance(params, set) or not all(isinstance(tensor_of(entry), Tensor) for entry in entries):
+        return [param_group | {"params": params}]  # torch says what is wrong
+    is_converted = [id(tensor_of(entry)) in converted for entry in entries]
+    if "format" in param_group or format is None or all(is_converted) or not any(is_converted):
+        return [whole_group]
+    own, rest = (
+        [entry for entry, found in zip(entries, is_converted, strict=True) if found == wanted]
+        for wanted in (True, False)
+    )
+    return [whole_group | {"params": own}, whole_group | {"params": rest, "format": None}]
+
+
 def tensor_of(entry: Any) -> Any:
     """The tensor of a parameter that may come with its name."""
     return entry[1] if isinstance(entry, tuple) else entry
