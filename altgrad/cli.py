@@ -145,7 +145,7 @@ def _parser(words: Sequence[str]) -> Parser:
 
 def _add_sweep(parser: Parser, file: str) -> None:
     from altgrad.commands.flags import add_sweep_flags
-    from altgrad.sweep.spec import PRESETS
+    from altgrad.sweep.presets import PRESETS
 
     parser.add_argument("file", nargs="?", type=Path, help=f"a sweep as {file}")
     parser.set_defaults(base=PRESETS["quick"])

@@ -11,8 +11,9 @@ from typing import cast, get_args
 from altgrad.sweep.budget import Budget, flag_of
 from altgrad.sweep.complaints import SpecError, check_choice, nearest
 from altgrad.sweep.options import Executor, RunOptions
+from altgrad.sweep.presets import PRESETS
 from altgrad.sweep.resolve import resolve
-from altgrad.sweep.spec import PRESETS, SweepSpec
+from altgrad.sweep.spec import SweepSpec
 from altgrad.sweep.wandb_mirror import mode_of
 from altgrad.training.config import MODELS
 from altgrad.training.data import NAMED

@@ -1,4 +1,4 @@
-"""What a sweep's size means for each task.
+"""Whole sweeps by name, and what a sweep's size means for each task.
 
 A preset or a sweep file is written for one task. Asked for the other, everything that belongs to the task (model,
 tokenizer, batch, steps, schedule and intervals) is that task's, in the same size; formats, arms and seeds stay.
@@ -11,8 +11,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from altgrad.sweep.spec import PRESETS, SweepSpec
-from altgrad.training.config import ModelConfig, ScheduleConfig
+from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
+from altgrad.training.config import UNQUANTIZED, ModelConfig, ScheduleConfig
+
+PRESETS: dict[str, SweepSpec] = {
+    "quick": SweepSpec(),
+    "standard": SweepSpec(
+        name="format_ablation_standard",
+        formats=(UNQUANTIZED, *ALL_FORMATS),
+        optimizers=("adamw", "adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid"),
+        seeds=3,
+        steps=300,
+        eval_interval=50,
+    ),
+    "study": SweepSpec(
+        name="format_ablation_study",
+        formats=(UNQUANTIZED, *ALL_FORMATS),
+        optimizers=("all",),
+        lrs=(1e-3, 2e-3, 4e-3, 8e-3),
+        seeds=6,
+        steps=2000,
+        log_interval=20,
+        eval_interval=100,
+        checkpoint_interval=200,
+    ),
+}
+"""Whole sweeps by name: three minutes on a laptop, an afternoon on a workstation, a cluster."""
 
 CLASSIFY: dict[str, dict[str, Any]] = {
     "quick": {

@@ -383,28 +383,3 @@ def _format_name(name: str) -> str:
 
 def _all_of(names: tuple[str, ...], every: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item for name in names for item in (every if name == "all" else (name,))))
-
-
-PRESETS: dict[str, SweepSpec] = {
-    "quick": SweepSpec(),
-    "standard": SweepSpec(
-        name="format_ablation_standard",
-        formats=(UNQUANTIZED, *ALL_FORMATS),
-        optimizers=("adamw", "adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid"),
-        seeds=3,
-        steps=300,
-        eval_interval=50,
-    ),
-    "study": SweepSpec(
-        name="format_ablation_study",
-        formats=(UNQUANTIZED, *ALL_FORMATS),
-        optimizers=("all",),
-        lrs=(1e-3, 2e-3, 4e-3, 8e-3),
-        seeds=6,
-        steps=2000,
-        log_interval=20,
-        eval_interval=100,
-        checkpoint_interval=200,
-    ),
-}
-"""Whole sweeps by name: three minutes on a laptop, an afternoon on a workstation, a cluster."""

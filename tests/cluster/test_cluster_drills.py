@@ -21,22 +21,11 @@ import pytest
 from fake_runpod import FakeRunPod, until
 from laptop import ROOT, Laptop, ledger
 from pod_namespaces import OUTSIDE, Namespaces, run, why_not
+from smallest import SMALLEST
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 STEPS = 600
-SWEEP = {
-    "name": "drill",
-    "formats": ["E5M2"],
-    "optimizers": ["adamw"],
-    "seeds": 1,
-    "steps": STEPS,
-    "guards": "off",
-    "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
-    "data": {"batch": 2, "eval_batches": 1},
-    "log_interval": 10,
-    "eval_interval": 500,
-    "checkpoint_interval": 10,
-}
+SWEEP = SMALLEST | {"name": "drill", "seeds": 1, "steps": STEPS}
 ONE_GPU_EACH = (
     "import ray, time; ray.init(); f = ray.remote(num_gpus=1)(lambda: time.sleep(3) or "
     "ray.util.get_node_ip_address()); print(sorted(set(ray.get([f.remote() for _ in range(2)]))))"

@@ -8,9 +8,9 @@ import pytest
 
 from altgrad.cli import main, sweep_main
 from altgrad.sweep.ledger import ROW_SIGNALS, Ledger
-from altgrad.sweep.presets import CLASSIFY, for_task
+from altgrad.sweep.presets import CLASSIFY, PRESETS, for_task
 from altgrad.sweep.resolve import resolve
-from altgrad.sweep.spec import PRESETS, SweepSpec
+from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import MODELS
 
 SMALL = [

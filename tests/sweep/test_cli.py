@@ -13,7 +13,8 @@ import pytest
 
 from altgrad.cli import _parser, main, sweep_main
 from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.spec import PRESETS, SweepSpec
+from altgrad.sweep.presets import PRESETS
+from altgrad.sweep.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 SWEEP_FILE = Path(__file__).parents[2] / "sweeps" / "format_ablation.py"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from planting import planted_path, started_here
 from ray.cluster_utils import Cluster
+from smallest import SMALLEST
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
@@ -24,22 +25,7 @@ STEPS = 1500
 
 
 def small(**changes: object) -> SweepSpec:
-    return SweepSpec.model_validate(
-        {
-            "name": "small",
-            "formats": "E5M2",
-            "optimizers": "adamw",
-            "seeds": 2,
-            "steps": STEPS,
-            "guards": "off",
-            "model": {"layers": 1, "heads": 1, "width": 16, "block": 16},
-            "data": {"batch": 2, "eval_batches": 1},
-            "log_interval": 10,
-            "eval_interval": 500,
-            "checkpoint_interval": 10,
-        }
-        | changes
-    )
+    return SweepSpec.model_validate(SMALLEST | {"name": "small", "seeds": 2, "steps": STEPS} | changes)
 
 
 def is_whole(out: Path, trials: int, steps: int = STEPS) -> bool:

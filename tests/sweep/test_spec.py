@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from altgrad.sweep.presets import PRESETS
 from altgrad.sweep.resolve import SpecError, resolve
-from altgrad.sweep.spec import ALL_FORMATS, BASELINE, PRESETS, SweepSpec, is_reference
+from altgrad.sweep.spec import ALL_FORMATS, BASELINE, SweepSpec, is_reference
 from altgrad.training.config import ARMS, TrainConfig
 
 SHA = "a" * 64
