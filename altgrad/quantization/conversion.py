@@ -166,13 +166,12 @@ def _convert_linear(
     name: str, linear: nn.Linear, policy: PrecisionPolicy, product: Product, key: int
 ) -> tuple[ConversionRow, QuantizedLinear | None]:
     rule = policy.resolve(name)
-    reason = obstacle(linear)
-    if reason is None and type(linear) is not nn.Linear:
-        reason = "a subclass of Linear, with a forward pass of its own"
     if rule is None:
-        reason = "no rule matches its name"
-    if rule is None or reason is not None:
-        return _skipped(name, linear, reason or ""), None
+        return _skipped(name, linear, "no rule matches its name"), None
+    if (reason := obstacle(linear)) is not None:
+        return _skipped(name, linear, reason), None
+    if type(linear) is not nn.Linear:
+        return _skipped(name, linear, "a subclass of Linear, with a forward pass of its own"), None
     weight = rule.weight or Role(format="BF16")
     roles = {"weight": weight, "activation": rule.activation, "gradient": rule.gradient}
     new = QuantizedLinear(linear, **roles, product=product, key=key)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, get_format, mix_seed, quantize, weight_grid
-from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, memory_of
+from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, is_on_grid, memory_of
 from altgrad.training.kernels import Count, Counting, Job, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
 from altgrad.training.optimizer_groups import check_arguments, name_of, parameter_groups, parts_of, tensor_of
@@ -134,7 +134,7 @@ class GridAwareOptimizer(TravellingOptimizer):
         weight = whole(parameter).float()
         if group["tensor_scale"] is not None:
             scale = torch.tensor(float(group["tensor_scale"]), dtype=torch.float32, device=parameter.device)
-        elif grid.scale is not None and torch.equal(quantize(weight, fmt, grid.scale), weight):
+        elif grid.scale is not None and is_on_grid(weight, fmt, grid.scale):
             scale = grid.scale
         else:
             scale = initial_scale(weight, fmt)

@@ -39,10 +39,9 @@ def test_state_of_roles_is_tensors_that_files_of_tensors_can_hold():
     assert len(own) == 5 * 7  # of each layer: two draws, two histories, what two gathered, the recipe
     starts = {value.untyped_storage().data_ptr() for value in state.values()}
     assert all(type(v) is torch.Tensor and v.is_contiguous() for v in state.values()) and len(starts) == len(state)
-    model(torch.randn(3, 16))
-    assert all(
-        torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(own.values(), own.values(), strict=True)
-    )
+    before = {key: value.clone().nan_to_num(-1.0) for key, value in own.items()}
+    model(100 * torch.randn(3, 16))
+    assert all(torch.equal(before[key], value.nan_to_num(-1.0)) for key, value in own.items())
 
 
 def by_file(state: dict) -> dict:
@@ -130,8 +129,6 @@ def test_state_put_in_place_by_hand_is_converted_or_refused(key, dtype):
         state = optimizer.state[model.head.weight]
         given = state[key].to(dtype)
         exact = given.to(state[key].dtype)
-        if not torch.equal(exact.to(dtype).double(), given.double()):
-            return
         state[key] = exact if by_hand else given
         train(model, optimizer, range(3, 5))
         results.append(weights(model))
@@ -147,7 +144,7 @@ def test_state_put_in_place_that_fits_nowhere_is_named(value):
     before = weights(model)
     with pytest.raises(ValueError, match=r"state '.*' of parameter 4 \(4, 16\): got "):
         train(model, optimizer, range(2, 3))
-    del before
+    assert equal(before, weights(model))
 
 
 def test_a_damaged_step_count_ends_the_step():
