@@ -5,10 +5,13 @@ API has no idempotency key, and an answer that got lost may have made a pod. `cr
 what happened; who calls looks by name before asking again.
 
 A 429 holds back every call of the process until the time that the answer names, for the quota is one per account.
+
+Redirects are refused: urllib would send the key along to wherever one points.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import threading
@@ -33,10 +36,18 @@ Pod = dict[str, Any]
 Transport = Callable[[urllib.request.Request, float], tuple[int, dict[str, str], bytes]]
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+open_without_redirect = urllib.request.build_opener(_NoRedirect).open
+
+
 def over_http(request: urllib.request.Request, timeout: float) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers (lower case) and body of one exchange; OSError where there was none."""
+    """Status, headers (lower case) and body of one exchange; OSError or HTTPException where it was not completed."""
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with open_without_redirect(request, timeout=timeout) as answer:
             return answer.status, _lower(answer.headers), answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -148,6 +159,13 @@ class Api:
             status, headers, text = self._transport(request, TIMEOUT_S)
         except OSError as error:
             raise ApiError(call, None, str(getattr(error, "reason", error))) from None
+        except http.client.HTTPException as error:
+            raise ApiError(call, None, f"an incomplete answer ({type(error).__name__})") from None
+        except ValueError as error:
+            # The text of these can quote a header, and so the key.
+            raise ApiError(call, None, f"not a valid exchange ({type(error).__name__})") from None
+        if 300 <= status < 400:
+            raise ApiError(call, status, f"redirects to {headers.get('location', 'nowhere')}, which is not followed")
         if status >= 400:
             raise self._refusal(call, status, headers, text)
         try:

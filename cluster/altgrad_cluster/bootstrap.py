@@ -7,6 +7,7 @@ secrets never. The head mounts the API key; its own copy of the file, from which
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def complete(config: dict[str, Any], api: Api | None = None) -> dict[str, Any]:
     key_file = keys.api_key_file(cluster)
     api.pods()  # a key that RunPod refuses ends it here, before anything is made
     _none(checks.account_problems(config, api))
-    volume, _ = checks.find_volume(Settings.read(provider).volume, api)
+    for line in checks.cap_problems(config, api):
+        print(f"altgrad: warning: {line}", file=sys.stderr)
+    settings = Settings.read(provider)
+    volume, _ = checks.find_volume(settings.volume, api)
     if volume is not None:
         provider["network_volume"] = {"id": volume.id, "path": volume.path, "data_center": volume.data_center}
     private, public = keys.ssh_key(cluster)
@@ -52,21 +56,25 @@ def complete(config: dict[str, Any], api: Api | None = None) -> dict[str, Any]:
         **code(),
         keys.REMOTE_TOKEN: str(keys.auth_token_file()),
         keys.REMOTE_API_KEY: str(key_file),
+        **keys.secret_mounts(cluster, settings.worker_secrets),
     }
     _fill_in(
         config,
         {
             "{ray_version}": ray.__version__,
             "{api_base}": provider["api_base"],
-            "{orphan_seconds}": str(Settings.read(provider).orphan_s),
+            "{orphan_seconds}": str(settings.orphan_s),
         },
     )
     return config
 
 
 def for_head(config: dict[str, Any]) -> dict[str, Any]:
-    """The head's copy of the file: it sets up workers, which get no API key."""
-    mounts = {remote: local for remote, local in config["file_mounts"].items() if remote != keys.REMOTE_API_KEY}
+    """The head's copy of the file: it sets up workers, which get no API key, and only the secrets that are meant."""
+    kept = (keys.REMOTE_API_KEY, keys.REMOTE_SECRETS, keys.REMOTE_WORKER_SECRETS)
+    mounts = {remote: local for remote, local in config["file_mounts"].items() if remote not in kept}
+    if keys.REMOTE_WORKER_SECRETS in config["file_mounts"]:
+        mounts[keys.REMOTE_SECRETS] = keys.REMOTE_WORKER_SECRETS
     return {**config, "file_mounts": mounts, "provider": {**config["provider"], "on_head": True}}
 
 

@@ -72,11 +72,15 @@ class Availability:
     def refused(self, candidate: Candidate, error: ApiError) -> bool:
         """Takes note of a failed creation; whether another candidate is worth asking."""
         if error.status in (400, 403, 404):
-            with self._lock:
-                self._until[candidate] = (self._clock() + self._cooldown, _short(error))
+            self.avoid(candidate, _short(error))
             return True
         self.pause(_short(error), error.retry_after)
         return False
+
+    def avoid(self, candidate: Candidate, reason: str) -> None:
+        """Leaves it alone for the cooldown."""
+        with self._lock:
+            self._until[candidate] = (self._clock() + self._cooldown, reason)
 
     def pause(self, reason: str, seconds: float | None = None) -> None:
         """Holds everything back, for `seconds` or for longer each time."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def file_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name, node in types.items():
         yield from _of(lambda name=name: check_word("available_node_types", name))
         yield from _of(lambda name=name, node=node: node_config(name, node))
+        yield from _of(lambda name=name, node=node: _check_gpus(name, node, name == config.get("head_node_type")))
     yield from _ray_problems(config)
     head = types.get(config.get("head_node_type")) or {}
     if any(amount for name, amount in (head.get("resources") or {"CPU": 1}).items()):
@@ -87,6 +89,24 @@ def account_problems(config: Mapping[str, Any], api: Api) -> Iterator[str]:
                     "(no global networking)"
                 )
         yield from (f"available_node_types.{name}.{line}" for line in _of(lambda found=found: found.candidates(volume)))
+
+
+def cap_problems(config: Mapping[str, Any], api: Api) -> Iterator[str]:
+    """Caps that the file lacks, with what the largest cluster that it allows would cost."""
+    limits, prices = Settings.read(config["provider"]).limits, {gpu["id"]: gpu["price"]["secure"] for gpu in api.gpus()}
+    dearest = {
+        name: max(prices.get(gpu, 0.0) for gpu in found.gpus) * found.gpu_count
+        for name, node in config["available_node_types"].items()
+        for found in (node_config(name, node),)
+    }
+    head = dearest.pop(config["head_node_type"], 0.0)
+    hourly = math.ceil(head + config["max_workers"] * max(dearest.values(), default=0.0))
+    for name, cap, proposed, why in (
+        ("max_cost_per_hour", limits.per_hour, hourly, "all its pods at the highest price of their GPUs"),
+        ("max_cost_total", limits.total, 10 * hourly, "10 hours of that"),
+    ):
+        if cap is None:
+            yield f"provider.{name}: missing: nothing limits what this cluster costs; {proposed} USD is {why}"
 
 
 def find_volume(volume: Volume | None, api: Api) -> tuple[Volume | None, str | None]:
@@ -127,6 +147,18 @@ def import_problems(module: str, code: Path) -> Iterator[str]:
 
 def node_config(name: str, node: Mapping[str, Any]) -> NodeConfig:
     return NodeConfig.read(node.get("node_config") or {}, f"available_node_types.{name}.node_config")
+
+
+def _check_gpus(name: str, node: Mapping[str, Any], is_head: bool) -> None:
+    """Ray schedules by `resources`, RunPod bills by `gpu_count`: the two must agree."""
+    path, rented = f"available_node_types.{name}", node_config(name, node).gpu_count
+    stated = (node.get("resources") or {}).get("GPU")
+    if is_head and rented > 1:
+        raise ClusterError(f"{path}.node_config.gpu_count: {rented} is not allowed: no trial runs on the head; 1 is")
+    if not is_head and stated != rented:
+        raise ClusterError(
+            f"{path}.resources.GPU: {stated!r} is not allowed: gpu_count, {rented}, is what every pod is rented with"
+        )
 
 
 def _ray_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from altgrad_cluster import keys
 from altgrad_cluster.api import Api, Pod
 from altgrad_cluster.bootstrap import api_base
-from altgrad_cluster.doctor import diagnose, find_head, over_ssh
+from altgrad_cluster.doctor import diagnose, find_head, notes, over_ssh
 from altgrad_cluster.errors import ClusterError, nearest
 from altgrad_cluster.naming import PodName
 from altgrad_cluster.provider import LIVE
@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="altgrad cluster", description=__doc__.splitlines()[0])
     parser.add_argument("command", help=" | ".join(known))
     parser.add_argument("file", nargs="?", type=Path, default=DEFAULT, help=f"the cluster's YAML; default {DEFAULT}")
-    parser.add_argument("--yes", action="store_true", help="gc: delete what it lists")
+    parser.add_argument("--yes", action="store_true", help="gc: delete what is left over of this cluster")
+    parser.add_argument("--all", action="store_true", help="gc: and of others, by whoever started them")
     request = parser.parse_args(argv)
     try:
         if request.command not in known:
@@ -67,6 +68,8 @@ def _doctor(config: dict[str, Any], api: Api, request: argparse.Namespace) -> in
         for line in lines:
             print(f"         {line}")
         found += len(lines)
+    for line in notes(config):
+        print(f"note     {line}")
     return 1 if found else 0
 
 
@@ -87,7 +90,7 @@ def _cost(config: dict[str, Any], api: Api, request: argparse.Namespace) -> int:
     rate = sum(float(pod["cost"]) for pod in ours)
     spent = {
         pod_id: float(entry["usd"])
-        for pod_id, entry in _from_head(config, pods, "spending.json").get("pods", {}).items()
+        for pod_id, entry in (_from_head(config, pods, "spending.json").get("pods") or {}).items()
     }
     source = "recorded by the head" if spent else "of the pods that are up, from their ages"
     total = sum(spent.values()) if spent else sum(float(pod["cost"]) * _age(pod) / 3600 for pod in ours)
@@ -101,22 +104,33 @@ def _cost(config: dict[str, Any], api: Api, request: argparse.Namespace) -> int:
 def _gc(config: dict[str, Any], api: Api, request: argparse.Namespace) -> int:
     pods = [(pod, name) for pod in api.pods() if (name := PodName.parse(pod.get("name", "")))]
     headed = {(name.cluster, name.key) for pod, name in pods if name.kind == "head" and pod["status"] in LIVE}
-    left = [pod for pod, name in pods if (name.cluster, name.key) not in headed or pod["status"] not in LIVE]
-    if not left:
+    left = [(pod, name) for pod, name in pods if (name.cluster, name.key) not in headed or pod["status"] not in LIVE]
+    own = (config["cluster_name"], keys.own_fingerprint(config["cluster_name"]))
+    mine = [pod for pod, name in left if request.all or (name.cluster, name.key) == own]
+    others = [pod for pod, _ in left if pod not in mine]
+    if not mine:
         print("nothing is left over")
-        return 0
-    print(
-        f"{len(left)} pods without a head, or stopped, ${sum(float(pod['cost']) for pod in left):.2f}/h "
-        "(and the disks of the stopped ones)"
-    )
-    _print_pods(left)
-    if not request.yes:
+    else:
+        rate = sum(float(pod["cost"]) for pod in mine)
+        print(f"{len(mine)} pods without a head, or stopped, ${rate:.2f}/h (and the disks of the stopped ones)")
+        _print_pods(mine)
+    if others:
+        print("not yours: started under another cluster's name or from another machine; --all includes them")
+        _print_pods(others)
+    if mine and not request.yes:
         print("altgrad cluster gc --yes deletes them", file=sys.stderr)
         return 1
-    for pod in left:
-        api.delete_pod(pod["id"])
-        print(f"deleted {pod['id']}")
-    return 0
+    return 1 if sum(not _is_deleted(pod["id"], api) for pod in mine) else 0
+
+
+def _is_deleted(pod_id: str, api: Api) -> bool:
+    try:
+        api.delete_pod(pod_id)
+    except ClusterError as error:
+        print(f"altgrad: pod {pod_id} can't be deleted now: {one_line(error)}", file=sys.stderr)
+        return False
+    print(f"deleted {pod_id}")
+    return True
 
 
 def _named(cluster: str, pods: list[Pod]) -> list[Pod]:
@@ -139,12 +153,7 @@ def _from_head(config: dict[str, Any], pods: list[Pod], file: str) -> dict[str, 
     head = find_head(config["cluster_name"], pods)
     if head is None:
         return {}
-    volume = Settings.read(config["provider"]).volume
-    places = [f"~/.altgrad/clusters/{config['cluster_name']}/{file}"]
-    if volume is not None:
-        stem, _, ending = file.partition(".")
-        places.insert(0, f"{volume.path}/.altgrad/{stem}-{config['cluster_name']}.{ending}")
-    _, said = over_ssh(config["cluster_name"], head)(f"cat {' '.join(places)} 2>/dev/null")
+    _, said = over_ssh(config["cluster_name"], head)(f"cat ~/.altgrad/clusters/{config['cluster_name']}/{file}")
     try:
         found = json.loads(said)
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +41,10 @@ def diagnose(config: dict[str, Any], api: Api, on_head: OnHead | None = None) ->
         yield "GPUs, data centres and the volume", list(checks.account_problems(config, api))
     except (ClusterError, KeyError, TypeError) as error:
         yield "GPUs, data centres and the volume", [f"could not be checked: {error}"]
+    try:
+        yield "the caps on what it costs", list(checks.cap_problems(config, api))
+    except (ClusterError, KeyError, TypeError) as error:
+        yield "the caps on what it costs", [f"could not be checked: {error}"]
     head = find_head(config["cluster_name"], pods)
     if head is None:
         yield "the head", ["not up: what is installed there can't be checked yet"] if on_head is not None else []
@@ -63,7 +68,10 @@ def find_head(cluster: str, pods: list[Pod]) -> Pod | None:
 
 
 def over_ssh(cluster: str, pod: Pod) -> OnHead:
-    """Runs commands on a pod with the cluster's own key, in the shell that Ray uses."""
+    """Runs commands on a pod with the cluster's own key, in a shell like Ray's.
+
+    Interactive, for Ubuntu's .bashrc returns early in any other, and without what it prints (RunPod's shows a banner).
+    """
 
     def run(command: str) -> tuple[int, str]:
         direct = (pod.get("ssh") or {}).get("direct")
@@ -87,7 +95,7 @@ def over_ssh(cluster: str, pod: Pod) -> OnHead:
                 "-o",
                 "ConnectTimeout=10",
                 f"root@{direct['host']}",
-                f". ~/.bashrc; {command}",
+                shell(command),
             ],
             capture_output=True,
             text=True,
@@ -97,6 +105,27 @@ def over_ssh(cluster: str, pod: Pod) -> OnHead:
         return done.returncode, done.stdout + done.stderr
 
     return run
+
+
+def shell(command: str) -> str:
+    """The command line that runs `command` with what .bashrc sets, and prints what the command prints."""
+    script = f"source ~/.bashrc >/dev/null 2>&1; . ~/altgrad/cluster/env.sh; ( {command} ) 2>&1"
+    # bash says on its stderr that there is no terminal.
+    return f"{shlex.join(['bash', '--noprofile', '--norc', '-i', '-c', script])} 2>/dev/null"
+
+
+def notes(config: dict[str, Any]) -> Iterator[str]:
+    """What is no trouble and worth knowing."""
+    for name, node in (config.get("available_node_types") or {}).items():
+        try:
+            found = checks.node_config(name, node)
+        except ClusterError:
+            continue
+        if not found.is_pinned:
+            yield (
+                f"available_node_types.{name}.node_config.image: {found.image} is named by its tag, which can be "
+                "moved; name@sha256:… can't"
+            )
 
 
 def _token() -> list[str]:

@@ -7,6 +7,7 @@ type, and while the doubt is fresh nothing is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -17,10 +18,11 @@ from typing import Any
 from altgrad_cluster.api import Api, Pod
 from altgrad_cluster.candidates import Availability, Candidate
 from altgrad_cluster.errors import ApiError, ClusterError
-from altgrad_cluster.naming import TAGS_VARIABLE, PodName, fixed_tags
+from altgrad_cluster.naming import GPU_COUNT_VARIABLE, TAGS_VARIABLE, PodName, fixed_tags
 from altgrad_cluster.registry import LockedFile
 from altgrad_cluster.settings import NodeConfig, Settings
 from altgrad_cluster.spending import OverBudget, Purse
+from altgrad_cluster.start_command import start_command
 
 logger = logging.getLogger(__name__)
 DOUBT_S = 30.0
@@ -72,10 +74,20 @@ class Launcher:
             pod = self._launch(config, name, tags)
         except ClusterError as error:
             said = " ".join(str(error).split())
-            self._refusals.change(lambda content: content.update({name.node_type: {"at": self._clock(), "why": said}}))
+            with contextlib.suppress(OSError):
+                refusal = {name.node_type: {"at": self._clock(), "why": said}}
+                self._refusals.change(lambda content: content.update(refusal))
             raise
-        self._refusals.change(lambda content: content.pop(name.node_type, None))
+        with contextlib.suppress(OSError):
+            self._refusals.change(lambda content: content.pop(name.node_type, None))
         return pod
+
+    def avoid(self, pod: Pod, reason: str) -> None:
+        """Leaves this pod's GPU in this pod's data centre alone for a while."""
+        place = pod.get("dataCenterId")
+        gpu = str((pod.get("gpu") or {}).get("id"))
+        for candidate in (Candidate(gpu, place), Candidate(gpu, None)):
+            self._availability.avoid(candidate, reason)
 
     def _launch(self, config: NodeConfig, name: PodName, tags: Mapping[str, str]) -> Pod:
         lost = self._found_again(name)
@@ -134,21 +146,30 @@ class Launcher:
             "disk": config.disk,
             "cloud": "SECURE",
             "ports": ["22/tcp"],
+            "args": self._start_command(name.kind),
             "gpu": {"id": candidate.gpu, "count": config.gpu_count},
             "globalNetworking": True,
             "startSsh": True,
             "env": {
                 **(config.env or {}),
                 "PUBLIC_KEY": self._settings.public_key,
+                GPU_COUNT_VARIABLE: str(config.gpu_count),
                 TAGS_VARIABLE: json.dumps(dict(tags), sort_keys=True),
             },
         }
+        if config.min_cuda is not None:
+            body["gpu"]["minCudaVersion"] = config.min_cuda
         if candidate.data_center is not None:
             body["dataCenterIds"] = [candidate.data_center]
         volume = self._settings.volume
         if volume is not None:
             body["mounts"] = {"network": [{"volumeId": volume.id, "path": volume.path}]}
         return body
+
+    def _start_command(self, kind: str) -> str:
+        settings = self._settings
+        lifetime = settings.max_worker_s if kind == "worker" else None
+        return start_command(settings.api_base, settings.set_up_s, lifetime)
 
     def _price(self, gpu: str) -> float:
         """List price in USD per hour; a type that the catalogue lacks is a mistake of the file."""

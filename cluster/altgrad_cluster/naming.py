@@ -20,6 +20,8 @@ from altgrad_cluster.errors import ClusterError
 PREFIX, SEPARATOR = "ag", "--"
 WORD = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 TAGS_VARIABLE = "ALTGRAD_CLUSTER_TAGS"
+GPU_COUNT_VARIABLE = "ALTGRAD_GPU_COUNT"
+"""in a pod's environment: how many GPUs it was rented with"""
 KIND, TYPE = "ray-node-type", "ray-user-node-type"
 
 

@@ -8,18 +8,18 @@ crashed) still bill their disk: whoever lists them deletes them, and the autosca
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
-from ray.autoscaler.tags import STATUS_UP_TO_DATE, TAG_RAY_NODE_STATUS
+from ray.autoscaler.tags import STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED, TAG_RAY_NODE_STATUS
 
 from altgrad_cluster import bootstrap, keys, reasons
 from altgrad_cluster.api import Api, Pod
@@ -28,7 +28,6 @@ from altgrad_cluster.launcher import Launcher, describe
 from altgrad_cluster.naming import KIND, TYPE, PodName, fingerprint, fixed_tags
 from altgrad_cluster.registry import LockedFile, cluster_folder
 from altgrad_cluster.settings import NodeConfig, Settings
-from altgrad_cluster.spending import Purse
 
 logger = logging.getLogger(__name__)
 FRESH_S = 1.5
@@ -55,8 +54,10 @@ class RunPodNodeProvider(NodeProvider):
             self._key = fingerprint(self._settings.public_key)
             folder = cluster_folder(cluster_name)
             self._tags = LockedFile(folder / "tags.json")
-            self._api = api or Api(keys.api_key, self._settings.api_base)
-            self._purse = Purse(spending_file(self._settings, cluster_name), self._settings.limits)
+            self._undeleted = LockedFile(folder / "undeleted.json")
+            key = keys.mounted_api_key if self._settings.on_head else keys.api_key
+            self._api = api or Api(key, self._settings.api_base)
+            self._purse = self._settings.purse(cluster_name)
             self._launcher = Launcher(
                 self._api,
                 self._settings,
@@ -147,15 +148,13 @@ class RunPodNodeProvider(NodeProvider):
 
     def terminate_nodes(self, node_ids: list[str]) -> dict[str, Any] | None:
         """Deletes all of them, and only then complains about those that could not be."""
-        failures = []
-        for node_id in node_ids:
-            try:
-                self._delete(node_id)
-            except ApiError as error:
-                failures.append(error)
+        failures = self._delete_all(node_ids)
         if failures:
             with self._readable():
-                raise failures[0]
+                raise ClusterError(
+                    f"pods {', '.join(failures)} could not be deleted, all others were "
+                    f"({next(iter(failures.values()))}); `altgrad cluster gc` lists what is left"
+                )
         return None
 
     def give_up(self, node_id: str, reason: str) -> None:
@@ -238,21 +237,45 @@ class RunPodNodeProvider(NodeProvider):
 
     def _reap(self, found: dict[str, Pod]) -> None:
         """Deletes workers that stopped by themselves; the head's own end is left to `ray up` and `ray down`."""
+        stopped = []
         for pod_id, pod in found.items():
             if pod["status"] in STOPPED and fixed_tags(pod).get(KIND) == "worker":
                 logger.warning("pod %s stopped by itself (%s): it is deleted", pod_id, pod["status"])
-                try:
-                    self._delete(pod_id)
-                except ApiError as error:
-                    logger.warning("%s", error)
+                stopped.append(pod_id)
+        self._delete_all(stopped)
+
+    def _delete_all(self, pod_ids: Iterable[str]) -> dict[str, ApiError]:
+        """Tries each of them; those that could not be deleted, with the reason."""
+        failures = {}
+        for pod_id in pod_ids:
+            try:
+                self._delete(pod_id)
+            except ApiError as error:
+                logger.warning("pod %s can't be deleted now: %s", pod_id, error)
+                failures[pod_id] = error
+        return failures
 
     def _delete(self, pod_id: str) -> None:
-        self._api.delete_pod(pod_id)
+        try:
+            self._api.delete_pod(pod_id)
+        except ApiError:
+            # For the watch: the head does not stay up for a pod that nobody needs.
+            _record(self._undeleted, lambda content: content.setdefault(pod_id, time.time()))
+            raise
+        self._avoid_where_set_up_failed(pod_id)
         with self._lock:
             self._gone.add(pod_id)
             self._new.pop(pod_id, None)
-        self._tags.change(lambda content: content.pop(pod_id, None))
+        _record(self._undeleted, lambda content: content.pop(pod_id, None))
+        _record(self._tags, lambda content: content.pop(pod_id, None))
         logger.info("deleted pod %s", pod_id)
+
+    def _avoid_where_set_up_failed(self, pod_id: str) -> None:
+        """A machine whose GPU or driver fails the node's check would else be rented again at once."""
+        with self._lock:
+            pod = self._seen[1].get(pod_id)
+        if pod is not None and self._tags.read().get(pod_id, {}).get(TAG_RAY_NODE_STATUS) == STATUS_UPDATE_FAILED:
+            self._launcher.avoid(pod, "set-up failed on the last pod there")
 
     def _prepare_for_head(self) -> None:
         """Before a new head: another one of that name under another key is someone else's; a stopped one is ours."""
@@ -292,9 +315,7 @@ class RunPodNodeProvider(NodeProvider):
         return reasons.Readable(on_head=on_head, launching=NodeLaunchException if launching else None)
 
 
-def spending_file(settings: Settings, cluster: str) -> Path:
-    """On the network volume, where this machine has it mounted; else among this machine's records."""
-    volume = settings.volume
-    if settings.on_head and volume is not None and Path(volume.path).is_dir():
-        return Path(volume.path) / ".altgrad" / f"spending-{cluster}.json"
-    return cluster_folder(cluster) / "spending.json"
+def _record(file: LockedFile, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Takes note, where the disk has room; what was done at RunPod is done all the same."""
+    with contextlib.suppress(OSError):
+        file.change(edit)

@@ -6,14 +6,17 @@ are in minutes and money in USD, as their names say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from altgrad_cluster.api import BASE
 from altgrad_cluster.candidates import COOLDOWN_S, Candidate, candidates
 from altgrad_cluster.errors import ClusterError, nearest
-from altgrad_cluster.spending import Limits
+from altgrad_cluster.registry import cluster_folder
+from altgrad_cluster.spending import Limits, Purse
 
 RAYS_OWN = (
     "type",
@@ -33,10 +36,14 @@ KNOWN = (
     "max_cost_total",
     "head_idle_minutes",
     "orphan_minutes",
+    "set_up_minutes",
+    "max_worker_hours",
     "cooldown_minutes",
+    "worker_secrets",
 )
 VOLUME_KEYS = ("name", "id", "path", "data_center")
-NODE_KEYS = ("image", "disk", "gpus", "gpu_count", "data_centers", "env")
+NODE_KEYS = ("image", "disk", "gpus", "gpu_count", "min_cuda", "data_centers", "env")
+IMAGE = re.compile(r"[a-z0-9][\w.:/-]*?(?::(?P<tag>[\w][\w.-]{0,127}))?(?:@sha256:(?P<digest>[0-9a-f]{64}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Settings:
     head_idle_s: float
     orphan_s: float
     cooldown_s: float
+    set_up_s: float
+    """for which a pod waits for its first set-up command, or without a watch"""
+    max_worker_s: float | None
+    worker_secrets: tuple[str, ...]
 
     @classmethod
     def read(cls, provider: Mapping[str, Any]) -> Settings:
@@ -76,7 +87,16 @@ class Settings:
             head_idle_s=60 * (_amount(provider, "head_idle_minutes") or 30.0),
             orphan_s=60 * (_amount(provider, "orphan_minutes") or 10.0),
             cooldown_s=60 * (_amount(provider, "cooldown_minutes") or COOLDOWN_S / 60),
+            set_up_s=60 * (_amount(provider, "set_up_minutes") or 10.0),
+            max_worker_s=None if (hours := _amount(provider, "max_worker_hours")) is None else 3600 * hours,
+            worker_secrets=_words("provider", provider, "worker_secrets"),
         )
+
+    def purse(self, cluster: str) -> Purse:
+        """Spending as this machine knows it; the head copies it to the network volume, for the head after it."""
+        volume = self.volume if self.on_head else None
+        copy = None if volume is None else Path(volume.path) / ".altgrad" / f"spending-{cluster}.json"
+        return Purse(cluster_folder(cluster) / "spending.json", self.limits, copy=copy)
 
 
 @dataclass(frozen=True)
@@ -89,13 +109,18 @@ class NodeConfig:
     disk: int = 40
     gpu_count: int = 1
     env: Mapping[str, str] | None = None
+    min_cuda: str | None = None
 
     @classmethod
     def read(cls, config: Mapping[str, Any], path: str = "node_config") -> NodeConfig:
         _known(path, config, NODE_KEYS)
         image = config.get("image")
-        if not isinstance(image, str) or not image.strip():
-            raise ClusterError(f"{path}.image: {image!r} is not allowed: the name of a container image is expected")
+        named = IMAGE.fullmatch(image) if isinstance(image, str) else None
+        if not isinstance(image, str) or named is None or not (named["tag"] or named["digest"]):
+            raise ClusterError(
+                f"{path}.image: {image!r} is not allowed: an image with its tag (name:tag) or, better, its digest "
+                "(name@sha256:…, 64 hex digits) is expected"
+            )
         gpus = _words(path, config, "gpus")
         if not gpus:
             raise ClusterError(f"{path}.gpus: [] is not allowed: at least one GPU id of RunPod's catalogue is expected")
@@ -113,7 +138,13 @@ class NodeConfig:
             _whole(path, config, "disk", 40),
             _whole(path, config, "gpu_count", 1),
             {str(k): str(v) for k, v in env.items()},
+            _cuda(path, config),
         )
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the image is named by its digest: a tag can be moved to another image."""
+        return "@sha256:" in self.image
 
     def candidates(self, volume: Volume | None) -> list[Candidate]:
         """GPU × data centre; with a volume only where it lies. ClusterError where that is nowhere."""
@@ -160,6 +191,16 @@ def _whole(path: str, config: Mapping[str, Any], key: str, default: int) -> int:
     stated = config.get(key, default)
     if isinstance(stated, bool) or not isinstance(stated, int) or stated < 1:
         raise ClusterError(f"{path}.{key}: {stated!r} is not allowed: a whole number, at least 1, is expected")
+    return stated
+
+
+def _cuda(path: str, config: Mapping[str, Any]) -> str | None:
+    stated = config.get("min_cuda")
+    if stated is None:
+        return None
+    # A number would lose its last zero: 12.10 is not 12.1.
+    if not isinstance(stated, str) or not re.fullmatch(r"\d+\.\d+", stated):
+        raise ClusterError(f'{path}.min_cuda: {stated!r} is not allowed: "major.minor" in quotes is expected')
     return stated
 
 

@@ -1,9 +1,11 @@
 """The money guard: what a cluster costs now and has cost, and whether one more pod is allowed.
 
 RunPod states each pod's price per hour. What was spent is that price over the time between two looks, from a pod's
-creation on, kept in a file (on the network volume where there is one, so that it outlives the head). Pods that are
-being created count with their list price from before the request until they are seen, so that threads that create at
-the same time can't each take what is left for one.
+creation on (`record` keeps it). Pods that are being created count with their list price from before the request until
+they are seen, so that threads that create at the same time can't each take what is left for one.
+
+Looking never fails for a disk. Where the record can't be read, what the pods that are up have cost by their ages counts
+instead, and nothing is created under `max_cost_total` until a person has decided.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad_cluster.errors import ClusterError
-from altgrad_cluster.registry import LockedFile
+from altgrad_cluster.record import Damaged, Pods, Record
 
 RESERVED_S = 120.0
 """How long a reservation may last whose pod is never seen."""
@@ -38,8 +40,10 @@ class OverBudget(ClusterError):
 class Purse:
     """Spending of one cluster; safe to use from several threads and processes."""
 
-    def __init__(self, path: Path, limits: Limits, clock: Callable[[], float] = time.time) -> None:
-        self._file = LockedFile(path)
+    def __init__(
+        self, path: Path, limits: Limits, clock: Callable[[], float] = time.time, *, copy: Path | None = None
+    ) -> None:
+        self._record = Record(path, copy)
         self._limits = limits
         self._clock = clock
         self._lock = threading.Lock()
@@ -55,29 +59,37 @@ class Purse:
             for name in self._rates:
                 self._reserved.pop(name, None)
 
-        def edit(content: dict[str, Any]) -> None:
-            known = content.setdefault("pods", {})
+        def edit(known: Pods) -> None:
             for pod_id, (rate, created) in seen.items():
-                last = known.get(pod_id, {"at": created, "usd": 0.0})
+                last = known.get(pod_id, {"at": created, "rate": 0.0, "usd": 0.0})
                 # A moment ago the price may have been another: the higher of the two is assumed.
-                paid = max(rate, last.get("rate", 0.0)) * max(0.0, now - last["at"]) / 3600
+                paid = max(rate, last["rate"]) * max(0.0, now - last["at"]) / 3600
                 known[pod_id] = {"at": now, "rate": rate, "usd": last["usd"] + paid}
             for pod_id in set(known) - set(seen):
                 known[pod_id]["rate"] = 0.0
 
-        self._file.change(edit)
+        self._record.change(edit)
 
     def spent(self) -> float:
-        """USD so far, over all pods that were ever seen."""
-        return sum(float(pod["usd"]) for pod in self._file.read().get("pods", {}).values())
+        """USD so far, over all pods that were ever seen; of a damaged record, what this process has seen."""
+        try:
+            pods = self._record.read()
+        except Damaged:
+            pods = self._record.known()
+        return sum(pod["usd"] for pod in pods.values())
 
     def reserve(self, name: str, price: float) -> None:
-        """Sets `price` (USD an hour) aside for the pod of that name. OverBudget where a cap forbids it."""
+        """Sets `price` (USD an hour) aside for the pod of that name.
+
+        OverBudget where a cap forbids it, Damaged where a cap is set and what was spent can't be known.
+        """
         with self._lock:
             now = self._clock()
             self._reserved = {other: kept for other, kept in self._reserved.items() if now - kept[1] < RESERVED_S}
             rate = sum(self._rates.values()) + sum(kept for kept, _ in self._reserved.values())
             spent, per_hour, total = self.spent(), self._limits.per_hour, self._limits.total
+            if total is not None:
+                self._record.read()
             if total is not None and spent >= total:
                 raise OverBudget(f"cost cap reached: ${spent:.2f} spent of max_cost_total ${total:.2f}")
             if per_hour is not None and rate + price > per_hour:

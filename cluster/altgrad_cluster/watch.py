@@ -5,8 +5,13 @@
 * On the head: when no worker is left and no job has run for a while, the head deletes itself. What matters lies on the
   network volume. When `max_cost_total` is spent the workers are deleted, whatever they do; trials wait in the ledger.
 
+A worker that RunPod does not delete is tried again and again, and keeps neither the others nor, for ever, the head: the
+head has the only key that may delete it, so it tries for half an hour more, and then goes itself. A worker that still
+runs then misses its head and asks for its own deletion.
+
+Nothing ends a watch but its work: whatever a look raises is logged, and the next look comes.
 `python -m altgrad_cluster.watch worker HEAD_IP SECONDS API_BASE` and `… watch head`; each takes the place of an earlier
-one of its kind. They write to /tmp/altgrad-watch.log.
+one of its kind, and writes to ~/.altgrad/watch.log. `start_command` deletes a pod on which none runs.
 """
 
 from __future__ import annotations
@@ -25,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from altgrad_cluster import keys, node
-from altgrad_cluster.api import Api, Pod
-from altgrad_cluster.errors import ApiError, ClusterError
+from altgrad_cluster.api import Api, Pod, open_without_redirect
+from altgrad_cluster.errors import ApiError
 from altgrad_cluster.naming import KIND, PodName, fingerprint, fixed_tags
+from altgrad_cluster.registry import LockedFile, cluster_folder, home
 from altgrad_cluster.settings import Settings
 from altgrad_cluster.spending import Purse
 
@@ -36,9 +42,11 @@ JOBS = "http://127.0.0.1:8265/api/jobs/"
 INTERVAL_S = 5.0
 LOOK_S = 30.0
 """Between two looks of the head at the account: each costs a request of a small quota."""
+LAST_TRIES_S = 1800.0
+"""For so long the head stays up to delete workers that RunPod would not delete."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
-PID_FILE = Path("/tmp/altgrad-watch.pid")
-LOG_FILE = Path("/tmp/altgrad-watch.log")
+DELETE_COMMANDS = (("pod", "delete"), ("remove", "pod"))
+"""of runpodctl, newer and older"""
 
 
 class Deadline:
@@ -70,11 +78,15 @@ def watch_head_from_worker(head_ip: str, patience: float, base: str) -> None:
     """Returns once this pod has asked for its own deletion."""
     deadline = Deadline(patience)
     while not deadline.is_over:
-        if answers(head_ip):
-            deadline.seen()
+        with logged():
+            if answers(head_ip):
+                deadline.seen()
         time.sleep(min(INTERVAL_S, patience / 4))
     say(f"the head at {head_ip} has not answered for {patience:.0f} s: this pod deletes itself")
-    while not delete_this_pod(base):
+    while True:
+        with logged():
+            if delete_this_pod(base):
+                return
         time.sleep(INTERVAL_S)
 
 
@@ -86,16 +98,20 @@ def delete_this_pod(base: str) -> bool:
         return True
     except ApiError as error:
         say(str(error))
-    try:
-        subprocess.run(["runpodctl", "remove", "pod", pod_id], check=True, capture_output=True, timeout=60)
-        return True
-    except (OSError, subprocess.SubprocessError) as error:
-        say(f"runpodctl: {error}")
-        return False
+    for command in DELETE_COMMANDS:
+        try:
+            subprocess.run(["runpodctl", *command, pod_id], check=True, capture_output=True, timeout=60)
+            return True
+        except (OSError, subprocess.SubprocessError) as error:
+            say(f"runpodctl: {error}")
+    return False
 
 
 class HeadWatch:
-    """One look at a time at the whole cluster, from its head."""
+    """One look at a time at the whole cluster, from its head.
+
+    `unwilling` names the pods that the provider could not delete: nobody needs them, so the head doesn't stay for them.
+    """
 
     def __init__(
         self,
@@ -104,6 +120,7 @@ class HeadWatch:
         purse: Purse,
         *,
         busy: Callable[[], bool],
+        unwilling: Callable[[], set[str]] = set,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = config["cluster_name"]
@@ -112,33 +129,57 @@ class HeadWatch:
         self._api = api
         self._purse = purse
         self._busy = busy
+        self._unwilling = unwilling
+        self._clock = clock
         self._idle = Deadline(settings.head_idle_s, clock)
+        self._last_tries: Deadline | None = None
 
     def look(self) -> bool:
         """Whether the head is needed still. Deletes workers that there is no money for."""
-        pods = [pod for pod in self._api.pods() if self._is_ours(pod)]
+        pods = self._pods()
         self._purse.observe(pods)
-        workers = [pod for pod in pods if fixed_tags(pod).get(KIND) == "worker"]
-        is_broke = self._purse.is_exhausted
-        if is_broke:
-            for pod in workers:
-                say(f"max_cost_total is spent: pod {pod['id']} is deleted")
-                self._api.delete_pod(pod["id"])
-        elif workers or self._busy():
+        workers = [pod["id"] for pod in pods if not _is_head(pod)]
+        if self._purse.is_exhausted:
+            if workers:
+                say(f"max_cost_total is spent: the workers are deleted ({', '.join(workers)})")
+            self._delete(workers)
+        elif set(workers) - self._unwilling() or self._busy():
             self._idle.seen()
         return not self._idle.is_over
 
-    def delete_all(self) -> None:
-        """The workers, then the rest, the head last."""
-        pods = sorted(
-            (pod for pod in self._api.pods() if self._is_ours(pod)), key=lambda pod: fixed_tags(pod).get(KIND) == "head"
-        )
-        for pod in pods:
-            self._api.delete_pod(pod["id"])
+    def delete_all(self) -> bool:
+        """Deletes the workers and then the head; whether all is gone. The head waits for its workers for a while."""
+        if self._last_tries is None:
+            self._last_tries = Deadline(LAST_TRIES_S, self._clock)
+        pods = self._pods()
+        left = self._delete([pod["id"] for pod in pods if not _is_head(pod)])
+        if left and not self._last_tries.is_over:
+            return False
+        if left:
+            say(f"left behind, for RunPod does not delete them: {', '.join(left)}")
+        return not self._delete([pod["id"] for pod in pods if _is_head(pod)])
+
+    def _delete(self, pod_ids: list[str]) -> list[str]:
+        """Tries each of them; those that are not deleted."""
+        left = []
+        for pod_id in pod_ids:
+            try:
+                self._api.delete_pod(pod_id)
+            except ApiError as error:
+                say(f"pod {pod_id} can't be deleted now: {error}")
+                left.append(pod_id)
+        return left
+
+    def _pods(self) -> list[Pod]:
+        return [pod for pod in self._api.pods() if self._is_ours(pod)]
 
     def _is_ours(self, pod: Pod) -> bool:
         name = PodName.parse(pod.get("name", ""))
         return name is not None and (name.cluster, name.key) == (self._cluster, self._key)
+
+
+def _is_head(pod: Pod) -> bool:
+    return fixed_tags(pod).get(KIND) == "head"
 
 
 def has_jobs() -> bool:
@@ -147,57 +188,66 @@ def has_jobs() -> bool:
     request = urllib.request.Request(JOBS)
     if token.exists():
         request.add_header("Authorization", f"Bearer {token.read_text().strip()}")
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+    with logged():
+        with open_without_redirect(request, timeout=10) as answer:
             jobs = json.loads(answer.read())
-    except (OSError, ValueError) as error:
-        say(f"{JOBS}: {error}")
-        return False
-    return any(job.get("status") in ("PENDING", "RUNNING") for job in jobs)
+        return any(job.get("status") in ("PENDING", "RUNNING") for job in jobs)
+    return False
 
 
 def watch_cluster_from_head() -> None:
     """Returns once the head has asked for its own deletion."""
-    from altgrad_cluster.provider import spending_file
-
     config = json.loads(BOOTSTRAP.expanduser().read_text())
     settings = Settings.read(config["provider"])
-    api = Api(keys.api_key, settings.api_base)
-    purse = Purse(spending_file(settings, config["cluster_name"]), settings.limits)
-    watch = HeadWatch(config, api, purse, busy=has_jobs)
+    cluster = config["cluster_name"]
+    api = Api(keys.mounted_api_key, settings.api_base)
+    refused = LockedFile(cluster_folder(cluster) / "undeleted.json")
+    watch = HeadWatch(config, api, settings.purse(cluster), busy=has_jobs, unwilling=lambda: set(refused.read()))
     is_needed = True
     while is_needed:
         time.sleep(min(LOOK_S, settings.head_idle_s / 4))
-        try:
+        with logged():
             is_needed = watch.look()
-        except ClusterError as error:
-            say(str(error))
     say(f"nothing has run for {settings.head_idle_s:.0f} s: this cluster deletes itself")
     while True:
-        with contextlib.suppress(ClusterError):
-            watch.delete_all()
-            return
-        time.sleep(INTERVAL_S)
+        with logged():
+            if watch.delete_all():
+                return
+        time.sleep(LOOK_S)
+
+
+@contextlib.contextmanager
+def logged() -> Any:
+    """What goes wrong inside is said, and no more: a watch goes on."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    # A full disk takes no log, and must not end the watch.
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def become_daemon() -> None:
     """Leaves the shell that started it, in the place of an earlier watch."""
+    folder = home()
+    folder.chmod(0o700)
+    pid_file = folder / "watch.pid"
     with contextlib.suppress(OSError, ValueError):
-        earlier = int(PID_FILE.read_text())
+        earlier = int(pid_file.read_text())
         if b"altgrad_cluster.watch" in Path(f"/proc/{earlier}/cmdline").read_bytes():
             os.kill(earlier, signal.SIGTERM)
     if os.fork():
         os._exit(0)
     os.setsid()
-    log = os.open(LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(folder / "watch.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    PID_FILE.write_text(str(os.getpid()))
+    pid_file.write_text(str(os.getpid()))
 
 
 def main(argv: list[str]) -> int:

@@ -75,6 +75,8 @@ class Faults:
     withholds_env: bool = False
     page_size: int | None = None
     price_factor: float = 1.0
+    undeletable: dict[str, int] = field(default_factory=dict)
+    """answers to DELETE, by pod id"""
 
 
 class Server(ThreadingHTTPServer):
@@ -186,6 +188,8 @@ class FakeRunPod:
             return self._read(steps, query)
         if method == "POST" and steps == ["pods"]:
             return *self._create(body), {}
+        if method == "DELETE" and steps[1] in self.faults.undeletable:
+            return *_problem(self.faults.undeletable[steps[1]], "Upstream", "planted"), {}
         if method == "DELETE" and steps[0] == "pods":
             if steps[1] not in self.pods:
                 return *_problem(404, "Not Found", f"pod {steps[1]} not found"), {}
@@ -270,7 +274,7 @@ class FakeRunPod:
             "name": body["name"],
             "status": body.get("status", "PROVISIONING"),
             "image": body["image"],
-            "args": "",
+            "args": body.get("args", ""),
             "disk": body.get("disk", 20),
             "ports": body.get("ports", []),
             "env": body.get("env", {}),

@@ -5,6 +5,10 @@ Each pod has two interfaces. The public one lets through only what the pod publi
 pods that this machine has no address on. The "image" is the Python that runs the tests: its folders are mounted
 read-only, and everything else of the developer (home, checkout) is hidden, so that nothing works only because the disk
 is shared.
+
+A pod starts with its `args`, else with the image's /start.sh, which does what RunPod's does: sshd for the public key,
+and the container's environment, with the pod's own API key, exported by every interactive shell. As Ubuntu's, its
+.bashrc returns early in any other.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -32,6 +37,29 @@ SYSTEM = ("usr", "var", "opt", "etc", "srv")
 OWN = {Path("/root"): "home", TMP: "tmp"}
 """Folders that each pod has for itself, by their names here; where the checkout lies is hidden as well."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+START = Path("/start.sh")
+IMAGE = {"PATH": f"{Path(sys.prefix) / 'bin'}:{SYSTEM_PATH}", "HOME": "/root", "ALTGRAD_STAND_IN_GPUS": "1"}
+"""The image's own environment: no pod here has a GPU, and each is to look as if it had one."""
+BASHRC = """case $- in
+    *i*) ;;
+    *) return ;;
+esac
+echo "Enjoy your Pod!"
+"""
+START_SCRIPT = """#!/bin/bash
+set -e
+mkdir -p ~/.ssh
+echo "$PUBLIC_KEY" >> ~/.ssh/authorized_keys
+ssh-keygen -q -t ed25519 -N "" -f ~/.ssh/host_key
+# As a child: sshd writes its title over the environment, which is read from the first process.
+$(command -v sshd) -D -e -f /dev/null -h ~/.ssh/host_key -o UsePAM=no -o PasswordAuthentication=no \\
+    -o PermitRootLogin=prohibit-password -o StrictModes=no -o MaxSessions=50 -o MaxStartups=50:30:100 \\
+    -o PidFile=none -o Subsystem="sftp internal-sftp" &
+printenv | grep -E "^[A-Z_][A-Z0-9_]*=" | grep -v "^PUBLIC_KEY" |
+    awk -F = '{ value = $0; sub(/^[^=]*=/, "", value); print "export " $1 "=\\"" value "\\"" }' > /etc/rp_environment
+echo "source /etc/rp_environment" >> ~/.bashrc
+sleep infinity
+"""
 NEEDED = ("ip", "iptables", "sshd", "rsync", "unshare", "ssh", "ssh-keygen")
 
 
@@ -69,6 +97,9 @@ class Namespaces:
         self._wired: set[str] = set()
         self._lock = threading.Lock()
         self._made: list[Path] = []
+        self.broken_gpus = 0
+        """So many of the next workers have no GPU that works; `broken` are their ids."""
+        self.broken: list[str] = []
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Namespaces]:
@@ -97,7 +128,7 @@ class Namespaces:
             run("ip", "addr", "del", f"{OUTSIDE}/32", "dev", "lo", check=False)
             for place in self._made:
                 with contextlib.suppress(OSError):
-                    place.rmdir()
+                    place.rmdir() if place.is_dir() else place.unlink()
 
     def root(self, pod_id: str) -> Path:
         """Where this machine sees the pod's own files: `home`, `tmp`."""
@@ -123,10 +154,10 @@ class Namespaces:
         (home / ".ssh").mkdir(parents=True)
         (home / ".ssh").chmod(0o700)
         (self.root(pod["id"]) / "tmp").mkdir(mode=0o777)
-        (home / ".bashrc").write_text(f'export PATH="{Path(sys.prefix) / "bin"}:$PATH"\n')
+        (home / ".bashrc").write_text(BASHRC)
         script = self.root(pod["id"]) / "boot.sh"
         script.write_text(self._boot_script(pod))
-        environment = {"PATH": SYSTEM_PATH, "HOME": "/root", **pod["env"]}
+        environment = {**IMAGE, **pod["env"], **self._gpus(pod)}
         with (self.root(pod["id"]) / "boot.log").open("w") as log:
             process = subprocess.Popen(
                 [
@@ -157,6 +188,14 @@ class Namespaces:
         while not forwarder.is_answered() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return {"host": OUTSIDE, "port": forwarder.port, "ip": private}
+
+    def _gpus(self, pod: dict[str, Any]) -> dict[str, str]:
+        with self._lock:
+            if not self.broken_gpus or "--worker--" not in pod["name"]:
+                return {}
+            self.broken_gpus -= 1
+            self.broken.append(pod["id"])
+            return {"ALTGRAD_STAND_IN_GPUS": "0"}
 
     def stop(self, pod_id: str) -> None:
         with self._lock:
@@ -207,7 +246,7 @@ class Namespaces:
         run(*rule, "-j", "DROP")
 
     def _boot_script(self, pod: dict[str, Any]) -> str:
-        """What the container's first process does: its own view of the disk, then sshd."""
+        """What the container's runtime does: its own view of the disk, then the start command as its first process."""
         root = self.root(pod["id"])
         own = {hidden: root / OWN.get(hidden, f"hidden{hidden}") for hidden in self._hidden}
         lines = ["set -e", "mount --make-rprivate /", f"hostname {pod['id']}"]
@@ -219,30 +258,33 @@ class Namespaces:
                 lines += [f"mkdir -p {place}", f"mount --bind {part} {place}", f"mount -o remount,bind,ro {place}"]
         for mount in pod["mounts"].get("network", []):
             place = Path(mount["path"])
-            with self._lock:
-                if not place.exists():
-                    place.mkdir()
-                    self._made.append(place)
-            lines.append(f"mount --bind {self.folder / 'volume'} {place}")
+            self._make(place)
+            lines.append(f"mount --rbind {self.folder / 'volume'} {place}")
+        self._make(START)
+        (root / "start.sh").write_text(START_SCRIPT)
+        (root / "start.sh").chmod(0o755)
         # /tmp last: what is mounted from may lie there.
         lines += [f"mount --rbind {stead} {hidden}" for hidden, stead in own.items() if hidden != TMP]
         lines += [
+            f"cp -a /etc {root / 'etc'}",
+            f"mount --bind {root / 'etc'} /etc",
             f"mount --bind {self._hosts} /etc/hosts",
+            f"mount --bind {root / 'start.sh'} {START}",
             "mount -t tmpfs -o size=2g tmpfs /dev/shm",
             "mount -t tmpfs tmpfs /run",
             "mkdir -p /run/sshd",
             f"mount --rbind {own[TMP]} /tmp",
             "chmod 1777 /tmp",
-            "umask 077",
-            'printf "%s\\n" "$PUBLIC_KEY" > /root/.ssh/authorized_keys',
-            "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/host_key",
-            # As a child: sshd writes its title over the environment, which is read from the first process.
-            "$(command -v sshd) -D -e -f /dev/null -h /root/.ssh/host_key -o UsePAM=no -o PasswordAuthentication=no "
-            "-o PermitRootLogin=prohibit-password -o StrictModes=no -o MaxSessions=50 -o MaxStartups=50:30:100 "
-            "-o PidFile=none -o Subsystem='sftp internal-sftp' &",
-            "wait",
+            f"exec {shlex.join(shlex.split(pod['args']) or [str(START)])}",
         ]
         return "\n".join(lines) + "\n"
+
+    def _make(self, place: Path) -> None:
+        """A place to mount on, for as long as there are pods: a folder, or a file where it has an ending."""
+        with self._lock:
+            if not place.exists():
+                place.touch() if place.suffix else place.mkdir()
+                self._made.append(place)
 
 
 class Forwarder:

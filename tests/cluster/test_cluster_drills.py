@@ -5,19 +5,32 @@ The tests of this file go on from each other: a cluster takes half a minute to s
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import json
 import re
-import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from altgrad_cluster.api import Api
+from altgrad_cluster.provider import RunPodNodeProvider
+from conftest import PUBLIC_KEY, WORKER
+from drill_cluster import (
+    ASK_CONTROL,
+    ASK_RAYLETS,
+    Cluster,
+    answers_to_strangers,
+    bytes_of,
+    full_disk,
+    half_way,
+    in_pod,
+    one_json,
+    open_ports,
+    private,
+    trains,
+    want_two_workers,
+)
 from fake_runpod import FakeRunPod, until
 from laptop import ROOT, Laptop, ledger
 from pod_namespaces import OUTSIDE, Namespaces, run, why_not
@@ -25,6 +38,7 @@ from smallest import SMALLEST
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 STEPS = 600
+NODE = {"image": "runpod/pytorch:x", "gpus": ["NVIDIA L4"], "data_centers": ["EU-RO-1"]}
 SWEEP = SMALLEST | {"name": "drill", "seeds": 1, "steps": STEPS}
 ONE_GPU_EACH = (
     "import ray, time; ray.init(); f = ray.remote(num_gpus=1)(lambda: time.sleep(3) or "
@@ -32,33 +46,12 @@ ONE_GPU_EACH = (
 )
 
 
-class Cluster:
-    """The account, the laptop and the file of one cluster that is up."""
-
-    def __init__(self, folder: Path, pods: Namespaces, account: FakeRunPod) -> None:
-        self.pods, self.account, self.folder = pods, account, folder
-        self.laptop = Laptop(folder / "laptop", account)
-        self.file = self.laptop.file(cluster_name="drill", idle_timeout_minutes=0.7, orphan_minutes=0.6)
-        self.out = pods.folder / "volume" / "runs" / "drill"
-
-    @property
-    def workers(self) -> list[str]:
-        return self.account.of_kind("worker")
-
-    @property
-    def head(self) -> str:
-        (found,) = self.account.of_kind("head")
-        return found
-
-    def status(self) -> str:
-        return self.laptop.on_head(self.file, "ray status -v")
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("drills")
     pods = Namespaces(folder / "pods", ROOT)
-    with pods.ready(), FakeRunPod(pods, boot_s=1).serving(OUTSIDE) as account:
+    full = pods.folder / "volume/.altgrad"
+    with pods.ready(), full_disk(full), FakeRunPod(pods, boot_s=1).serving(OUTSIDE) as account:
         made = Cluster(folder, pods, account)
         made.laptop.run("ray", "up", "-y", made.file, "--disable-usage-stats", timeout=240)
         yield made
@@ -132,13 +125,13 @@ def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_kill
         account.faults.rate_limited_until = time.monotonic() + 8
 
         # A worker is taken away while it trains.
-        trial = until(lambda: _half_way(cluster.out), 180, "a trial is half way")
+        trial = until(lambda: half_way(cluster.out), 180, "a trial is half way")
         assert cluster.workers == [first]
         account.interrupt(first)
         until(lambda: first not in account.pods, 60, "the interrupted worker is deleted")
         (second,) = until(lambda: cluster.workers, 120, "it is replaced")
         until(lambda: account.pods[second]["status"] == "RUNNING", 60, "the new pod runs")
-        until(lambda: _trains(cluster, second, trial), 180, "the trial goes on, on the new pod", step=0.05)
+        until(lambda: trains(cluster, second, trial), 180, "the trial goes on, on the new pod", step=0.05)
         until(lambda: (cluster.out / "report/report.html").exists(), 400, "the sweep ends with its report")
         until(lambda: "running" not in job_status().lower(), 60, "the job ends")
         assert "succeeded" in job_status(), laptop.run("ray", "job", "logs", "--address", dashboard, job)[-4000:]
@@ -150,21 +143,57 @@ def test_a_sweep_outlives_a_cap_full_candidates_a_lost_answer_a_storm_and_a_kill
     assert made["GET 429"] > 0 and not account.violations
 
 
+def test_spending_is_recorded_although_the_volume_is_full(cluster: Cluster) -> None:
+    said = cluster.laptop.run("altgrad", "cluster", "cost", cluster.file)
+    assert "recorded by the head" in said and float(re.search(r"spent  \$([\d.]+)", said)[1]) > 0, said
+    log = in_pod(cluster, cluster.head, "cat", "/root/.altgrad/watch.log")
+    assert "spending can't be copied there (No space left on device)" in log and "Traceback" not in log
+
+
+def test_a_pod_that_no_set_up_reaches_deletes_itself(cluster: Cluster, capsys) -> None:
+    """As when the laptop or the head is lost between the creation and the first command."""
+    account, started = cluster.account, time.monotonic()
+    config = {"type": "external", "api_base": account.url, "public_key": PUBLIC_KEY, "set_up_minutes": 0.1}
+    lost = RunPodNodeProvider(config, "lost", api=Api(lambda: account.key, account.url))
+    (pod_id,) = lost.create_node(NODE, WORKER, 1)
+    until(lambda: account.pods[pod_id]["status"] == "RUNNING", 30, "the pod runs")
+    until(lambda: pod_id not in account.pods, 40, "the pod deletes itself")
+    assert (time.monotonic() - started) > 6
+    with capsys.disabled():
+        print(f"\n  a pod without a set-up gone after {time.monotonic() - started:.0f} s, 6 s were set")
+
+
+def test_a_worker_whose_gpu_fails_its_test_never_joins(cluster: Cluster) -> None:
+    cluster.pods.broken_gpus = 1
+    want_two_workers(cluster)
+    (broken,) = until(lambda: cluster.pods.broken, 30, "a worker without a GPU that works")
+    gpu = cluster.account.pods[broken]["gpu"]["id"]
+    until(lambda: broken not in cluster.account.pods, 120, "it is deleted")
+    until(lambda: "2.0 GPU" in cluster.status(), 180, "Ray runs on two others", step=2)
+    assert broken not in cluster.workers and len(cluster.workers) == 2
+    newest = cluster.account.bodies[-1]
+    assert newest["gpu"]["id"] != gpu, "the same machine would be rented again"
+    log = cluster.laptop.on_head(cluster.file, "cat /tmp/ray/session_latest/logs/monitor.*")
+    assert "GPU self-test: 1 GPU asked for, none usable on" in log
+    alive = in_pod(cluster, cluster.head, "cat", "/root/.altgrad/watch.pid")
+    assert alive.isdigit() and time.monotonic() - cluster.started > 60 * cluster.set_up_minutes
+
+
 def test_nothing_but_22_is_open_from_outside(cluster: Cluster) -> None:
-    for pod_id in (cluster.head, *_want_two_workers(cluster)):
-        assert _open_ports(cluster.pods.public_ip(pod_id)) == [22], pod_id
+    for pod_id in (cluster.head, *want_two_workers(cluster)):
+        assert open_ports(cluster.pods.public_ip(pod_id)) == [22], pod_id
 
 
 def test_nothing_answers_without_the_token_from_inside(cluster: Cluster) -> None:
-    workers = sorted(_want_two_workers(cluster))
+    workers = sorted(want_two_workers(cluster))
     until(lambda: "2.0 GPU" in cluster.status(), 120, "Ray runs on both", step=2)
-    token, head_ip = (cluster.laptop.home / ".ray/auth_token").read_text(), _private(cluster, cluster.head)
+    token, head_ip = (cluster.laptop.home / ".ray/auth_token").read_text(), private(cluster, cluster.head)
     tokens = {"none": "", "wrong": "0" * 64, "right": token}
 
     # The head's control service, with Ray's own client, from another pod.
     for name, given in tokens.items():
         mode = "disabled" if name == "none" else "token"
-        said = _in_pod(
+        said = in_pod(
             cluster,
             workers[0],
             "env",
@@ -180,7 +209,7 @@ def test_nothing_answers_without_the_token_from_inside(cluster: Cluster) -> None
 
     # The raylet of every node.
     (cluster.pods.root(cluster.head) / "tmp/ask.py").write_text(ASK_RAYLETS)
-    codes = _json(_in_pod(cluster, cluster.head, "python3", "/tmp/ask.py", json.dumps(tokens)))
+    codes = one_json(in_pod(cluster, cluster.head, "python3", "/tmp/ask.py", json.dumps(tokens)))
     assert len(codes) == 3 and all(
         code == {"none": "UNAUTHENTICATED", "wrong": "UNAUTHENTICATED", "right": "OK"} for code in codes.values()
     ), codes
@@ -189,7 +218,7 @@ def test_nothing_answers_without_the_token_from_inside(cluster: Cluster) -> None
     for name, status in (("none", "401"), ("wrong", "403"), ("right", "200")):
         header = ("-H", f"Authorization: Bearer {tokens[name]}") if name != "none" else ()
         assert (
-            _in_pod(
+            in_pod(
                 cluster,
                 cluster.head,
                 "curl",
@@ -204,15 +233,15 @@ def test_nothing_answers_without_the_token_from_inside(cluster: Cluster) -> None
             == status
         ), name
     for worker in workers:
-        assert "onnect" in _in_pod(cluster, worker, "curl", "-sS", "-m", "5", f"http://{head_ip}:8265/api/jobs/")
-        answers = _answers_to_strangers(cluster, cluster.head, _private(cluster, worker))
+        assert "onnect" in in_pod(cluster, worker, "curl", "-sS", "-m", "5", f"http://{head_ip}:8265/api/jobs/")
+        answers = answers_to_strangers(cluster, cluster.head, private(cluster, worker))
         assert all(answer.startswith("# HELP ") for answer in answers), "only Ray's metrics can be read without a token"
 
 
 def test_secrets_are_only_where_they_belong(cluster: Cluster) -> None:
     """Key and token stand in their own files, of mode 0600, and in no other file, environment, command or request."""
     laptop, pods, key = cluster.laptop, cluster.pods, cluster.account.key
-    nodes = [cluster.head, *_want_two_workers(cluster)]
+    nodes = [cluster.head, *want_two_workers(cluster)]
     homes, token = [pods.root(pod_id) / "home" for pod_id in nodes], (laptop.home / ".ray/auth_token").read_text()
     until(lambda: all((home / ".ray/auth_token").exists() for home in homes), 60, "every node has the token")
     keys = {laptop.home / ".altgrad/clusters/drill/runpod_api_key", homes[0] / ".altgrad/runpod_api_key"}
@@ -229,10 +258,23 @@ def test_secrets_are_only_where_they_belong(cluster: Cluster) -> None:
     for pod_id in nodes:
         for pid in run("ip", "netns", "pids", pods.namespace(pod_id)).split():
             for file in ("environ", "cmdline"):
-                text = _read(Path(f"/proc/{pid}/{file}"))
+                text = bytes_of(Path(f"/proc/{pid}/{file}"))
                 assert key.encode() not in text and token.encode() not in text, (pod_id, text[:200])
     said = json.dumps(cluster.account.bodies)
     assert key not in said and token not in said
+
+
+def test_secrets_of_sweeps_reach_the_head_and_workers_only_what_is_meant(cluster: Cluster) -> None:
+    workers = want_two_workers(cluster)
+    for pod_id in (cluster.head, *workers):
+        said = in_pod(cluster, pod_id, "printenv").splitlines()
+        assert ("WANDB_API_KEY=wandb-secret" in said) == (pod_id == cluster.head), pod_id
+        assert "HF_TOKEN=hf_secret" in said, pod_id
+        # What the head does with the account it does although its shells have the pod's own key.
+        assert any(line.startswith("RUNPOD_API_KEY=podkey_") for line in said), pod_id
+        modes = in_pod(cluster, pod_id, "stat", "-c", "%a", "/root/.altgrad/secrets.env", "/root/.cache/altgrad")
+        assert modes.split() == ["600", "700"], pod_id
+    assert "secret" not in json.dumps(cluster.account.bodies)
 
 
 def test_what_the_head_lost_the_doctor_finds(cluster: Cluster) -> None:
@@ -245,154 +287,28 @@ def test_what_the_head_lost_the_doctor_finds(cluster: Cluster) -> None:
 
 
 def test_a_restarted_head_adopts_its_workers(cluster: Cluster) -> None:
-    before = _want_two_workers(cluster)
+    before = want_two_workers(cluster)
     posts = cluster.account.count("POST")
     cluster.laptop.run("ray", "up", "-y", "--restart-only", cluster.file, "--disable-usage-stats", timeout=240)
     said = cluster.laptop.on_head(cluster.file, f'python3 -c "{ONE_GPU_EACH}"', timeout=240)
-    assert str(sorted(_private(cluster, worker) for worker in before)) in said
+    assert str(sorted(private(cluster, worker) for worker in before)) in said
     assert set(cluster.workers) == before and cluster.account.count("POST") == posts
 
 
 def test_workers_delete_themselves_when_the_head_is_gone(cluster: Cluster, capsys) -> None:
-    _want_two_workers(cluster)
+    want_two_workers(cluster)
     until(lambda: "2.0 GPU" in cluster.status(), 120, "Ray runs on both", step=3)
-    deletions, started = cluster.account.count("DELETE"), time.monotonic()
-    cluster.account.vanish(cluster.head)
-    until(lambda: cluster.account.count("DELETE") == deletions + 2, 150, "the workers delete themselves")
-    assert not cluster.account.pods
+    account, started = cluster.account, time.monotonic()
+    deletions, unwilling = account.endings()["DELETE 204"], cluster.workers[0]
+    account.faults.undeletable = {unwilling: 500}
+    account.vanish(cluster.head)
+    until(lambda: account.endings()["DELETE 204"] == deletions + 1, 150, "one deletes itself")
+    assert set(account.pods) == {unwilling}
+    until(lambda: account.endings()["DELETE 500"], 60, "the other asks for it")
+    account.faults.undeletable = {}
+    until(lambda: account.endings()["DELETE 204"] == deletions + 2, 150, "the workers delete themselves")
+    assert not account.pods
     with capsys.disabled():
         print(f"\n  orphans gone after {time.monotonic() - started:.0f} s, 36 s were set")
     said = cluster.laptop.run("altgrad", "cluster", "gc", cluster.file)
     assert "nothing is left over" in said and not cluster.account.violations
-
-
-def _want_two_workers(cluster: Cluster) -> set[str]:
-    """Two GPUs are asked for, until the head is told otherwise or restarted; the workers' ids."""
-    ask = (
-        "import ray; from ray.autoscaler.sdk import request_resources as ask; ray.init(); "
-        "ask(bundles=[{'GPU': 1}, {'GPU': 1}])"
-    )
-    cluster.laptop.on_head(cluster.file, f'python3 -c "{ask}"')
-    until(lambda: len(cluster.workers) == 2, 120, "two workers")
-    return set(cluster.workers)
-
-
-def _half_way(out: Path) -> str | None:
-    """A trial that has a checkpoint and some steps, and has not ended."""
-    for rows in out.glob("trials/*/metrics.jsonl"):
-        is_open = (rows.parent / "checkpoint").exists() and not (rows.parent / "outcome.json").exists()
-        if is_open and rows.read_text().count("\n") >= 30:
-            return rows.parent.name
-    return None
-
-
-def _private(cluster: Cluster, pod_id: str) -> str:
-    return str(cluster.account.pods[pod_id]["globalNetworking"]["ip"])
-
-
-def _in_pod(cluster: Cluster, pod_id: str, *words: str) -> str:
-    """Output of a command in the pod, run by its own login."""
-    direct = cluster.account.pods[pod_id]["ssh"]["direct"]
-    key = cluster.laptop.home / ".altgrad/clusters/drill/id_ed25519"
-    done = subprocess.run(
-        [
-            "ssh",
-            "-i",
-            str(key),
-            "-p",
-            str(direct["port"]),
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-            "-o",
-            "LogLevel=ERROR",
-            f"root@{direct['host']}",
-            f". ~/.bashrc; {shlex.join(words)}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
-    return (done.stdout + done.stderr).strip()
-
-
-def _trains(cluster: Cluster, pod_id: str, trial: str) -> bool:
-    """Whether a process of the pod has a file of this trial's folder open."""
-    found = subprocess.run(["ip", "netns", "pids", cluster.pods.namespace(pod_id)], capture_output=True, text=True)
-    for pid in found.stdout.split():
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            with contextlib.suppress(OSError):
-                if trial in str(link.readlink()):
-                    return True
-    return False
-
-
-ASK_CONTROL = """
-import sys
-from ray._raylet import GcsClient
-GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 5)
-print('LET IN')
-"""
-ASK_RAYLETS = """
-import json, sys, grpc, ray
-ray.init(log_to_driver=False)
-def code(node, token):
-    with grpc.insecure_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
-        call = channel.unary_unary('/ray.rpc.NodeManagerService/GetNodeStats')
-        try:
-            call(b'', metadata=[('authorization', f'Bearer {token}')] if token else [], timeout=10)
-        except grpc.RpcError as error:
-            return error.code().name
-    return 'OK'
-tokens = json.loads(sys.argv[1])
-print(json.dumps({node['NodeManagerAddress']: {name: code(node, token) for name, token in tokens.items()}
-                  for node in ray.nodes() if node['Alive']}))
-"""
-STRANGER = """
-import json, socket, sys, urllib.request
-address, found = sys.argv[1], []
-for port in range(1, 65536):
-    with socket.socket() as one:
-        one.settimeout(2)
-        if one.connect_ex((address, port)):
-            continue
-    try:
-        found.append(urllib.request.urlopen(f"http://{address}:{port}/api/jobs/", timeout=3).read(40).decode())
-    except Exception:
-        pass
-print(json.dumps(found))
-"""
-"""Asks every port for jobs, without a token, and keeps how the answers begin."""
-
-
-def _answers_to_strangers(cluster: Cluster, pod_id: str, address: str) -> list[str]:
-    """As seen from another pod of the account."""
-    (cluster.pods.root(pod_id) / "tmp/stranger.py").write_text(STRANGER)
-    return list(_json(_in_pod(cluster, pod_id, "python3", "/tmp/stranger.py", address)))
-
-
-def _open_ports(address: str) -> list[int]:
-    """Every TCP port of the address that accepts a connection from here."""
-
-    def accepts(port: int) -> bool:
-        with socket.socket() as one:
-            one.settimeout(5)
-            return one.connect_ex((address, port)) == 0
-
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        return [port for port, is_open in enumerate(pool.map(accepts, range(1, 65536)), 1) if is_open]
-
-
-def _json(said: str) -> Any:
-    """The one line of an output that is JSON."""
-    return json.loads(next(line for line in said.splitlines() if line[:1] in "{[" and line[-1:] in "}]"))
-
-
-def _read(path: Path) -> bytes:
-    """Nothing where the process has ended meanwhile."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""

@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from altgrad_cluster import naming
+from altgrad_cluster import keys, naming
 from altgrad_cluster.api import Api
 from altgrad_cluster.provider import RunPodNodeProvider
 from conftest import POD, PUBLIC_KEY, WORKER
@@ -51,11 +52,13 @@ def test_only_port_22_is_published_and_no_secret_is_in_the_environment(account, 
     provider().create_node(POD, WORKER, 1)
     (body,) = account.bodies
     assert body["ports"] == ["22/tcp"] and body["cloud"] == "SECURE" and body["globalNetworking"] is True
-    assert set(body["env"]) == {"PUBLIC_KEY", naming.TAGS_VARIABLE}
+    assert set(body["env"]) == {"PUBLIC_KEY", naming.TAGS_VARIABLE, naming.GPU_COUNT_VARIABLE}
     assert account.key not in str(body)
 
 
 def test_fixed_tags_come_from_the_pod_and_changing_ones_from_this_machine(account, provider):
+    """In another process on the head, where the environment has the pod's own key: the mounted one counts."""
+    keys.write_private(Path(keys.REMOTE_API_KEY).expanduser(), account.key)
     first = provider()
     (pod_id,) = first.create_node(POD, WORKER, 1)
     first.set_node_tags(pod_id, {"ray-node-status": "setting-up"})
@@ -69,7 +72,7 @@ def test_fixed_tags_come_from_the_pod_and_changing_ones_from_this_machine(accoun
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "RUNPOD_API_KEY": account.key, "PYTHONPATH": ":".join(sys.path)},
+        env={**os.environ, "RUNPOD_API_KEY": "podkey_of_the_pod_itself", "PYTHONPATH": ":".join(sys.path)},
     )
     expected = {**WORKER, "ray-node-status": "setting-up", "ray-runtime-config": "h1"}
     assert done.stdout.strip() == str(sorted(expected.items())), done.stderr[-2000:]
