@@ -10,19 +10,23 @@ sed -i '\#altgrad/cluster/env.sh#d' ~/.bashrc
 echo '. ~/altgrad/cluster/env.sh' >> ~/.bashrc
 . ~/altgrad/cluster/env.sh
 if ! python3 -m altgrad_cluster.node_check software "$ray_version" >/dev/null 2>&1; then
-    if ! [ -x "$venv/bin/pip" ]; then
-        python3 -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null; }
+    if ! [ -x "$venv/bin/python3" ]; then
         # An image's python3 may live in a virtual environment, whose packages --system-site-packages does not mean.
         packages=$(python3 -c 'import site, sys; print("\n".join(site.getsitepackages() * (sys.prefix != sys.base_prefix)))')
-        python3 -m venv --system-site-packages "$venv"
+        python3 -m venv --system-site-packages --without-pip "$venv"
         echo "$packages" > "$("$venv/bin/python3" -c 'import site; print(site.getsitepackages()[0])')/image.pth"
     fi
     . ~/altgrad/cluster/env.sh
-    python3 -m pip install --quiet --disable-pip-version-check -e ~/altgrad "ray[default,tune,train]==$ray_version"
+    # The image's pip serves, where it has one.
+    python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip >/dev/null; }
+    # The code itself is on PYTHONPATH.
+    mapfile -t wanted < <(python3 -m altgrad_cluster.node_check requirements "$ray_version")
+    python3 -m pip install --quiet --disable-pip-version-check "${wanted[@]}"
     # The image's own `ray` would start Ray with the image's python3.
-    if ! [ -e "$venv/bin/ray" ]; then
-        printf '#!/bin/sh\nexec "%s/bin/python3" -m ray.scripts.scripts "$@"\n' "$venv" > "$venv/bin/ray"
-        chmod 755 "$venv/bin/ray"
-    fi
+    for command in ray=ray.scripts.scripts altgrad=altgrad; do
+        [ -e "$venv/bin/${command%%=*}" ] ||
+            printf '#!/bin/sh\nexec "%s/bin/python3" -m %s "$@"\n' "$venv" "${command#*=}" > "$venv/bin/${command%%=*}"
+        chmod 755 "$venv/bin/${command%%=*}"
+    done
 fi
 python3 -m altgrad_cluster.node_check "$kind" "$ray_version"

@@ -3,7 +3,8 @@
 `ray up` itself looks healthy when the head can't import the provider, or reads the account with a wrong key; only
 nothing ever scales. A worker with a broken GPU or too old a driver would take trials and lose them. So this fails
 first, in one line per trouble: `python -m altgrad_cluster.node_check KIND RAY_VERSION`, KIND being head or worker on
-RunPod, machine for one of one's own, and software for what has to be installed only.
+RunPod, machine for one of one's own, and software for what has to be installed only. With `requirements` it prints what
+pip has to install.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _software(ray_version: str) -> Iterator[str]:
         yield f"ray: {found} here and {ray_version} where `ray up` ran: equal versions are expected"
     from packaging.requirements import Requirement  # Ray needs it too
 
-    for text in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]:
+    for text in _dependencies():
         wanted = Requirement(text)
         try:
             version = metadata.version(wanted.name)
@@ -68,6 +69,15 @@ def _software(ray_version: str) -> Iterator[str]:
             continue
         if wanted.name != "ray" and not wanted.specifier.contains(version, prereleases=True):
             yield f"{wanted.name}: {version} in {sys.executable}; {wanted.specifier} is expected"
+
+
+def _dependencies() -> list[str]:
+    return [str(text) for text in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]]
+
+
+def requirements(ray_version: str) -> list[str]:
+    """The project's dependencies, with the version of Ray that the cluster runs."""
+    return [text.split(">=")[0] + f"=={ray_version}" if text.startswith("ray[") else text for text in _dependencies()]
 
 
 def _account() -> Iterator[str]:
@@ -105,9 +115,14 @@ def _secrets(kind: str) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2 or argv[0] not in KINDS:
-        print(f"usage: python -m altgrad_cluster.node_check {'|'.join(KINDS)} RAY_VERSION", file=sys.stderr)
+    if len(argv) != 2 or argv[0] not in (*KINDS, "requirements"):
+        print(
+            f"usage: python -m altgrad_cluster.node_check {'|'.join(KINDS)}|requirements RAY_VERSION", file=sys.stderr
+        )
         return 2
+    if argv[0] == "requirements":
+        print("\n".join(requirements(argv[1])))
+        return 0
     found = list(troubles(*argv))
     for line in found:
         print(f"altgrad: {line}", file=sys.stderr)
