@@ -17,6 +17,7 @@ from altgrad.sweep.spec import SweepSpec
 from altgrad.sweep.wandb_mirror import mode_of
 from altgrad.training.config import MODELS
 from altgrad.training.data import NAMED
+from altgrad.training.devices import gpu_count
 
 SPEC_FLAGS = {
     "formats": ("formats", "E5M2,E4M3 or all: the eight 8-bit splits, BF16 and FP16; FP32 is the reference"),
@@ -74,7 +75,11 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-concurrent", metavar="N", help="trials at a time; default one per core")
     parser.add_argument("--executor", default="auto", help="auto, actor (one worker, reused) or train (Ray Train)")
     parser.add_argument("--workers-per-trial", default="1", metavar="N", help="data-parallel processes of a trial")
-    parser.add_argument("--gpus-per-trial", default="0", metavar="F", help="GPUs of each worker; .25: four share one")
+    parser.add_argument(
+        "--gpus-per-trial",
+        metavar="F",
+        help="GPUs of each worker; .25: four share one; 0: train on CPUs; default one, where there are any",
+    )
     parser.add_argument(
         "--interval-timeout",
         default="900",
@@ -119,7 +124,7 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             f"--address: {request.address!r} is not allowed: local, auto, or the HOST:PORT of a head "
             f"(for ray:// submit the command as a job){nearest(request.address, ('local', 'auto'))}"
         )
-    concurrent = request.max_concurrent
+    concurrent, gpus = request.max_concurrent, request.gpus_per_trial
     try:
         options = RunOptions(
             out=request.out or Path("runs") / spec.name,
@@ -128,7 +133,7 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             max_concurrent=None if concurrent is None else _number_of("--max-concurrent", concurrent),
             executor=cast(Executor, check_choice(request.executor, get_args(Executor), "executor")),
             workers_per_trial=_number_of("--workers-per-trial", request.workers_per_trial),
-            gpus_per_trial=_amount_of("--gpus-per-trial", request.gpus_per_trial),
+            gpus_per_trial=None if gpus is None else _amount_of("--gpus-per-trial", gpus),
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
             wandb=mode_of(request.wandb),
             budget=Budget(
@@ -139,6 +144,8 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
                 }
             ),
         )
+        if options.address == "local":
+            options = options.settled(gpu_count())
         options.check(spec)
     except ValueError as error:
         text = str(error)

@@ -22,6 +22,7 @@ from altgrad.sweep.sampling import sample_count
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
+from altgrad.training.devices import gpu_count
 
 
 def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:
@@ -84,7 +85,7 @@ def _conclude(result: SweepResult) -> int:
         print(outdated_text(result.outdated))
     print(f"report: {finding.path}")
     if result.broken is not None:
-        print(f"altgrad: the sweep ended early, three trials failed alike: {result.broken}", file=sys.stderr)
+        print(f"altgrad: the sweep ended early: {result.broken}", file=sys.stderr)
     if result.over_budget is not None:
         print(
             f"altgrad: the budget is used up: {result.over_budget}; a higher cap goes on from the checkpoints",
@@ -125,7 +126,8 @@ def plan(request: argparse.Namespace) -> int:
 
 
 def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainConfig]) -> None:
-    concurrent = options.concurrent(cores(), 0.0) if options.address == "local" else options.max_concurrent or GROWING
+    here = {"CPU": float(cores()), "GPU": float(gpu_count())}
+    concurrent = options.concurrent(here) if options.address == "local" else options.max_concurrent or GROWING
     try:
         found = estimate(left, concurrent, min(concurrent, cores()), options)
     except Exception as error:  # whatever a trial raises in its probe it would raise in the sweep
@@ -134,7 +136,7 @@ def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainC
         print("nothing is left to run")
         return
     where = "" if options.address == "local" else "; by this machine's speed"
-    cost = f", {found.gpu_seconds / 3600:.2g} GPU-hours" if options.gpus_per_trial else ""
+    cost = f", {found.gpu_seconds / 3600:.2g} GPU-hours" if options.gpus else ""
     cost += "" if found.usd is None else f", {found.usd:.2f} dollars"
     print(
         f"estimate: {duration(found.wall_seconds)} for {len(left)} trials, {concurrent} at a time{cost} "

@@ -1,4 +1,4 @@
-"""Ray Tune as the engine: a flat list of trials, reused one-CPU actors, and a callback that keeps the ledger.
+"""Ray Tune as the engine: a flat list of trials, reused actors of one device, and a callback that keeps the ledger.
 
 Tune gets no search space to be clever about, only the trials that the ledger lacks, and keeps no record that
 anyone reads: its own files stand in a scratch folder that is removed afterwards. A trial whose actor dies is
@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ from ray.exceptions import RayError
 
 from altgrad.sweep.budget import Meter
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.executors import PAUSED, TrialActor, hung_at, run_request
+from altgrad.sweep.executors import PAUSED, TrialActor, run_request
+from altgrad.sweep.faults import Breaker, fault
 from altgrad.sweep.folder import cores
 from altgrad.sweep.groups import GroupWatch
 from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import WAITING
+from altgrad.sweep.nodes import ClusterSize, NodeWatch, devices_text
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
@@ -42,12 +43,12 @@ from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
 from altgrad.sweep.train_executor import DRIVER_CPUS, GROUP, WorkerGroup, group_trainable
 from altgrad.sweep.wandb_mirror import Mirror
 from altgrad.training.config import TrainConfig
-from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.devices import gpu_count
+from altgrad.training.outcome import Outcome
 
 OBJECT_STORE_BYTES = 200_000_000
 REACH_SECONDS = 5
 RETRIES = 2
-EQUAL_BUGS = 3
 PAUSES = 32
 """More times than a trial can pause in a race: rungs lie a factor apart."""
 
@@ -66,6 +67,7 @@ class Follower(tune.Callback):
         mirror: Mirror | None = None,
     ) -> None:
         self.groups: GroupWatch | None = None
+        self.nodes: NodeWatch | None = None
         """from when Ray is up"""
         self._growth, self._meter, self._mirror = growth, meter, mirror
         self._recorder = recorder
@@ -101,6 +103,8 @@ class Follower(tune.Callback):
 
     def _look(self, groups: GroupWatch, running: set[str]) -> None:
         ledger = self._recorder.ledger
+        if self.nodes is not None and (complaint := self.nodes.look()):
+            self._breaker.end(complaint)
         for group_id, line in groups.look(running).items():
             ledger.note(group_id, line)
             self._progress.note(line)
@@ -116,8 +120,6 @@ class Follower(tune.Callback):
             self._progress.waits(trial_id, int(trial.last_result["step"]))
             self.settle()
             return
-        if outcome is not None and outcome.kind is OutcomeKind.BUG:
-            self._breaker.count(outcome.message)
         self._ended(trial_id, outcome)
         self.settle()
 
@@ -125,7 +127,7 @@ class Follower(tune.Callback):
         trial_id = trial_id_of(trial)
         outcome = self._recorder.finish(trial_id)
         if outcome is None:
-            outcome = _fault(trial, self._recorder.folder / trial_id)
+            outcome = fault(trial, self._recorder.folder / trial_id)
             self._recorder.ledger.record_outcome(trial_id, outcome)
         self._ended(trial_id, outcome)
         self.settle()
@@ -136,37 +138,13 @@ class Follower(tune.Callback):
             self._ended(trial_id, self._recorder.finish(trial_id, self._scheduler.verdicts[trial_id]))
 
     def _ended(self, trial_id: str, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._breaker.count(outcome)
         self._progress.ended(trial_id, outcome)
         if self._mirror is not None:
             self._mirror.end(trial_id, outcome)
         if self._growth is not None and outcome is not None:
             self._growth.ended(trial_id)
-
-
-class Breaker(tune.Stopper):
-    """Ends the sweep when the same error has come back often enough, or the budget is used up."""
-
-    def __init__(self, meter: Meter | None = None) -> None:
-        self._seen: Counter[str] = Counter()
-        self._meter = meter
-
-    def __reduce__(self) -> tuple[type[Breaker], tuple[()]]:
-        """As for `Follower`: the meter's ledger can't go along."""
-        return Breaker, ()
-
-    def count(self, message: str) -> None:
-        self._seen[message] += 1
-
-    @property
-    def reason(self) -> str | None:
-        """The error that came back, or None."""
-        return next((message for message, times in self._seen.items() if times >= EQUAL_BUGS), None)
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.reason is not None or (self._meter is not None and self._meter.exceeded is not None)
 
 
 def drive(
@@ -205,6 +183,7 @@ def drive(
                     against.get(trial_id),
                     own_guards=options.worker_guards,
                     interval_timeout=options.interval_timeout,
+                    gpus=options.gpus,
                 )
                 for trial_id, config in new.items()
             }
@@ -221,20 +200,20 @@ def drive(
     pauses = max(PAUSES, race.most_pauses + 1) if isinstance(race, Population) else PAUSES
     progress.watch(_start(options.address))
     follower.settle()
-    cpus, gpus = (ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU"))
     # A population hands checkpoints over between one-device trials.
-    executor = "actor" if isinstance(race, Population) else options.chosen_executor(gpus)
-    progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial")
+    executor = "actor" if isinstance(race, Population) else options.chosen_executor
+    size = ClusterSize()
+    progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial, {devices_text(options)}")
     follower.groups = GroupWatch(worker_group(options).resources() if executor == "train" else None)
+    follower.nodes = None if options.address == "local" else NodeWatch(recorder.folder)
     try:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tune.Tuner(
             trainable(executor, options, scratch),
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
-                search_alg=TrialQueue(requests, against, race, more),
+                search_alg=TrialQueue(requests, against, race, more, lambda: options.concurrent(*size.read())),
                 num_samples=pauses * planned,
-                max_concurrent_trials=options.concurrent(cpus, gpus),
                 reuse_actors=executor == "actor",
                 trial_name_creator=trial_id_of,
                 trial_dirname_creator=trial_id_of,
@@ -263,20 +242,22 @@ def drive(
 def trainable(executor: str, options: RunOptions, scratch: Path) -> Any:
     """What Tune runs for each trial, with what it asks for."""
     if executor == "actor":
-        gpus = {"gpu": options.gpus_per_trial} if options.gpus_per_trial else {}
-        return tune.with_resources(TrialActor, {"cpu": 1} | gpus)
+        # Where GPUs are what is scarce, a machine with fewer cores than GPUs must still use them all.
+        needs: dict[str, float] = {"cpu": DRIVER_CPUS, "gpu": options.gpus} if options.gpus else {"cpu": 1}
+        return tune.with_resources(TrialActor, needs)
     return tune.with_resources(group_trainable(worker_group(options), scratch / "train"), {"cpu": DRIVER_CPUS})
 
 
 def worker_group(options: RunOptions) -> WorkerGroup:
     """What a trial runs on under Ray Train."""
-    return WorkerGroup(options.workers_per_trial, gpus=options.gpus_per_trial, retries=RETRIES)
+    return WorkerGroup(options.workers_per_trial, gpus=options.gpus, retries=RETRIES)
 
 
-def reach(options: RunOptions) -> list[str]:
-    """What is to be said of the cluster at the address, before anything is touched; stays connected to none.
+def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
+    """The options as this cluster decides them, and what is to be said of it before anything is touched.
 
-    Raises ConnectionError where no Ray cluster answers, SpecError where this sweep can't run on it.
+    Stays connected to none. Raises ConnectionError where no Ray cluster answers, SpecError where this sweep can't run
+    on it, ValueError where the options can't be met there.
     """
     if options.address != "auto":
         # Ray itself would knock for minutes at a port that nobody listens on.
@@ -287,7 +268,9 @@ def reach(options: RunOptions) -> list[str]:
             raise ConnectionError(str(error)) from None
     try:
         _start(options.address)
-        return list(check_cluster(options, worker_group(options).resources()))
+        now, most = ClusterSize().read()
+        options = options.settled(max(now.get("GPU", 0.0), (most or {}).get("GPU", 0.0)))
+        return options, list(check_cluster(options, worker_group(options).resources()))
     except (RuntimeError, RayError, ConnectionError) as error:
         # Where the cluster was to be found by itself, none may be there.
         is_lost = isinstance(error, ConnectionError) and options.address == "auto"
@@ -303,7 +286,8 @@ def _start(address: str) -> str | None:
     """Starts a local Ray, or connects to a running one; returns where its dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        quiet |= {"num_cpus": cores(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
+        quiet |= {"num_cpus": cores(), "num_gpus": gpu_count()}
+        quiet |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
     with _sigterm_stays_the_callers():
         found = ray.init(address=address, **quiet).dashboard_url
     return f"http://{found}" if found else None
@@ -329,19 +313,3 @@ def _forget(ended: Iterable[Any]) -> None:
     for trial in ended:
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
-
-
-def _fault(trial: Any, folder: Path | None = None) -> Outcome:
-    """What ended a trial that could not end itself, from Ray's own words."""
-    file = None if trial.error_file is None else Path(trial.error_file)
-    text = file.read_text().strip() if file is not None and file.exists() else "the actor died"
-    kind = OutcomeKind.NODE_LOST
-    hung = None if folder is None else hung_at(folder)
-    if hung is not None:
-        kind, text = OutcomeKind.TIMEOUT, f"a log interval did not end in time: {hung}"
-    elif "OutOfMemory" in text or "low on memory" in text:
-        kind = OutcomeKind.OOM
-    elif "TimeoutError" in text:
-        kind = OutcomeKind.TIMEOUT
-    step = int((trial.last_result or {}).get("step", 0))
-    return Outcome(kind=kind, step=step, message=text.splitlines()[-1][:200])

@@ -8,8 +8,9 @@ there by itself; Ray's own checkpoints carry nothing, so a retry after a death s
 
 An exception in a trial must not cost the others anything: it becomes an outcome (`oom` or `bug`) in the trial's own
 folder, with the whole traceback beside it. Out of memory is first answered by halving the micro-batch, once. A folder
-that another living process owns is no bug of the trial: that error goes to Ray, which tries again. A trial that hangs
-can't say so: a watchdog ends its process, and leaves in the folder where it hung.
+that another living process owns, a GPU that is not there or has failed are no bugs of the trial: these errors go to
+Ray, which tries again in a fresh process, maybe elsewhere. A trial that hangs can't say so: a watchdog ends its
+process, and leaves in the folder where it hung.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
+from pydantic import ValidationError
 from ray import tune
 
 from altgrad.sweep.folder import is_disk_full
 from altgrad.training.config import TrainConfig
+from altgrad.training.devices import NoGpu, own_device
 from altgrad.training.guards import guarded_view
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain, write_json
@@ -55,12 +57,13 @@ def run_request(
     *,
     own_guards: bool = True,
     interval_timeout: float = 0.0,
+    gpus: float = 0.0,
 ) -> dict[str, str]:
     """What an executor needs to run a trial; plain strings, so that Ray has nothing to interpret.
 
     `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. Where a log
-    interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. A key `until` may be added:
-    the step at which the trial pauses, with a checkpoint.
+    interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. `gpus`: what each of its
+    processes asks Ray for. A key `until` may be added: the step at which the trial pauses, with a checkpoint.
     """
     return {
         "trial_id": trial_id,
@@ -69,6 +72,7 @@ def run_request(
         "reference": reference or "",
         "own_guards": "yes" if own_guards else "",
         "interval_timeout": str(interval_timeout),
+        "gpus": str(gpus),
     }
 
 
@@ -84,13 +88,14 @@ def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
 class TrialRun:
     """A request at work in this process, one of `workers`; `step` trains one log interval."""
 
-    def __init__(self, request: Mapping[str, str], workers: Workers = ALONE, device: str = "cpu") -> None:
-        self._config = TrainConfig.model_validate_json(request["config"])
+    def __init__(self, request: Mapping[str, str], workers: Workers = ALONE) -> None:
+        self._request = request
         self._folder = Path(request["folder"])
         self._until = int(request.get("until", 0))
         self._patience = float(request.get("interval_timeout", 0))
         self._reference, self._own_guards = request["reference"], bool(request["own_guards"])
-        self._workers, self._device = workers, device
+        self._gpus = float(request.get("gpus", 0))
+        self._workers = workers
         self._trainer: Trainer | None = None
         self._rows: Iterator[dict[str, Any]] | None = None
         self._reached = 0
@@ -100,12 +105,14 @@ class TrialRun:
         try:
             with self._watched():
                 return self._interval()
-        except TimeoutError:
+        except (TimeoutError, NoGpu):
             raise
         except Exception as error:  # the boundary: whatever a trial raises is that trial's own outcome
             if is_disk_full(error):
                 raise
             if not is_out_of_memory(error):
+                if isinstance(error, torch.AcceleratorError):
+                    raise  # after an error of the device, nothing works in this process any more
                 return self._failed(OutcomeKind.BUG, error)
             if not self._can_halve():
                 return self._failed(OutcomeKind.OOM, error)
@@ -122,12 +129,12 @@ class TrialRun:
     def _interval(self) -> dict[str, Any]:
         if self._trainer is None or self._rows is None:
             self._trainer = Trainer(
-                self._config,
+                TrainConfig.model_validate_json(self._request["config"]),
                 folder=self._folder,
                 reference=read_reference(self._folder.parent, self._reference),
                 guarded=self._own_guards,
                 workers=self._workers,
-                device=self._device,
+                device=own_device(self._gpus),
             )
             self._rows = self._trainer.intervals()
         row = next(self._rows, None)
@@ -136,18 +143,19 @@ class TrialRun:
             assert row is not None, "a run without an outcome goes on"
             self._reached = row["step"]
             reported = {name: row[name] for name in REPORTED if name in row}
-            if self._until and row["step"] >= self._until and row["step"] % self._config.eval_interval == 0:
+            if self._until and row["step"] >= self._until and row["step"] % self._trainer.config.eval_interval == 0:
                 self._trainer.checkpoint()
                 self.release()
                 return {PAUSED: True, "done": True, **reported}
-            return reported | {GUARDED: json.dumps(to_plain(guarded_view(row, self._config.guards)))}
+            return reported | {GUARDED: json.dumps(to_plain(guarded_view(row, self._trainer.config.guards)))}
         self.release()
         (self._folder / TRACEBACK).unlink(missing_ok=True)
         return _ending(outcome)
 
     def _can_halve(self) -> bool:
         """Whether smaller pieces are possible and not tried yet."""
-        shares = self._config.data.batch // self._workers.world
+        batch = TrainConfig.model_validate_json(self._request["config"]).data.batch
+        shares = batch // self._workers.world
         return self._workers.micro_batches == 1 and self._workers.world == 1 and shares % 2 == 0
 
     def _failed(self, kind: OutcomeKind, error: BaseException) -> dict[str, Any]:
@@ -155,8 +163,7 @@ class TrialRun:
         if self._workers.world > 1:
             # Those that wait for this worker in a collective learn of it at once.
             torch.distributed.destroy_process_group()
-        message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        outcome = Outcome(kind=kind, step=self._reached, message=f"{message} {_place(error)}")
+        outcome = Outcome(kind=kind, step=self._reached, message=f"{headline(error)} {_place(error)}")
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with (self._folder / TRACEBACK).open("w" if self._workers.world == 1 else "x") as file:
@@ -188,11 +195,11 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(1)
-        self._run = TrialRun(config["trial"], device=own_device())
+        self._run = TrialRun(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._run.release()
-        self._run = TrialRun(new_config["trial"], device=own_device())
+        self._run = TrialRun(new_config["trial"])
         return True
 
     def step(self) -> dict[str, Any]:
@@ -208,10 +215,13 @@ class TrialActor(tune.Trainable):
         self._run.release()
 
 
-def own_device() -> str:
-    """The GPU that Ray gave this process, or the CPU."""
-    # Ray is asked last: outside of a cluster the question would start one.
-    return "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+def headline(error: BaseException) -> str:
+    """The error's class and first line; of a configuration, the first field that is wrong and why."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

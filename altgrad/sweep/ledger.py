@@ -51,6 +51,7 @@ OUTCOME_FIELDS = (
     "bits_per_byte",
     "seconds",
     "formats",
+    "device",
 )
 TRIAL_FIELDS = (
     "trial_id",
@@ -77,7 +78,7 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
-    seconds REAL, formats TEXT, recorded REAL);
+    seconds REAL, formats TEXT, device TEXT, recorded REAL);
 CREATE TABLE IF NOT EXISTS spend (started REAL PRIMARY KEY, hours REAL, gpu_hours REAL, usd REAL);
 CREATE TABLE IF NOT EXISTS samples (
     search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
@@ -101,7 +102,7 @@ class Ledger:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.executescript(SCHEMA)
         self._add_new_columns("rows", dict.fromkeys(ROW_SIGNALS, "REAL"))
-        self._add_new_columns("outcomes", {"formats": "TEXT"})
+        self._add_new_columns("outcomes", {"formats": "TEXT", "device": "TEXT"})
         self._add_new_columns("trials", {"numerics": "INTEGER"})
 
     def _add_new_columns(self, table: str, columns: Mapping[str, str]) -> None:
@@ -369,7 +370,9 @@ def as_asked(outcome: Outcome | None, config: TrainConfig, row: Mapping[str, Any
     at_step = {name: None if row is None else row[name] for name in ("train_loss", "val_loss", "bits_per_byte")}
     missing = at_step["val_loss"] is None
     message = f"not evaluated at step {config.steps} (trained to step {outcome.step})" if missing else ""
-    return Outcome(OutcomeKind.DONE, config.steps, **at_step, message=message, seconds=outcome.seconds)
+    return Outcome(
+        OutcomeKind.DONE, config.steps, **at_step, message=message, seconds=outcome.seconds, device=outcome.device
+    )
 
 
 def _same_rule(rule: GuardRule, outcome: Outcome) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from altgrad.sweep.budget import Budget
 from altgrad.sweep.folder import cores
 from altgrad.sweep.wandb_mirror import Mode
+from altgrad.training.devices import gpu_count
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
@@ -28,8 +30,8 @@ class RunOptions:
     """without, trials are left to the scheduler's look at their guards, which comes one check later"""
     executor: Executor = "auto"
     workers_per_trial: int = 1
-    gpus_per_trial: float = 0.0
-    """of each worker; a fraction lets several trials share a GPU"""
+    gpus_per_trial: float | None = None
+    """of each worker; a fraction lets several trials share a GPU; None: one each where there are any, see `settled`"""
     interval_timeout: float = 900.0
     """seconds after which a log interval that has not ended counts as hung; 0 for never"""
     budget: Budget = field(default_factory=Budget)
@@ -37,6 +39,10 @@ class RunOptions:
 
     def check(self, spec: SweepSpec) -> None:
         """ValueError, naming the flag, where the settings can't go together, with this sweep or on this machine."""
+        if self.gpus_per_trial is not None and self.gpus > 1 and self.gpus % 1:
+            raise ValueError(
+                f"--gpus-per-trial: {self.gpus:g} is not allowed: whole GPUs, or a fraction below 1, are expected"
+            )
         for batch in spec.batches:
             if batch % self.workers_per_trial:
                 raise ValueError(
@@ -52,41 +58,63 @@ class RunOptions:
                 f"--executor: 'actor' is not allowed with --workers-per-trial {self.workers_per_trial}: "
                 "an actor is one worker; auto or train is expected"
             )
-        self.budget.check(self.gpus_per_trial)
+        if self.gpus_per_trial is not None:
+            self.budget.check(self.gpus)
         if self.address == "local" and self.workers_per_trial > cores():
             raise ValueError(
                 f"--workers-per-trial: {self.workers_per_trial} is not allowed: this machine has "
                 f"{cores()} cores, one per worker is expected"
             )
 
-        if self.address == "local" and (wanted := self.gpus_per_trial * self.workers_per_trial):
-            import torch
+        if self.address == "local" and (wanted := self.gpus * self.workers_per_trial) > (found := gpu_count()):
+            raise ValueError(
+                f"--gpus-per-trial: {self.gpus:g} is not allowed: a trial would take {wanted:g} GPUs, this machine has "
+                f"{found}; 0 trains on CPUs"
+            )
 
-            if wanted > (found := torch.cuda.device_count()):
-                raise ValueError(
-                    f"--gpus-per-trial: {self.gpus_per_trial:g} is not allowed: a trial would take "
-                    f"{wanted:g} GPUs, this machine has {found}"
-                )
+    @property
+    def gpus(self) -> float:
+        """GPUs of each worker; 0 as long as that is not settled."""
+        return self.gpus_per_trial or 0.0
 
-    def chosen_executor(self, gpus: float) -> Literal["actor", "train"]:
-        """What `auto` stands for on a Ray with so many GPUs."""
+    def settled(self, gpus: float) -> RunOptions:
+        """With `gpus_per_trial` decided, on a Ray that has so many GPUs or can grow to them.
+
+        ValueError where a cap counts GPUs and there are none.
+        """
+        if self.gpus_per_trial is not None:
+            return self
+        found = replace(self, gpus_per_trial=1.0 if gpus else 0.0)
+        found.budget.check(found.gpus)
+        return found
+
+    @property
+    def chosen_executor(self) -> Literal["actor", "train"]:
+        """What `auto` stands for. A reused actor serves one worker, on whatever device, at a hundredth of the cost."""
         if self.executor != "auto":
             return self.executor
-        is_gpu_cluster = self.address != "local" and gpus > 0
-        return "train" if self.workers_per_trial > 1 or is_gpu_cluster else "actor"
+        return "train" if self.workers_per_trial > 1 else "actor"
 
-    def concurrent(self, cpus: float, gpus: float) -> int:
-        """Trials at a time on a Ray of that size.
+    def concurrent(self, now: Mapping[str, float], most: Mapping[str, float] | None = None) -> int:
+        """Trials at a time on a Ray that has the resources `now`.
 
-        A cluster that grows with demand has to see some: at least as many wait there as would be worth starting for.
+        A cluster that grows with demand has to see some: as many wait there as would fit when it has grown to `most`;
+        where nobody says how far it can grow, twice as many as fit now.
         """
         if self.max_concurrent is not None:
             return self.max_concurrent
-        fit = cpus / self.workers_per_trial
-        if self.gpus_per_trial:
-            fit = min(fit, gpus / (self.gpus_per_trial * self.workers_per_trial))
-        return max(1 if self.address == "local" else GROWING, int(fit))
+        if self.address == "local":
+            return max(1, self._fit(now))
+        if most is None:
+            return max(GROWING, 2 * self._fit(now))
+        return max(1, min(MOST, max(self._fit(now), self._fit(most))))
+
+    def _fit(self, resources: Mapping[str, float]) -> int:
+        name, each = ("GPU", self.gpus) if self.gpus else ("CPU", 1.0)
+        return int(resources.get(name, 0.0) / (each * self.workers_per_trial) + 1e-9)
 
 
 GROWING = 8
-"""Trials that a cluster is asked for at least, whatever its size is now."""
+"""Trials that a cluster is asked for at least, where its size now is all that is known."""
+MOST = 1000
+"""Trials at a time; where a cluster may grow without a limit, that is still one."""

@@ -131,7 +131,7 @@ def estimate(
     slots = [0.0] * min(slots_at_once, len(seconds))
     for each in seconds:
         heapq.heappush(slots, heapq.heappop(slots) + each)
-    gpu_seconds = sum(seconds) * options.gpus_per_trial * options.workers_per_trial
+    gpu_seconds = sum(seconds) * options.gpus * options.workers_per_trial
     price = options.budget.usd_per_gpu_hour
     usd = None if price is None else gpu_seconds / 3600 * price
     return Estimate(len(costs), START_SECONDS + max(slots) + REPORT_SECONDS, gpu_seconds, usd)

@@ -23,6 +23,10 @@ from altgrad.sweep.options import RunOptions
 
 STATE_SECONDS = 10
 NODE_SECONDS = 60.0
+NOT_SHARED = (
+    "--out: {out} is not on shared storage: node {address} does not see {folder}; with {count} nodes a folder that all "
+    "of them share is expected"
+)
 TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 
 
@@ -44,7 +48,7 @@ def check_cluster(options: RunOptions, worker: Mapping[str, float]) -> Iterator[
     """
     _check_task(options.address)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if options.chosen_executor(ray.cluster_resources().get("GPU", 0.0)) == "train":
+    if options.chosen_executor == "train":
         _check_state_api()
     if len(nodes) > 1:
         check_storage(options.out, nodes)
@@ -94,23 +98,21 @@ def check_storage(out: Path, nodes: list[dict[str, Any]]) -> None:
     """SpecError where a node does not see what is written beside `out`."""
     standing = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     with tempfile.NamedTemporaryFile(prefix=".altgrad-", dir=standing) as marker:
-        # Pickled by name, it needs nothing of ours over there.
-        asked = {
-            ray.remote(os.path.exists)
-            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            .remote(marker.name): node["NodeManagerAddress"]
-            for node in nodes
-        }
+        asked = {seen_from(marker.name, node): node["NodeManagerAddress"] for node in nodes}
         for answer, address in asked.items():
             try:
                 is_seen = ray.get(answer, timeout=NODE_SECONDS)
             except GetTimeoutError:
                 continue  # a busy node is no fault; a trial there that finds no folder says so itself
             if not is_seen:
-                raise SpecError(
-                    f"--out: {out} is not on shared storage: node {address} does not see {standing}; with "
-                    f"{len(nodes)} nodes a folder that all of them share is expected"
-                )
+                raise SpecError(NOT_SHARED.format(out=out, address=address, folder=standing, count=len(nodes)))
+
+
+def seen_from(path: str, node: Mapping[str, Any]) -> Any:
+    """Ray's future of whether the path exists on a node."""
+    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    # Pickled by name, it needs nothing of ours over there.
+    return ray.remote(os.path.exists).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(path)
 
 
 def lack_of_room(worker: Mapping[str, float], workers: int, nodes: list[dict[str, Any]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ waits for its reference to end and, in a race, at a rung for its rivals; a waiti
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ Pace = Race | PooledRace | Population
 class TrialQueue(Searcher):
     """`requests`: what the executor needs, by trial, in order; `waits`: the trial that must have ended first.
 
-    `more`: asked when a slot is free and nothing is ready; enters new trials in both and names them.
+    `more`: asked when a slot is free and nothing is ready; enters new trials in both and names them. `slots`: how many
+    may be under way now, which changes as nodes come and go.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class TrialQueue(Searcher):
         waits: Mapping[str, str],
         race: Pace | None = None,
         more: Callable[[], Iterable[str]] = tuple,
+        slots: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
         super().__init__()
-        self._more = more
+        self._more, self._slots = more, slots
         self._requests = requests
         self._left = list(requests)
         self._waits, self._race = waits, race
@@ -49,7 +52,9 @@ class TrialQueue(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial's request; None while all that are left wait."""
+        """The next trial's request; None while all that are left wait, or no slot is free."""
+        if self._running and len(self._running) >= self._slots():
+            return None
         if self._race is not None:
             self._left = [name for name in self._left if self._race.verdict(name) is None]
         ready = self._ready()

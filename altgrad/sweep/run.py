@@ -29,6 +29,7 @@ from altgrad.sweep.sampling import OptunaSearch, examples
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
+from altgrad.training.devices import gpu_count
 from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import write_json
 from altgrad.training.tasks import build_task
@@ -41,10 +42,12 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "30",
 }
-"""Ray reads these at import: no telemetry, no chatter, no second record. A user's own values win."""
+"""Ray reads these at import: no telemetry, no chatter, no second record; how many trials wait for an actor is for our
+queue to say. A user's own values win."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class SweepResult:
     left: int
     endings: Counter[str]
     broken: str | None
-    """the error that ended the sweep early, where one came back three times"""
+    """what ended the sweep early, where something did"""
     over_budget: str | None = None
     """the cap that was reached, in words"""
     outdated: int = 0
@@ -82,6 +85,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     changed; ConnectionError where no Ray cluster answers at the address, SpecError where the sweep can't
     run on it. A trial's own failure raises nothing: it is an outcome.
     """
+    if options.address == "local":
+        options = options.settled(gpu_count())
     options.check(spec)
     corpus = preflight(spec)
     check_folder(options.out, fresh=options.fresh)
@@ -100,7 +105,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         _set_ray_environment()
         from altgrad.sweep.driver import reach
 
-        for note in reach(options):
+        options, notes = reach(options)
+        for note in notes:
             print(note, flush=True)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
@@ -129,7 +135,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         if growth is not None and not left:
             left = growth.more()
         before = len(trials) - len(left)
-        meter = Meter(options.budget, ledger, options.gpus_per_trial * options.workers_per_trial)
+        meter = Meter(options.budget, ledger, options.gpus * options.workers_per_trial)
         broken = None
         if left and not meter.exceeded:
             broken = _drive(anchored, options, trials, left, recorder, growth, meter)

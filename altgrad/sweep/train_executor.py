@@ -78,11 +78,9 @@ def work(request: Mapping[str, str]) -> None:
     from ray import train
     from ray.util import get_current_placement_group
 
-    from altgrad.sweep.executors import own_device
-
     torch.set_num_threads(1)
     context, group = train.get_context(), get_current_placement_group()
-    run = TrialRun(request, Workers(context.get_world_rank(), context.get_world_size()), own_device())
+    run = TrialRun(request, Workers(context.get_world_rank(), context.get_world_size()))
     is_over = False
     while not is_over:
         result = run.step()

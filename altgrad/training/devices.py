@@ -39,7 +39,9 @@ class Device:
     """of the GPU"""
     cuda: str = ""
     """version of CUDA that torch was built with"""
-    torch: str = torch.__version__
+    torch: str = str(torch.__version__)
+    index: str = ""
+    """of the GPUs that this process may use, by the machine's numbers"""
 
     def to_dict(self) -> dict[str, str]:
         return dict(vars(self))
@@ -63,12 +65,23 @@ def gpu_count() -> int:
 def own_device(gpus: float) -> Device:
     """The device of a process that asked for so many GPUs. NoGpu where it asked for one and sees none."""
     if not gpus:
-        return Device("cpu", _cpu(), socket.gethostname())
+        return device_of("cpu")
     if not gpu_count():
         raise NoGpu(why_no_gpu(gpus))
     if STAND_IN in os.environ:
-        return Device("cpu", f"stand-in for a GPU ({_cpu()})", socket.gethostname())
-    return Device("cuda", torch.cuda.get_device_name(0), socket.gethostname(), _driver(), torch.version.cuda or "")
+        kind = f"stand-in for a GPU ({_cpu()})"
+        return Device("cpu", kind, socket.gethostname(), index=os.environ.get(VISIBLE, ""))
+    return device_of("cuda")
+
+
+def device_of(name: torch.device | str) -> Device:
+    """The device that torch calls so."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+        versions = {"driver": _driver(), "cuda": torch.version.cuda or ""}
+        return Device(str(device), kind, socket.gethostname(), **versions, index=os.environ.get(VISIBLE, ""))
+    return Device(str(device), _cpu() if device.type == "cpu" else device.type, socket.gethostname())
 
 
 def why_no_gpu(gpus: float) -> str:

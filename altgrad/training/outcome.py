@@ -41,8 +41,8 @@ class Outcome:
     `step` is the last step trained; `signal`, `layer`, `value`, `limit` and `first_seen` are a guard's evidence and
     None elsewhere. `formats` names the layers that an emergency moved to another format, as in "lm_head: E4M3->E5M2",
     and is None where there are none. `train_loss`, `val_loss` are in nats per token, `bits_per_byte` in bits,
-    `seconds` is the wall
-    time of all attempts.
+    `seconds` is the wall time of all attempts. `device` is the model of the GPU or CPU that trained it; several, joined
+    by "; ", where it went on on another.
     """
 
     kind: OutcomeKind
@@ -58,6 +58,7 @@ class Outcome:
     val_loss: float | None = None
     bits_per_byte: float | None = None
     seconds: float = 0.0
+    device: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"kind": str(self.kind)}

@@ -30,6 +30,7 @@ from altgrad.quantization import (
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
+from altgrad.training.devices import Device, device_of
 from altgrad.training.guards import GuardPanel, Verdict, verdict_fields
 from altgrad.training.interventions import Interventions, describe_clip
 from altgrad.training.observers import GradientNormScore, Observers, Subject
@@ -67,7 +68,7 @@ class Trainer:
     `outcome` and, in memory, `rows` hold what happened in this attempt. `reference`: the curve of a healthy run, for
     the signals that are held against one; without it they are not measured. With `guarded=False` the run leaves its
     guards to whoever listens. `workers`: this process's place among those that share the training; only the first
-    observes and writes, and a folder is given to all of them. `device` holds the model.
+    observes and writes, and a folder is given to all of them. `device` holds the model; the record says which it was.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Trainer:
         reference: ReferenceCurve | None = None,
         guarded: bool = True,
         workers: Workers = ALONE,
-        device: torch.device | str = "cpu",
+        device: Device | torch.device | str = "cpu",
     ) -> None:
         workers.check(config.data.batch)
         observe = observe and workers.is_first
@@ -90,8 +91,11 @@ class Trainer:
         self.folder = None if folder is None or not workers.is_first else TrialFolder(folder)
         self.outcome: Outcome | None = None
         self.rows: list[dict[str, Any]] = []
+        self.device = device if isinstance(device, Device) else device_of(device)
+        self.devices: list[dict[str, str]] = []
+        """on which the steps so far were trained, of this attempt and earlier ones"""
         self.task = build_task(config)
-        self.model = self.task.build().to(device)
+        self.model = self.task.build().to(self.device.torch_device)
         if config.format != UNQUANTIZED:
             self.conversion = quantize_model(
                 self.model, policy=named_policy(config.policy, config.format), seed=config.seed
@@ -126,11 +130,13 @@ class Trainer:
         """Trains one log interval per item. Closing the generator early leaves the folder to the next attempt."""
         if self.folder is None:
             self._restore(self.workers.from_first(None))
+            self._enter_device()
             yield from self._train()
             return
         with self.folder:
             state = load_checkpoint(self.folder.checkpoint_path)
             self._restore(self.workers.from_first(state))
+            self._enter_device()
             self._begin(self.folder)
             yield from self._train()
 
@@ -317,7 +323,8 @@ class Trainer:
             ending = verdict_fields(verdict)
         if self.interventions.shifts:
             ending["formats"] = ", ".join(f"{shift.layer}: {shift.label}" for shift in self.interventions.shifts)
-        self.outcome = Outcome(**ending, **self._last, seconds=self._seconds)  # type: ignore[arg-type]
+        kinds = "; ".join(dict.fromkeys(device["kind"] for device in self.devices))
+        self.outcome = Outcome(**ending, **self._last, seconds=self._seconds, device=kinds)  # type: ignore[arg-type]
         if self.folder is not None:
             self.folder.finish(self.outcome)
 
@@ -334,6 +341,7 @@ class Trainer:
             "last": self._last,
             "seconds": self._seconds,
             "data": self.task.fingerprint(),
+            "devices": self.devices,
         }
 
     def _restore(self, state: dict[str, Any] | None) -> None:
@@ -352,6 +360,11 @@ class Trainer:
             self.observers.load_state_dict(state["observers"])
         self.step = self.resumed_from = state["step"]
         self._first_loss, self._last, self._seconds = state["first_loss"], state["last"], state["seconds"]
+        self.devices = list(state.get("devices", ()))
+
+    def _enter_device(self) -> None:
+        if (own := self.device.to_dict()) not in self.devices:
+            self.devices.append(own)
 
     def _begin(self, folder: TrialFolder) -> None:
         folder.begin(
@@ -362,6 +375,7 @@ class Trainer:
                 "reference": None if self.reference is None else self.reference.version,
                 "workers": self.workers.world,
                 "micro_batches": self.workers.micro_batches,
+                "devices": self.devices,
             },
             after_step=self.step,
         )

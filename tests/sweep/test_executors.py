@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from altgrad.sweep import executors
-from altgrad.sweep.driver import Breaker, Follower, _fault
+from altgrad.sweep.driver import Follower
 from altgrad.sweep.executors import TrialActor, run_request
+from altgrad.sweep.faults import Breaker, fault
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.recorder import Recorder
@@ -104,32 +105,109 @@ def test_a_folder_that_another_process_owns_is_rays_to_retry(
     assert not (tmp_path / "a" / "outcome.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("The actor died.\nThe worker process has died.", OutcomeKind.NODE_LOST),
-        ("ray.exceptions.OutOfMemoryError: task was killed", OutcomeKind.OOM),
-        ("TimeoutError: folder has been owned", OutcomeKind.TIMEOUT),
-    ],
+TUNE = """Failure # 1 (occurred at 2026-11-29_03-00-00)
+Traceback (most recent call last):
+  File "/x/ray/air/execution/_internal/event_manager.py", line 110, in resolve_future
+    result = ray.get(future)
+             ^^^^^^^^^^^^^^^
+"""
+TASK = (
+    TUNE
+    + """ray.exceptions.RayTaskError({name}): ray::TrialActor.train() (pid=71, ip=10.0.0.7)
+  File "/x/altgrad/sweep/executors.py", line 101, in step
+    return self._interval()
+           ^^^^^^^^^^^^^^^^
+{error}
+"""
 )
-def test_rays_words_tell_the_kind_of_a_fault(tmp_path: Path, text: str, kind: OutcomeKind) -> None:
+CREATION = (
+    TUNE
+    + """ray.exceptions.ActorDiedError: The actor died because of an error raised in its creation task
+RuntimeError: The actor with name TrialActor failed to import on the worker.
+
+Traceback (most recent call last):
+  File "/x/ray/_private/function_manager.py", line 674, in _load_actor_class_from_gcs
+    actor_class = pickle.loads(pickled_class)
+                  ^^^^^^^^^^^^^^^^^^^^^^^^^^^
+ModuleNotFoundError: No module named 'mine'
+"""
+)
+INVALID = """pydantic_core._pydantic_core.ValidationError: 1 validation error for TrainConfig
+policy
+  Value error, 'mine' is not allowed: uniform is expected [type=value_error, input_value='mine', input_type=str]
+    For further information visit https://errors.pydantic.dev/2/v/value_error"""
+FAULTS = {
+    "process": ("The actor died.\nThe worker process has died.", OutcomeKind.NODE_LOST, "The worker process has died."),
+    "node": (
+        TUNE + "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n"
+        "The actor is dead because its node has died. Node Id: 5",
+        OutcomeKind.NODE_LOST,
+        "The actor is dead because its node has died. Node Id: 5",
+    ),
+    "memory": ("ray.exceptions.OutOfMemoryError: task was killed", OutcomeKind.OOM, None),
+    "lock": ("TimeoutError: folder has been owned", OutcomeKind.TIMEOUT, None),
+    "time": (TASK.format(name="TimeoutError", error="TimeoutError: owned"), OutcomeKind.TIMEOUT, "TimeoutError: owned"),
+    "no GPU": (
+        TASK.format(name="NoGpu", error="altgrad.training.devices.NoGpu: 1 GPU asked for"),
+        OutcomeKind.NODE_LOST,
+        "NoGpu: 1 GPU asked for",
+    ),
+    "module": (CREATION, OutcomeKind.BUG, "ModuleNotFoundError: No module named 'mine'"),
+    "configuration": (
+        TASK.format(name="ValidationError", error=INVALID),
+        OutcomeKind.BUG,
+        "policy: Value error, 'mine' is not allowed: uniform is expected",
+    ),
+    "many lines": (
+        TASK.format(name="RuntimeError", error="RuntimeError: no kernel\nCompile with X to see more.\n"),
+        OutcomeKind.BUG,
+        "RuntimeError: no kernel",
+    ),
+    "no words": (TASK.format(name="KeyboardInterrupt", error="my.Own"), OutcomeKind.BUG, "Own"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_rays_words_tell_the_kind_of_a_fault_and_its_first_true_line(tmp_path: Path, case: str) -> None:
+    text, kind, message = FAULTS[case]
     (tmp_path / "error.txt").write_text(text)
-    outcome = _fault(SimpleNamespace(error_file=str(tmp_path / "error.txt"), last_result={"step": 7}))
-    assert (outcome.kind, outcome.step, outcome.message) == (kind, 7, text.splitlines()[-1])
-    assert _fault(SimpleNamespace(error_file=None, last_result=None)).kind is OutcomeKind.NODE_LOST
+    trial = SimpleNamespace(error_file=str(tmp_path / "error.txt"), last_result={"step": 7})
+    outcome = fault(trial, tmp_path / "trial")
+    assert (outcome.kind, outcome.step, outcome.message) == (kind, 7, message or text)
+    assert (tmp_path / "trial" / "traceback.txt").read_text().strip() == text.strip()
+    silent = fault(SimpleNamespace(error_file=None, last_result=None), tmp_path / "trial")
+    assert silent.kind is OutcomeKind.NODE_LOST
 
 
-def test_three_equal_errors_break_the_sweep_and_different_ones_do_not(tmp_path: Path) -> None:
-    trials = dict.fromkeys("abcd", CONFIG)
+BUG, OOM, LOST, DONE = OutcomeKind.BUG, OutcomeKind.OOM, OutcomeKind.NODE_LOST, OutcomeKind.DONE
+SERIES = {
+    "equal bugs": ([(BUG, "x"), (BUG, "y"), (BUG, "x"), (BUG, "x")], "x"),
+    "bugs between results": ([(BUG, "x"), (DONE, ""), (BUG, "x"), (DONE, ""), (BUG, "x")], "x"),
+    "different bugs": ([(BUG, "x"), (BUG, "y"), (BUG, "z")], None),
+    "numbers and hosts": (
+        [(LOST, f"NoGpu: 1 GPU asked for, none usable on node-{n}: driver 57{n}") for n in range(3)],
+        "NoGpu: 1 GPU asked for, none usable on node-2: driver 572",
+    ),
+    "nodes lost between results": ([(LOST, "died"), (DONE, ""), (LOST, "died"), (DONE, ""), (LOST, "died")], None),
+    "one cell's memory": ([(OOM, "no room"), (OOM, "no room"), (DONE, ""), (OOM, "no room")], None),
+    "all cells' memory": ([(OOM, "no room of 2 GiB"), (OOM, "no room of 3 GiB"), (OOM, "no room of 5 GiB")], "no room"),
+}
+
+
+@pytest.mark.parametrize("case", SERIES)
+def test_equal_errors_break_the_sweep_and_different_ones_do_not(tmp_path: Path, case: str) -> None:
+    series, reason = SERIES[case]
+    trials = dict.fromkeys("abcdef"[: len(series)], CONFIG)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.add_trials(trials, "0" * 64)
         breaker = Breaker()
         follower = Follower(
             Recorder(ledger, tmp_path), Progress(trials, 4, live=False), HealthScheduler(trials), breaker
         )
-        for trial_id, message in zip("abcd", ("x", "y", "x", "x"), strict=True):
+        for trial_id, (kind, message) in zip(trials, series, strict=True):
             assert not breaker.stop_all()
             with TrialFolder(tmp_path / trial_id) as folder:
-                folder.finish(Outcome(kind=OutcomeKind.BUG, step=0, message=message))
+                folder.finish(Outcome(kind=kind, step=0, message=message))
             follower.on_trial_complete(0, [], SimpleNamespace(config={"trial": {"trial_id": trial_id}}, last_result={}))
-    assert breaker.stop_all() and breaker.reason == "x"
+    assert breaker.stop_all() is (reason is not None)
+    assert reason is None or (breaker.reason or "").startswith(f"3 trials failed alike: {reason}")
