@@ -28,7 +28,7 @@ class Cluster:
         secrets = self.laptop.home / ".altgrad/secrets.env"
         secrets.parent.mkdir()
         secrets.touch(mode=0o600)
-        secrets.write_text("# for sweeps\nWANDB_API_KEY=wandb-secret\nHF_TOKEN=hf_secret\n")
+        secrets.write_text("# for sweeps\nDEMO_API_KEY=demo_secret\nHF_TOKEN=hf_secret\n")
         self.started, self.set_up_minutes = time.monotonic(), 1.5
         self.file = self.laptop.file(
             cluster_name="drill",

@@ -268,12 +268,13 @@ def test_secrets_of_sweeps_reach_the_head_and_workers_only_what_is_meant(cluster
     workers = want_two_workers(cluster)
     for pod_id in (cluster.head, *workers):
         said = in_pod(cluster, pod_id, "printenv").splitlines()
-        assert ("WANDB_API_KEY=wandb-secret" in said) == (pod_id == cluster.head), pod_id
+        assert ("DEMO_API_KEY=demo_secret" in said) == (pod_id == cluster.head), pod_id
         assert "HF_TOKEN=hf_secret" in said, pod_id
         # What the head does with the account it does although its shells have the pod's own key.
         assert any(line.startswith("RUNPOD_API_KEY=podkey_") for line in said), pod_id
-        modes = in_pod(cluster, pod_id, "stat", "-c", "%a", "/root/.altgrad/secrets.env", "/root/.cache/altgrad")
-        assert modes.split() == ["600", "700"], pod_id
+        own = {".altgrad": "700", ".altgrad/secrets.env": "600", ".altgrad/watch.log": "600", ".cache/altgrad": "700"}
+        modes = in_pod(cluster, pod_id, "stat", "-c", "%a", *(f"/root/{name}" for name in own))
+        assert modes.split() == list(own.values()), pod_id
     assert "secret" not in json.dumps(cluster.account.bodies)
 
 

@@ -143,6 +143,14 @@ def test_an_image_that_has_everything_is_left_as_it_is(home):
     assert not (home / "altgrad-venv").exists()
 
 
+@pytest.mark.parametrize("module", ["watch", "node", "node_check", "start_command"])
+def test_what_runs_before_anything_is_installed_needs_the_standard_library_only(module):
+    """-S hides all installed packages, Ray's among them."""
+    words = [sys.executable, "-S", "-c", f"import altgrad_cluster.{module}"]
+    done = subprocess.run(words, env={"PYTHONPATH": str(CLUSTER)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch, tmp_path):
     found = {"torch": "2.8.0+cu128", "ray": ray.__version__}
     real = node_check.metadata.version
