@@ -9,6 +9,7 @@ pip has to install.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -24,7 +25,8 @@ from altgrad_cluster.api import BASE, Api
 from altgrad_cluster.errors import ClusterError
 from altgrad_cluster.naming import GPU_COUNT_VARIABLE
 from altgrad_cluster.reasons import one_line
-from altgrad_cluster.watch import BOOTSTRAP
+from altgrad_cluster.registry import home
+from altgrad_cluster.watch import BOOTSTRAP, HOPELESS
 
 KINDS = ("head", "worker", "machine", "software")
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -46,7 +48,10 @@ def troubles(kind: str, ray_version: str) -> Iterator[str]:
     if kind == "head":
         yield from _account()
     if kind == "worker":
-        yield from _gpus()
+        for line in _gpus():
+            with contextlib.suppress(OSError):
+                (home() / HOPELESS).write_text(line)
+            yield line
 
 
 def _software(ray_version: str) -> Iterator[str]:

@@ -140,6 +140,8 @@ class RunPodNodeProvider(NodeProvider):
             content.setdefault(node_id, {}).update(tags)
 
         self._tags.change(edit)
+        if tags.get(TAG_RAY_NODE_STATUS) == STATUS_UPDATE_FAILED:
+            self._avoid(node_id)
 
     def terminate_node(self, node_id: str) -> dict[str, Any] | None:
         with self._readable():
@@ -262,7 +264,6 @@ class RunPodNodeProvider(NodeProvider):
             # For the watch: the head does not stay up for a pod that nobody needs.
             _record(self._undeleted, lambda content: content.setdefault(pod_id, time.time()))
             raise
-        self._avoid_where_set_up_failed(pod_id)
         with self._lock:
             self._gone.add(pod_id)
             self._new.pop(pod_id, None)
@@ -270,11 +271,11 @@ class RunPodNodeProvider(NodeProvider):
         _record(self._tags, lambda content: content.pop(pod_id, None))
         logger.info("deleted pod %s", pod_id)
 
-    def _avoid_where_set_up_failed(self, pod_id: str) -> None:
+    def _avoid(self, pod_id: str) -> None:
         """A machine whose GPU or driver fails the node's check would else be rented again at once."""
         with self._lock:
             pod = self._seen[1].get(pod_id)
-        if pod is not None and self._tags.read().get(pod_id, {}).get(TAG_RAY_NODE_STATUS) == STATUS_UPDATE_FAILED:
+        if pod is not None:
             self._launcher.avoid(pod, "set-up failed on the last pod there")
 
     def _prepare_for_head(self) -> None:

@@ -2,6 +2,8 @@
 
 * On a worker, the dead man's switch: when the head has not answered for a while, nothing in Ray would ever stop this
   pod, so it deletes itself, with the key that RunPod gives each pod for itself (else by `runpodctl`, which has it too).
+  So it does where `node_check` found a GPU that doesn't work: Ray would set it up twice more, for a minute and a half
+  at the price of a GPU.
 * On the head: when no worker is left and no job has run for a while, the head deletes itself. What matters lies on the
   network volume. When `max_cost_total` is spent the workers are deleted, whatever they do; trials wait in the ledger.
 
@@ -44,6 +46,8 @@ LOOK_S = 30.0
 """Between two looks of the head at the account: each costs a request of a small quota."""
 LAST_TRIES_S = 1800.0
 """For so long the head stays up to delete workers that RunPod would not delete."""
+HOPELESS = "hopeless"
+"""file in this node's records: why no further set-up would help"""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 DELETE_COMMANDS = (("pod", "delete"), ("remove", "pod"))
 """of runpodctl, newer and older"""
@@ -76,13 +80,19 @@ def answers(host: str, port: int = GCS_PORT, timeout: float = 3.0) -> bool:
 
 def watch_head_from_worker(head_ip: str, patience: float, base: str) -> None:
     """Returns once this pod has asked for its own deletion."""
-    deadline = Deadline(patience)
-    while not deadline.is_over:
+    deadline, why = Deadline(patience), ""
+    hopeless = home() / HOPELESS
+    while not why:
         with logged():
             if answers(head_ip):
                 deadline.seen()
-        time.sleep(min(INTERVAL_S, patience / 4))
-    say(f"the head at {head_ip} has not answered for {patience:.0f} s: this pod deletes itself")
+            if hopeless.exists():
+                why = hopeless.read_text()
+        if deadline.is_over:
+            why = f"the head at {head_ip} has not answered for {patience:.0f} s"
+        if not why:
+            time.sleep(min(INTERVAL_S, patience / 4))
+    say(f"{why}: this pod deletes itself")
     while True:
         with logged():
             if delete_this_pod(base):
@@ -256,6 +266,7 @@ def main(argv: list[str]) -> int:
         watch_cluster_from_head()
         return 0
     if argv[:1] == ["worker"] and len(argv) == 4:
+        (home() / HOPELESS).unlink(missing_ok=True)
         become_daemon()
         watch_head_from_worker(argv[1], float(argv[2]), argv[3])
         return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from altgrad_cluster import bootstrap, checks, doctor, keys, node, node_check
+from altgrad_cluster import bootstrap, checks, doctor, keys, node, node_check, registry, watch
 from altgrad_cluster.errors import ClusterError
 from altgrad_cluster.provider import RunPodNodeProvider
 from conftest import PUBLIC_KEY
@@ -302,12 +302,14 @@ def test_a_worker_tests_the_gpus_it_was_rented_with(tmp_path, monkeypatch, rente
     (tmp_path / "environ").write_text(text)
     monkeypatch.setattr(node.environment, "__defaults__", (tmp_path / "environ",))
     monkeypatch.setenv("ALTGRAD_STAND_IN_GPUS", stand_in)
+    reason = registry.home() / watch.HOPELESS
     found = {
         kind: [text for text in node_check.troubles(kind, ray.__version__) if "GPU" in text]
         for kind in ("worker", "head", "machine")
     }
     assert not found["head"] and not found["machine"]
     assert len(found["worker"]) == (line is not None) and all(text.startswith(line) for text in found["worker"])
+    assert reason.exists() == (line is not None) and (not line or reason.read_text() == found["worker"][0])
 
 
 def test_setup_checks_the_gpus_before_ray_starts():

@@ -221,3 +221,15 @@ def test_a_pod_that_refuses_the_key_counts_as_terminated(account: FakeRunPod, pr
     running(nodes, 1)
     nodes.give_up(pod_id, "refuses")
     assert nodes.is_terminated(pod_id) and pod_id in nodes.nodes_for_teardown({})
+
+
+def test_where_set_up_failed_no_other_pod_is_rented_for_a_while(account: FakeRunPod, provider):
+    nodes = provider()
+    (pod_id,) = nodes.create_node(POD, WORKER, 1)
+    running(nodes, 1)
+    first = account.pods[pod_id]
+    nodes.set_node_tags(pod_id, {"ray-node-status": "update-failed"})
+    nodes.terminate_node(pod_id)
+    (second,) = nodes.create_node(POD, WORKER, 1)
+    there = [(pod["gpu"]["id"], pod["dataCenterId"]) for pod in (first, account.pods[second])]
+    assert there == [(POD["gpus"][0], "EU-RO-1"), (POD["gpus"][0], "US-KS-2")]

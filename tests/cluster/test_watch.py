@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from altgrad_cluster import node, watch
+from altgrad_cluster import node, registry, watch
 from altgrad_cluster.api import Api
 from altgrad_cluster.naming import fingerprint
 from altgrad_cluster.spending import Limits, Purse
@@ -78,6 +78,16 @@ def test_a_worker_deletes_itself_with_its_own_key(account, pods, tmp_path, monke
     assert pods["worker"] not in account.pods and pods["head"] in account.pods
     with pytest.raises(Exception, match="403"):
         Api(lambda: own, account.url).delete_pod(pods["head"])
+
+
+def test_a_worker_without_a_gpu_that_works_deletes_itself_although_its_head_answers(account, monkeypatch, capsys):
+    (registry.home() / watch.HOPELESS).write_text("GPU self-test: no NVIDIA driver")
+    deleted = iter([False, True])
+    monkeypatch.setattr(watch, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "answers", lambda host: True)
+    monkeypatch.setattr(watch, "delete_this_pod", lambda base: next(deleted))
+    watch.watch_head_from_worker("127.0.0.1", 600.0, account.url)
+    assert not list(deleted) and "GPU self-test: no NVIDIA driver: this pod deletes itself" in capsys.readouterr().out
 
 
 def test_a_pod_that_may_not_delete_itself_says_so_and_tries_again(account, pods, tmp_path, monkeypatch, capsys):
