@@ -19,9 +19,9 @@ from typing import Any
 from ray import tune
 
 from altgrad.sweep.budget import Meter
-from altgrad.sweep.executors import TRACEBACK, hung_at
+from altgrad.sweep.executors import hung_at
 from altgrad.training.devices import NoGpu
-from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
+from altgrad.training.outcome import RESULT_KINDS, TRACEBACK, Outcome, OutcomeKind
 
 EQUAL_ERRORS = 3
 MESSAGE = 200

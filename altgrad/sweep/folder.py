@@ -117,12 +117,18 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def has_driver(out: Path) -> bool:
     """Whether a live driver owns the folder."""
-    if not (out / LOCK).exists():
-        return False
+    return is_locked(out / LOCK)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a live process holds the lock; one of another machine is seen where the file system tells."""
     try:
-        _lock(out).close()
-    except FolderError:
+        with file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:
+        return False
     return False
 
 

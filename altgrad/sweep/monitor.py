@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.sweep.complaints import SpecError, nearest
-from altgrad.sweep.folder import FolderError, check_ledger, has_driver
+from altgrad.sweep.folder import FolderError, check_ledger, has_driver, is_locked
 from altgrad.sweep.ledger import WAITING, Ledger, outdated_text
 from altgrad.sweep.progress import ending_name
-from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.outcome import RESULT_KINDS, TRACEBACK, Outcome, OutcomeKind
 
 WHY_COLUMNS = ("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")
 
@@ -61,9 +61,9 @@ def status(out: Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
-    """Rows of WHY_COLUMNS: every trial that did not run to its end, or those whose id begins with `trial`."""
+    """Rows of WHY_COLUMNS: every trial that began and did not run to its end, or those whose id begins with `trial`."""
     with open_ledger(out) as ledger:
-        trials, outcomes = ledger.trials(), ledger.outcomes()
+        trials, outcomes, steps = ledger.trials(), ledger.outcomes(), ledger.row_counts()
     wanted = {trial_id: found for trial_id, found in trials.items() if trial_id.startswith(trial or "")}
     if not wanted:
         raise SpecError(f"{trial!r} is no trial of {out}{nearest(str(trial), trials)}")
@@ -71,9 +71,14 @@ def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
         wanted = {
             trial_id: found
             for trial_id, found in wanted.items()
-            if trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE
+            if (trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE)
+            or (trial_id not in outcomes and (trial_id in steps or (out / "trials" / trial_id).exists()))
         }
-    return [_line(trial_id, found, outcomes.get(trial_id)) for trial_id, found in wanted.items()]
+    is_driven = has_driver(out)
+    return [
+        _line(found, outcomes.get(trial_id), steps.get(trial_id, 0), out / "trials" / trial_id, is_driven)
+        for trial_id, found in wanted.items()
+    ]
 
 
 def mutations(out: Path, trial: str | None = None) -> list[str]:
@@ -93,10 +98,23 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _line(trial_id: str, trial: dict[str, Any], outcome: Outcome | None) -> tuple[str, ...]:
-    ending = (
-        ("unfinished", "", "", "")
-        if outcome is None
-        else (ending_name(outcome), outcome.layer or "", str(outcome.step), outcome.message)
-    )
-    return (trial_id, trial["format"], trial["arm"], trial["policy"], str(trial["seed"]), *ending)
+def _line(trial: dict[str, Any], outcome: Outcome | None, steps: int, folder: Path, is_driven: bool) -> tuple[str, ...]:
+    if outcome is None:
+        ending = ("unfinished", "", str(steps), _unfinished(folder, is_driven))
+    else:
+        ending = (ending_name(outcome), outcome.layer or "", str(outcome.step), outcome.message)
+    text = folder / TRACEBACK
+    if text.exists() and (outcome is None or outcome.kind not in RESULT_KINDS):
+        ending = (*ending[:3], "; ".join(filter(None, (ending[3], f"traceback: {text}"))))
+    return (folder.name, trial["format"], trial["arm"], trial["policy"], str(trial["seed"]), *ending)
+
+
+def _unfinished(folder: Path, is_driven: bool) -> str:
+    """What can be seen of a trial that has no ending."""
+    if not folder.exists():
+        return "has not begun" if is_driven else "has not begun; no driver is running"
+    if not is_driven:
+        return "its driver is gone; the same command goes on from the last checkpoint"
+    if is_locked(folder / ".lock"):
+        return "is at work"
+    return "began, and nothing that this machine sees is at work on it now: it waits, or runs on another node"

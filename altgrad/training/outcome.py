@@ -31,6 +31,8 @@ class OutcomeKind(StrEnum):
 
 
 GUARD_KINDS = frozenset({OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED, OutcomeKind.RANK_COLLAPSE})
+TRACEBACK = "traceback.txt"
+"""In a trial's folder: the error that ended it, whole."""
 RESULT_KINDS = GUARD_KINDS | {OutcomeKind.DONE, OutcomeKind.PRUNED}
 
 

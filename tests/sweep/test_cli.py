@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from altgrad.cli import _parser, main, sweep_main
+from altgrad.sweep.folder import owned
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.presets import PRESETS
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.record import TrialFolder
 
 SWEEP_FILE = Path(__file__).parents[2] / "sweeps" / "format_ablation.py"
 
@@ -217,13 +219,35 @@ def test_status_counts(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_why_tells_the_reason(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why", str(sweep)]) == 0
-    _header, line = capsys.readouterr().out.splitlines()
+    _header, line, begun = capsys.readouterr().out.splitlines()
     for part in ("BF16", "stalled by flip_yield", "lm_head", "40", "too few flips"):
         assert part in line
+    assert "unfinished" in begun and "its driver is gone" not in begun and "has not begun; no driver" in begun
     trial_id = line.split()[0]
     assert main(["why", str(sweep), trial_id[:5]]) == 0
     assert trial_id in capsys.readouterr().out
     assert main(["why", str(sweep), "zzz"]) == 2
+
+
+def test_why_tells_of_trials_that_run_and_that_were_lost(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Ledger(sweep / "ledger.sqlite") as ledger:
+        endings, lost = ledger.outcomes(), Outcome(OutcomeKind.NODE_LOST, 7, message="NoGpu: none")
+        (begun, waiting) = (trial_id for trial_id in ledger.trials() if trial_id not in endings)
+        ledger.record_outcome(waiting, lost)
+    for trial_id in (begun, waiting):
+        (sweep / "trials" / trial_id).mkdir(parents=True)
+    (sweep / "trials" / waiting / "traceback.txt").write_text("Traceback")
+
+    def said(trial_id: str) -> str:
+        assert main(["why", str(sweep), trial_id]) == 0
+        return capsys.readouterr().out.splitlines()[1]
+
+    assert "its driver is gone; the same command goes on from the last checkpoint" in said(begun)
+    assert f"NoGpu: none; traceback: {sweep / 'trials' / waiting / 'traceback.txt'}" in said(waiting)
+    with owned(sweep):
+        assert "it waits, or runs on another node" in said(begun)
+        with TrialFolder(sweep / "trials" / begun):
+            assert "is at work" in said(begun)
 
 
 def test_a_folder_without_a_sweep_names_its_neighbour(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,7 +51,7 @@ def test_a_real_cluster_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     try:
         options = RunOptions(out=tmp_path / "new" / "out", address=cluster.address)
-        assert reach(options) == [] and not ray.is_initialized()
+        assert reach(options) == (replace(options, gpus_per_trial=0.0), []) and not ray.is_initialized()
         with pytest.raises(SpecError, match="--executor: 'train' needs the cluster's State API"):
             reach(RunOptions(out=tmp_path, address=cluster.address, executor="train"))
 
