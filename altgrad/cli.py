@@ -120,6 +120,14 @@ def _parser(words: Sequence[str]) -> Parser:
         from altgrad.commands.submit import default_address
 
         commands.choices["submit"].set_defaults(address=default_address())
+        commands.choices["submit"].add_argument(
+            "--send",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="PATH",
+            help="a file or folder that the sweep needs there too, like a module that FILE.py imports; may be repeated",
+        )
     for name, help in (("status", "how far a sweep is"), ("report", "write a sweep's report from its ledger")):
         command(name, f"ledgers.{name}", help).add_argument("out", type=Path, help="the sweep's folder")
     why = command("why", "ledgers.why", "why trials stopped")

@@ -15,11 +15,13 @@ from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.sweeps import checked_data
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.jobs import Job, sent_path
+from altgrad.sweep.jobs import Job, Parcel
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.data import NAMED
 
 OFFLINE_DATA = "pydoc"
+OWN = ("help", "config", "out", "address", "send")
+"""Flags that do not go on to the job as they are."""
 
 
 def default_address() -> str:
@@ -34,13 +36,22 @@ def submit(request: argparse.Namespace) -> int:
             f"--address: {request.address!r} is not allowed: the http://HOST:PORT of a Ray dashboard is "
             "expected (a sweep on this machine's own Ray is altgrad run)"
         )
-    out = _check(request)
-    entrypoint = shlex.join(_command(request, out))
+    parcel = Parcel()
+    entrypoint = shlex.join(_command(request, _check(request), parcel))
     try:
-        job = Job(request.address, entrypoint)
+        job = Job(request.address)
+        if request.out is None:
+            raise SpecError(
+                "--out: missing: the sweep's folder on the cluster is expected, where all of its nodes see it "
+                "(with cluster/runpod.yaml below /workspace)"
+            )
+        job.send(entrypoint, parcel)
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"--address: {request.address!r}: no Ray dashboard answers ({reason})") from None
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    out = request.out.absolute()
     print(f"job {job.id}: {entrypoint}", flush=True)
     try:
         code = job.follow(_show)
@@ -55,21 +66,21 @@ def submit(request: argparse.Namespace) -> int:
     return code if code or request.plan else _verdict(out)
 
 
-def _check(request: argparse.Namespace) -> Path:
-    """Raises SpecError for what the job would refuse, as far as can be seen from here; returns OUT, absolute."""
+def _check(request: argparse.Namespace) -> SweepSpec:
+    """The sweep; raises SpecError for what the job would refuse, as far as can be seen from here."""
     # Whether W&B has credentials matters on the cluster only.
     wandb = "off" if request.wandb in (None, "online") else request.wandb
     here = argparse.Namespace(**vars(request) | {"address": "auto", "wandb": wandb})
     if _is_python(request.file):
         here.base, here.file = _sweep_in(request.file), None
     spec = spec_of(here)
-    options = options_of(here, spec)
+    options_of(here, spec)
     source = Path(spec.data.source)
     if spec.data.source == OFFLINE_DATA or (
         spec.data.source not in NAMED and (not source.is_absolute() or source.exists())
     ):
         checked_data(spec, here)
-    return options.out.absolute()
+    return spec
 
 
 def _sweep_in(file: Path) -> SweepSpec:
@@ -87,28 +98,30 @@ def _is_python(file: Path | None) -> bool:
     return file is not None and file.suffix == ".py"
 
 
-def _command(request: argparse.Namespace, out: Path) -> list[str]:
-    """What the job runs: the same flags, on the cluster it runs in, with paths as it finds them."""
+def _command(request: argparse.Namespace, spec: SweepSpec, parcel: Parcel) -> list[str]:
+    """What the job runs: the same flags, on the cluster it runs in, with paths as it finds them in the parcel."""
     words = ["python", "-m", "altgrad", "run"]
     try:
         if request.file is not None:
-            file = str(sent_path(request.file))
+            file = str(parcel.add(request.file))
             words = ["python", file] if _is_python(request.file) else [*words, file]
         if request.config is not None:
-            words.append(f"--config={sent_path(request.config)}")
-        data = getattr(request, "spec:data.source")
-        if data is not None and data not in NAMED and not Path(data).is_absolute():
-            words.append(f"--data={sent_path(Path(data))}")
+            words.append(f"--config={parcel.add(request.config)}")
+        for more in request.send:
+            parcel.add(more)
+        data = spec.data.source
+        if data not in NAMED and not Path(data).is_absolute():
+            words.append(f"--data={parcel.add(Path(data))}")
             setattr(request, "spec:data.source", None)
     except ValueError as error:
         raise SpecError(str(error)) from None
     for action in request.parser._actions:
         value = getattr(request, action.dest, None)
-        if not action.option_strings or action.dest in ("help", "config", "out", "address") or value == action.default:
+        if not action.option_strings or action.dest in OWN or value == action.default:
             continue
         flag = action.option_strings[-1]
         words.append(flag if value is True else f"{flag}={value}")
-    return [*words, f"--out={out}", "--address=auto"]
+    return [*words, *([] if request.out is None else [f"--out={request.out.absolute()}"]), "--address=auto"]
 
 
 def _show(text: str) -> None:

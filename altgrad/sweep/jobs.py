@@ -1,8 +1,9 @@
-"""A sweep as a job of a Ray cluster: sent with the project's files, followed to its end.
+"""A sweep as a job of a Ray cluster: sent with the files that it names, followed to its end.
 
-The driver then runs on the cluster's head and needs nobody who stays connected. What is sent is the folder that holds
-this package, without what was built or computed in it. No environment variable goes along: a runtime environment can be
-read in the dashboard, so keys are set on the head.
+The driver then runs on the cluster's head and needs nobody who stays connected. What is sent is this package and what
+the command names, nothing that happens to lie beside it: a project's folder also holds keys and private data, and of a
+package that came as a wheel it is all of site-packages. No environment variable goes along: a runtime environment can
+be read in the dashboard, so keys are set on the head.
 
 A job whose driver was killed can count as succeeded. So the sweep's own ledger has the last word where it can be read.
 """
@@ -10,7 +11,10 @@ A job whose driver was killed can count as succeeded. So the sweep's own ledger 
 from __future__ import annotations
 
 import asyncio
+import glob
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,49 +23,82 @@ from typing import Any
 import altgrad
 
 ROOT = Path(altgrad.__file__).resolve().parents[1]
-EXCLUDED = (
-    "/.venv/",
-    "/runs/",
-    "/build/",
-    "/dist/",
-    ".git/",
-    "wandb/",
-    "__pycache__/",
-    "*.egg-info/",
-    ".*_cache/",
-    ".hypothesis/",
-)
+NAMED = "named"
+"""The folder that holds, in what is sent, files from elsewhere than the project's and the present folder."""
+MOST_BYTES = 400_000_000
+"""Ray takes no more than 500 MiB."""
 POLL_SECONDS = 1.0
 START_SECONDS = 60.0
 """for a cluster that has just come up: its dashboard answers before its jobs' agent does"""
 
 
+class Parcel:
+    """What is sent: the package, and the files, folders and globs that were named, each at its place there."""
+
+    def __init__(self) -> None:
+        self._places: dict[Path, Path] = {}
+
+    def add(self, path: Path) -> Path:
+        """Where the job finds the file or the folder, or what the glob matches; ValueError where there is nothing."""
+        if found := sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else []:
+            places = [self.add(one) for one in found]
+            return places[0].parent / path.name
+        whole = path.resolve()
+        if not whole.exists():
+            raise ValueError(f"{path}: no such file")
+        root = next((root for root in (ROOT, Path.cwd().resolve()) if whole.is_relative_to(root)), None)
+        place = Path(NAMED, whole.name) if root is None else whole.relative_to(root)
+        if place in self._places.values() and self._places.get(whole) != place:
+            raise ValueError(f"{path}: another file of that name is sent too; give one of them another name")
+        self._places[whole] = place
+        return place
+
+    def pack(self, folder: Path) -> None:
+        """Copies it all into a folder. ValueError where it is more than Ray takes."""
+        package = Path(altgrad.__file__).parent
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.nb[ic]"))
+        for source, place in self._places.items():
+            target = folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            else:
+                shutil.copyfile(source, target)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if size > MOST_BYTES:
+            names = ", ".join(map(str, self._places.values()))
+            raise ValueError(
+                f"{names}: {size / 1e6:.0f} MB are too much to send, {MOST_BYTES / 1e6:.0f} MB are allowed; put data "
+                "where all nodes see them, and name them by their absolute path there"
+            )
+
+
 class Job:
-    """A job that has been sent to the cluster whose dashboard is at `address`.
+    """A job for the cluster whose dashboard is at `address`; ConnectionError where none answers there."""
 
-    ConnectionError where none answers there. `id` is the job's on the cluster.
-    """
-
-    def __init__(self, address: str, entrypoint: str) -> None:
+    def __init__(self, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.ERROR)  # it tells every file that it leaves out
+        self.id = ""
+        """the job's on the cluster, once it is sent"""
         try:
             self._client = JobSubmissionClient(address)
-            self.id = self._send(entrypoint)
         except RuntimeError as error:
             raise ConnectionError(str(error)) from None
 
-    def _send(self, entrypoint: str) -> str:
-        environment = {"working_dir": str(ROOT), "excludes": list(EXCLUDED)}
+    def send(self, entrypoint: str, parcel: Parcel) -> None:
+        """Starts it. ValueError where the parcel is too large, ConnectionError where the cluster takes none."""
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                return str(self._client.submit_job(entrypoint=entrypoint, runtime_env=environment))
-            except RuntimeError as error:
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(POLL_SECONDS)
+        with tempfile.TemporaryDirectory(prefix="altgrad-job-") as folder:
+            parcel.pack(Path(folder))
+            while not self.id:
+                try:
+                    self.id = str(self._client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}))
+                except RuntimeError as error:
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise ConnectionError(str(error)) from None
+                    time.sleep(POLL_SECONDS)
 
     def follow(self, show: Callable[[str], None]) -> int:
         """Shows the job's log until it ends; returns its exit code, 1 for a job that ended without one.
@@ -90,11 +127,3 @@ class Job:
             return question(self.id)
         except (RuntimeError, OSError) as error:
             raise ConnectionError(str(error)) from None
-
-
-def sent_path(path: Path) -> Path:
-    """The file as the job finds it, relative to what is sent; ValueError for one that is not sent."""
-    whole = path.resolve()
-    if not whole.is_relative_to(ROOT):
-        raise ValueError(f"{path} is not sent: a file under {ROOT} is expected")
-    return whole.relative_to(ROOT)

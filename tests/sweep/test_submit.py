@@ -38,8 +38,13 @@ class FakeJob:
     id = "raysubmit_fake"
     sent: list[str]
 
-    def __init__(self, address: str, entrypoint: str) -> None:
-        type(self).sent = shlex.split(entrypoint)
+    parcel: jobs.Parcel
+
+    def __init__(self, address: str) -> None:
+        """Every cluster answers."""
+
+    def send(self, entrypoint: str, parcel: jobs.Parcel) -> None:
+        type(self).sent, type(self).parcel = shlex.split(entrypoint), parcel
 
     def follow(self, show: object) -> int:
         return 0
@@ -61,7 +66,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeJob]:
         (["--data", "missing.txt"], ["--data", "missing.txt"]),
         (["--wandb", "onlin"], ["--wandb", "nearest: online"]),
         (["--frmats", "E5M2"], ["--frmats", "nearest: --formats"]),
-        (["outside.yaml"], ["outside.yaml is not sent"]),
+        ([], ["--out: missing", "on the cluster"]),
+        (["--config", "empty.yaml", "--send", "absent", "--out", "o"], ["absent: no such file"]),
         (["empty.py"], ["empty.py holds 0 sweeps"]),
         (["absent.py"], ["absent.py", "No such file"]),
     ],
@@ -75,7 +81,7 @@ def test_bad_flags_are_one_line_and_nothing_is_sent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outside.yaml").write_text("steps: 10")
+    (tmp_path / "empty.yaml").write_text("steps: 10")
     (tmp_path / "empty.py").touch()
     assert main(["submit", *flags]) == 2
     captured = capsys.readouterr()
@@ -84,7 +90,7 @@ def test_bad_flags_are_one_line_and_nothing_is_sent(
 
 
 def test_a_dashboard_that_does_not_answer_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", "--address", "http://127.0.0.1:9"]) == 2
+    assert main(["submit", "--address", "http://127.0.0.1:9", "--out", "o"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--address: 'http://127.0.0.1:9': no Ray dashboard answers" in error
 
@@ -103,6 +109,44 @@ def test_the_job_gets_the_same_flags_with_paths_as_it_finds_them(
         assert main(["submit", *file, *flags, "--out", str(tmp_path / "o")]) == 0
         assert fake.sent[: len(start)] == start
         assert sorted(fake.sent[len(start) :]) == sorted([*rest, f"--out={tmp_path / 'o'}"])
+
+
+def test_what_is_named_is_sent_and_nothing_beside_it(
+    tmp_path: Path, fake: type[FakeJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    for folder in (work / "data" / ".git", elsewhere):
+        folder.mkdir(parents=True)
+    for name in (".env", "id_rsa", "data/private.bin", "data/.git/config", "other.txt"):
+        (work / name).write_text("secret")
+    for name in ("data/a.txt", "data/b.txt"):
+        (work / name).write_text("a text to train on " * 500)
+    (work / "mine.py").write_text("from altgrad.sweep import SweepSpec\nimport helper\nSWEEP = SweepSpec(steps=10)")
+    (work / "helper.py").touch()
+    (elsewhere / "sweep.yaml").write_text("steps: 10\ndata: {source: data/*.txt}")
+    monkeypatch.chdir(work)
+    monkeypatch.syspath_prepend(work)
+    for flags, named in (
+        (["mine.py", "--send", "helper.py"], {"mine.py", "helper.py"}),
+        ([str(elsewhere / "sweep.yaml")], {"named/sweep.yaml", "data/a.txt", "data/b.txt"}),
+        (["--data", "data/a.txt", "--steps", "10"], {"data/a.txt"}),
+    ):
+        assert main(["submit", *flags, "--out", "/shared/o"]) == 0
+        packed = tmp_path / f"packed-{len(named)}-{flags[0][-3:]}"
+        fake.parcel.pack(packed)
+        found = {str(path.relative_to(packed)) for path in packed.rglob("*") if path.is_file()}
+        assert {name for name in found if not name.startswith("altgrad/")} == named
+        assert "altgrad/analysis/templates/report.html.jinja" in found and not any("__pycache__" in n for n in found)
+    assert fake.sent[-1] == "--address=auto" and "--data=data/a.txt" in fake.sent and "--out=/shared/o" in fake.sent
+
+
+def test_more_than_ray_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.txt").write_text("x" * 1000)
+    monkeypatch.setattr(jobs, "MOST_BYTES", 500)
+    parcel = jobs.Parcel()
+    parcel.add(tmp_path / "large.txt")
+    with pytest.raises(ValueError, match=r"named/large.txt: .* MB are too much to send"):
+        parcel.pack(tmp_path / "packed")
 
 
 def test_a_job_that_counts_as_succeeded_is_not_believed_against_the_ledger(
@@ -150,8 +194,7 @@ def test_sweeps_run_as_jobs_and_their_exit_codes_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    config = ROOT / ".submitted.json"
-    monkeypatch.setattr(jobs, "EXCLUDED", (*jobs.EXCLUDED, "/tests/", "/docs/"))
+    config = ROOT / "sweeps" / "submitted.json"
     try:
         config.write_text(json.dumps(SMALL))
         with cluster() as address:
@@ -179,7 +222,7 @@ def test_sweeps_run_as_jobs_and_their_exit_codes_come_back(
                 "--",
                 "python",
                 "sweeps/format_ablation.py",
-                f"--config={config.name}",
+                f"--config=sweeps/{config.name}",
                 "--address",
                 "auto",
                 "--out",
