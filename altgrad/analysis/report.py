@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,8 +146,20 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=template.startswith("report.html"),
+        finalize=None if template.startswith("report.html") else _inert,
     )
+    environment.filters["plain"] = _plain
     return environment.get_template(template).render(context)
+
+
+def _inert(value: object) -> object:
+    """A value in Markdown, where HTML would come to life: whoever reads the report trusts it."""
+    return value.replace("&", "&amp;").replace("<", "&lt;") if isinstance(value, str) else value
+
+
+def _plain(value: object) -> str:
+    """A text from outside (a path, a message) in Markdown: one line, no links, pictures or new cells."""
+    return re.sub(r"([\[\]|`\\])", r"\\\1", " ".join(str(value).split()))
 
 
 def _manifest(out_dir: Path) -> dict[str, Any] | None:

@@ -84,7 +84,8 @@ def _check_state_api() -> None:
     from ray.util.state.exception import RayStateApiException
 
     try:
-        list_placement_groups(limit=1, timeout=STATE_SECONDS)
+        # Of the cluster that this driver joined: by itself the call looks for one, and gives up where it finds two.
+        list_placement_groups(address=ray.get_runtime_context().gcs_address, limit=1, timeout=STATE_SECONDS)
     except (RayStateApiException, RuntimeError, OSError) as error:  # no address of a dashboard, or none that answers
         reason = " ".join(str(error).split())[:120]
         raise SpecError(

@@ -51,6 +51,16 @@ def test_html_needs_nothing_else(written: Path) -> None:
     assert "four &lt;formats&gt;" in html and "f00d" in html
 
 
+def test_names_from_outside_stay_text(tmp_path: Path) -> None:
+    source = "<img src=x onerror=alert(1)>/![a](http://x.invalid/y)|b`c`\n# d"
+    manifest = {"spec": {"name": source}, "data": {"source": source}}
+    write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"]), manifest))
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "<img src=x" not in text and "&lt;img src=x onerror=alert(1)" in text, name
+    assert not re.search(r"(?<!\\)\]\(http", text) and "\n# d" not in text and r"!\[a\](http" in text
+
+
 def test_finding_leads_both_reports(tmp_path: Path) -> None:
     finding = write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"])))
     assert finding.path == tmp_path / "report" / "report.html" and finding.path.is_file()
