@@ -221,6 +221,7 @@ def _trial(
         "val_loss": _number(known.get("val_loss")),
         "bits_per_byte": _number(known.get("bits_per_byte")),
         "seconds": _number(known.get("seconds")),
+        "device": known.get("device") or "",
         "state": _state(outcome),
         "options": config.optimizer.model_dump_json(),
         "geometry": config.use_manifold_aware,

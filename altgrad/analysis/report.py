@@ -27,6 +27,7 @@ from altgrad.analysis import curves, figures
 from altgrad.analysis.cells import ALPHA, LEARNED_NATS, LEARNED_SHARE, MARGIN, UNITS, Study, build_study, twin_control
 from altgrad.analysis.finding import Finding, find
 from altgrad.analysis.load import (
+    FINISHED,
     UNRESOLVED,
     Records,
     by_setting,
@@ -210,7 +211,7 @@ def _words(study: Study) -> dict[str, str]:
 
 
 def _outside_text(records: Records) -> str:
-    count = records.outside
+    count, mixed = records.outside, _mixed_devices(records.trials)
     texts = [f"{outdated_text(records.outdated)}."] if records.outdated else []
     if own := int((records.trials["numerics"] != NUMERICS_VERSION).sum()):
         texts.append(f"{own} trials of this sweep were computed by an older numerics version than this installation's.")
@@ -221,7 +222,19 @@ def _outside_text(records: Records) -> str:
             else (f"{count} other trials of earlier sweeps in this folder are")
         )
         texts.append(f"{who} left out; results.csv lists every trial.")
+    if mixed:
+        texts.append(
+            f"Trials of seed {', '.join(map(str, mixed))} ran on different devices (results.csv: device): their paired "
+            "differences hold a difference of devices too."
+        )
     return " ".join(texts)
+
+
+def _mixed_devices(trials: pd.DataFrame) -> list[int]:
+    """The seeds of which finished trials ran on more than one kind of device."""
+    known = trials[(trials["device"] != "") & (trials["state"] == FINISHED)]
+    kinds = known.groupby("seed")["device"].nunique()
+    return [int(seed) for seed in kinds.index[kinds > 1]]
 
 
 def _sweep_name(manifest: Mapping[str, Any] | None, out_dir: Path) -> str:

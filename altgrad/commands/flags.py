@@ -81,6 +81,11 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
         help="GPUs of each worker; .25: four share one; 0: train on CPUs; default one, where there are any",
     )
     parser.add_argument(
+        "--mix-devices",
+        action="store_true",
+        help="let trials of one seed run on GPUs of different kinds; their pairs are marked in the report",
+    )
+    parser.add_argument(
         "--interval-timeout",
         default="900",
         metavar="S",
@@ -134,6 +139,7 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             executor=cast(Executor, check_choice(request.executor, get_args(Executor), "executor")),
             workers_per_trial=_number_of("--workers-per-trial", request.workers_per_trial),
             gpus_per_trial=None if gpus is None else _amount_of("--gpus-per-trial", gpus),
+            mix_devices=request.mix_devices,
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
             wandb=mode_of(request.wandb),
             budget=Budget(

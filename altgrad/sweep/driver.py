@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import WAITING
 from altgrad.sweep.nodes import ClusterSize, NodeWatch, devices_text
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.placement import ACCELERATOR, Placement
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
 from altgrad.sweep.preflight import check_cluster, refusal
@@ -49,6 +50,8 @@ from altgrad.training.outcome import Outcome
 OBJECT_STORE_BYTES = 200_000_000
 REACH_SECONDS = 5
 RETRIES = 2
+KIND_SHARE = 0.001
+"""Of a node's one unit of its kind of accelerator."""
 PAUSES = 32
 """More times than a trial can pause in a race: rungs lie a factor apart."""
 
@@ -203,6 +206,9 @@ def drive(
     # A population hands checkpoints over between one-device trials.
     executor = "actor" if isinstance(race, Population) else options.chosen_executor
     size = ClusterSize()
+    devices = {trial_id: outcome.device for trial_id, outcome in recorder.ledger.outcomes().items()}
+    seeds = trials if growth is None else growth.trials
+    placement = Placement(seeds, devices) if options.gpus and not options.mix_devices else None
     progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial, {devices_text(options)}")
     follower.groups = GroupWatch(worker_group(options).resources() if executor == "train" else None)
     follower.nodes = None if options.address == "local" else NodeWatch(recorder.folder)
@@ -212,7 +218,9 @@ def drive(
             trainable(executor, options, scratch),
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
-                search_alg=TrialQueue(requests, against, race, more, lambda: options.concurrent(*size.read())),
+                search_alg=TrialQueue(
+                    requests, against, race, more, lambda: options.concurrent(*size.read()), placement
+                ),
                 num_samples=pauses * planned,
                 reuse_actors=executor == "actor",
                 trial_name_creator=trial_id_of,
@@ -243,9 +251,20 @@ def trainable(executor: str, options: RunOptions, scratch: Path) -> Any:
     """What Tune runs for each trial, with what it asks for."""
     if executor == "actor":
         # Where GPUs are what is scarce, a machine with fewer cores than GPUs must still use them all.
-        needs: dict[str, float] = {"cpu": DRIVER_CPUS, "gpu": options.gpus} if options.gpus else {"cpu": 1}
-        return tune.with_resources(TrialActor, needs)
+        return tune.with_resources(TrialActor, _gpu_bundle(options.gpus) if options.gpus else {"cpu": 1})
     return tune.with_resources(group_trainable(worker_group(options), scratch / "train"), {"cpu": DRIVER_CPUS})
+
+
+def _gpu_bundle(gpus: float) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """What a trial on GPUs asks for, of the kind that its request names."""
+
+    def bundle(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        kind = config.get("trial", {}).get("accelerator")
+        return tune.PlacementGroupFactory(
+            [{"CPU": DRIVER_CPUS, "GPU": gpus} | ({f"{ACCELERATOR}{kind}": KIND_SHARE} if kind else {})]
+        )
+
+    return bundle
 
 
 def worker_group(options: RunOptions) -> WorkerGroup:

@@ -81,6 +81,11 @@ def fault(trial: Any, folder: Path) -> Outcome:
     hung = hung_at(folder)
     if hung is not None:
         return Outcome(OutcomeKind.TIMEOUT, step, message=f"a log interval did not end in time: {hung}")
+    return told(text, step, folder)
+
+
+def told(text: str, step: int, folder: Path) -> Outcome:
+    """The ending that a text with tracebacks tells of; the text is left in the trial's folder."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TRACEBACK).write_text(text + "\n")

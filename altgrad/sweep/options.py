@@ -32,6 +32,8 @@ class RunOptions:
     workers_per_trial: int = 1
     gpus_per_trial: float | None = None
     """of each worker; a fraction lets several trials share a GPU; None: one each where there are any, see `settled`"""
+    mix_devices: bool = False
+    """whether trials of one seed, which are compared, may run on GPUs of different kinds"""
     interval_timeout: float = 900.0
     """seconds after which a log interval that has not ended counts as hung; 0 for never"""
     budget: Budget = field(default_factory=Budget)

@@ -14,6 +14,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from altgrad.sweep.executors import PAUSED
+from altgrad.sweep.placement import Placement
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
 from altgrad.sweep.racing import Race
@@ -26,7 +27,7 @@ class TrialQueue(Searcher):
     """`requests`: what the executor needs, by trial, in order; `waits`: the trial that must have ended first.
 
     `more`: asked when a slot is free and nothing is ready; enters new trials in both and names them. `slots`: how many
-    may be under way now, which changes as nodes come and go.
+    may be under way now, which changes as nodes come and go. `placement`: on which kind of GPU each may run.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class TrialQueue(Searcher):
         race: Pace | None = None,
         more: Callable[[], Iterable[str]] = tuple,
         slots: Callable[[], int] = lambda: sys.maxsize,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
-        self._more, self._slots = more, slots
+        self._more, self._slots, self._placement = more, slots, placement
         self._requests = requests
         self._left = list(requests)
         self._waits, self._race = waits, race
@@ -69,7 +71,9 @@ class TrialQueue(Searcher):
         if isinstance(race, Population):
             request = race.adjusted(ready, request)
         until = None if race is None else race.pause_step(ready)
-        return {"trial": request | ({} if until is None else {"until": str(until)})}
+        kind = None if self._placement is None else self._placement.kind(ready)
+        added = {"until": until and str(until), "accelerator": kind}
+        return {"trial": request | {key: value for key, value in added.items() if value is not None}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name = self._running.pop(trial_id, None)

@@ -4,6 +4,9 @@ Tune runs a driver per trial that asks for almost nothing; the workers ask for t
 results go on to Tune, so schedulers, guards and races listen to these trials as to any other. A worker's death
 restarts the group from the checkpoint in the trial's folder.
 
+A Python error that is not the trial's own (a collective that can't start) would fail each time alike: it is the trial's
+ending, told by the driver.
+
 Ray 2.60 frees the workers of a stopped driver through its State API only: the driver needs RAY_ADDRESS, and the
 cluster its dashboard. Results are fetched by polling, two seconds apart unless told otherwise.
 """
@@ -11,12 +14,16 @@ cluster its dashboard. Results are fetched by polling, two seconds apart unless 
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from altgrad.sweep.executors import TrialRun
+from altgrad.sweep.faults import told
+from altgrad.training.outcome import OutcomeKind
+from altgrad.training.record import write_json
 from altgrad.training.workers import Workers
 
 POLL_SECONDS = "0.2"
@@ -54,12 +61,15 @@ def group_trainable(group: WorkerGroup, storage: Path) -> Callable[[dict[str, An
         from ray.tune.integration.ray_train import TuneReportCallback
 
         request = config["trial"]
-        TorchTrainer(
+        trainer = TorchTrainer(
             work,
             train_loop_config=request,
             torch_config=TorchConfig(backend="nccl" if group.gpus >= 1 else "gloo"),
             scaling_config=train.ScalingConfig(
-                num_workers=group.workers, use_gpu=group.gpus > 0, resources_per_worker=group.resources()
+                num_workers=group.workers,
+                use_gpu=group.gpus > 0,
+                resources_per_worker=group.resources(),
+                accelerator_type=request.get("accelerator"),
             ),
             run_config=train.RunConfig(
                 name=request["trial_id"],
@@ -67,7 +77,15 @@ def group_trainable(group: WorkerGroup, storage: Path) -> Callable[[dict[str, An
                 callbacks=[TuneReportCallback()],
                 failure_config=train.FailureConfig(max_failures=group.retries),
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # whatever Ray Train raises, its text says what was raised in the workers
+            folder = Path(request["folder"])
+            ending = told("".join(traceback.format_exception(error)), 0, folder)
+            if ending.kind is not OutcomeKind.BUG:
+                raise
+            write_json(folder / "outcome.json", ending.to_dict())
 
     return drive
 

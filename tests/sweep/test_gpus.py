@@ -210,3 +210,18 @@ def test_what_the_machine_cannot_do_is_refused(
     monkeypatch.setenv("ALTGRAD_STAND_IN_GPUS", "1")
     assert main(["run", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_collective_that_cannot_start_is_a_bug_that_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers on GPUs join by NCCL, which a torch that is built for CPUs lacks."""
+    monkeypatch.setenv("ALTGRAD_STAND_IN_GPUS", "2")
+    out = tmp_path / "sweep"
+    result = run_sweep(spec(seeds=3, steps=20), RunOptions(out=out, workers_per_trial=2, gpus_per_trial=1.0))
+    assert result.broken is not None and "NCCL" in result.broken and result.left == result.trials == 6
+    with Ledger(out / "ledger.sqlite") as ledger:
+        outcomes = ledger.outcomes()
+    assert {outcome.kind for outcome in outcomes.values()} == {OutcomeKind.BUG} and len(outcomes) == 3
+    assert "Traceback" in (out / "trials" / next(iter(outcomes)) / "traceback.txt").read_text()

@@ -66,3 +66,18 @@ def test_a_real_cluster_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyP
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_the_given_cluster_is_asked_whatever_other_ray_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    try:
+        options = RunOptions(out=tmp_path, address=cluster.address, executor="train")
+        assert reach(options) == (replace(options, gpus_per_trial=0.0), [])
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
