@@ -2,8 +2,8 @@
 
 The same run gives other numbers on another kind, by a little, and a paired difference across kinds holds that too.
 Where a cluster has GPUs of several kinds, all trials of a seed therefore ask for the kind that the first of them got,
-and seeds are spread over the kinds by how many GPUs each has. A kind that is gone is waited for no longer: the seed goes
-on elsewhere, and the report says of which seeds the trials ran on different devices.
+and seeds are spread over the kinds by how many GPUs each has. A kind that is gone is waited for no longer: the seed
+goes on elsewhere, and the report says of which seeds the trials ran on different devices.
 """
 
 from __future__ import annotations
