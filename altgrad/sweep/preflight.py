@@ -7,6 +7,7 @@ have no room yet: that is only a note. Nodes that come later are not seen.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -84,8 +85,8 @@ def _check_state_api() -> None:
     from ray.util.state.exception import RayStateApiException
 
     try:
-        # Of the cluster that this driver joined: by itself the call looks for one, and gives up where it finds two.
-        list_placement_groups(address=ray.get_runtime_context().gcs_address, limit=1, timeout=STATE_SECONDS)
+        with asking_own_cluster():
+            list_placement_groups(limit=1, timeout=STATE_SECONDS)
     except (RayStateApiException, RuntimeError, OSError) as error:  # no address of a dashboard, or none that answers
         reason = " ".join(str(error).split())[:120]
         raise SpecError(
@@ -93,6 +94,21 @@ def _check_state_api() -> None:
             f"the head's dashboard does not answer ({reason}); start the head with "
             "--include-dashboard=true, or take --executor actor"
         ) from None
+
+
+@contextlib.contextmanager
+def asking_own_cluster() -> Iterator[None]:
+    """Lets Ray's State API ask the cluster that this process has joined.
+
+    By itself it looks for one, and these variables, which may name another, win over its own argument.
+    """
+    before = {name: os.environ.pop(name, None) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def check_storage(out: Path, nodes: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from altgrad.sweep.executors import TrialRun
 from altgrad.sweep.faults import told
+from altgrad.sweep.preflight import asking_own_cluster
 from altgrad.training.outcome import OutcomeKind
 from altgrad.training.record import write_json
 from altgrad.training.workers import Workers
@@ -52,10 +53,7 @@ def group_trainable(group: WorkerGroup, storage: Path) -> Callable[[dict[str, An
     """The Tune trainable that runs a trial on a worker group; `storage` is for Ray's own files."""
 
     def drive(config: dict[str, Any]) -> None:
-        import ray
-
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         from ray import train
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.tune.integration.ray_train import TuneReportCallback
@@ -79,7 +77,8 @@ def group_trainable(group: WorkerGroup, storage: Path) -> Callable[[dict[str, An
             ),
         )
         try:
-            trainer.fit()
+            with asking_own_cluster():
+                trainer.fit()
         except Exception as error:  # whatever Ray Train raises, its text says what was raised in the workers
             folder = Path(request["folder"])
             ending = told("".join(traceback.format_exception(error)), 0, folder)
