@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import altgrad
 from altgrad import NUMERICS_VERSION
+from altgrad.sweep import file_systems
 
 LOCK = ".lock"
 PACKAGES = ("altgrad", "torch", "ray", "numba", "numpy", "pydantic", "pandas")
@@ -87,6 +88,7 @@ def owned(out: Path, *, fresh: bool = False) -> Iterator[Path]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _check_locks(out)
         lock = _lock(out)
         if fresh and any(item.name != LOCK for item in out.iterdir()):
             _move_aside(out.resolve())
@@ -113,6 +115,19 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _check_locks(out: Path) -> None:
+    try:
+        file_systems.check_locks(out)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise FolderError(
+            f"{out}: its file system ({file_systems.kind(out) or 'of unknown type'}) has no file locks "
+            f"({error.strerror}), without which two drivers, or a lost trial and its successor, would write over each "
+            "other; mount it with locks, or take an --out on another"
+        ) from None
 
 
 def has_driver(out: Path) -> bool:

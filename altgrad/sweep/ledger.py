@@ -10,6 +10,7 @@ are kept as the texts 'nan', 'inf' and '-inf' (a column of a REAL affinity keeps
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from altgrad import NUMERICS_VERSION
+from altgrad.sweep import file_systems
 from altgrad.sweep.budget import Spend
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
@@ -88,6 +90,7 @@ CREATE TABLE IF NOT EXISTS mutations (
     applied INTEGER NOT NULL, PRIMARY KEY (trial_id, step, field));
 CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, message TEXT NOT NULL);
 """
+BUSY_SECONDS = 30
 WAITING = "waiting"
 """The subject of the notice that holds while a driver runs: what trials wait for."""
 
@@ -98,12 +101,21 @@ class Ledger:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        self._suit(file_systems.journal_mode(self.path))
         self._connection.executescript(SCHEMA)
         self._add_new_columns("rows", dict.fromkeys(ROW_SIGNALS, "REAL"))
         self._add_new_columns("outcomes", {"formats": "TEXT", "device": "TEXT"})
         self._add_new_columns("trials", {"numerics": "INTEGER"})
+
+    def _suit(self, journal_mode: str) -> None:
+        """Changes the journal where it isn't the file system's, unless the ledger is open elsewhere."""
+        (current,) = self._connection.execute("PRAGMA journal_mode").fetchone()
+        if current != journal_mode:
+            with contextlib.suppress(sqlite3.OperationalError):  # in use, or no shared memory here: as it was, it works
+                self._connection.execute("PRAGMA busy_timeout=0")
+                self._connection.execute(f"PRAGMA journal_mode={journal_mode}")
+            self._connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
 
     def _add_new_columns(self, table: str, columns: Mapping[str, str]) -> None:
         """A ledger of an earlier version lacks what came later."""
