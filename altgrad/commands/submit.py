@@ -52,7 +52,7 @@ def submit(request: argparse.Namespace) -> int:
     except ValueError as error:
         raise SpecError(str(error)) from None
     out = request.out.absolute()
-    print(f"job {job.id}: {entrypoint}", flush=True)
+    print(f"job {job.id} ({request.address}/#/jobs/{job.id}): {entrypoint}", flush=True)
     try:
         code = job.follow(_show)
     except ConnectionError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -201,7 +202,8 @@ def drive(
     enter(trials)
     planned = len(trials) + (0 if growth is None else growth.planned)
     pauses = max(PAUSES, race.most_pauses + 1) if isinstance(race, Population) else PAUSES
-    progress.watch(_start(options.address))
+    # Ray sets the mode itself where it finds a token in the home folder.
+    progress.watch(_start(options.address), asks_token=os.environ.get("RAY_AUTH_MODE") == "token")
     follower.settle()
     # A population hands checkpoints over between one-device trials.
     executor = "actor" if isinstance(race, Population) else options.chosen_executor

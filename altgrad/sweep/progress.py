@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -63,10 +64,17 @@ class Progress:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
-    def watch(self, dashboard: str | None) -> None:
-        """Ray is up, and can be watched at `dashboard`."""
+    def watch(self, dashboard: str | None, *, asks_token: bool = False) -> None:
+        """Ray is up, and can be watched at `dashboard`, which takes no token in its address."""
         self._dashboard = dashboard
         print(f"{self._planned} trials to run" + (f"; Ray dashboard: {dashboard}" if dashboard else ""), flush=True)
+        if dashboard and asks_token:
+            ray = Path(sys.executable).with_name("ray")
+            print(
+                f"it asks for the token that this prints: {ray} get-auth-token\n"
+                f"actors in a terminal: RAY_AUTH_MODE=token {ray} list actors --address {dashboard}",
+                flush=True,
+            )
 
     def note(self, text: str) -> None:
         """Something that whoever watches should know."""

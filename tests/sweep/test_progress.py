@@ -58,6 +58,17 @@ def test_a_pipe_gets_a_line_at_most_every_ten_seconds(clock: list[float], capsys
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+@pytest.mark.parametrize("asks_token", [True, False])
+def test_a_guarded_dashboard_comes_with_the_line_that_gets_its_token(
+    asks_token: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(TRIALS, len(TRIALS), live=False) as shown:
+        shown.watch("http://127.0.0.1:8265", asks_token=asks_token)
+    said = capsys.readouterr().out
+    assert "Ray dashboard: http://127.0.0.1:8265\n" in said
+    assert ("ray get-auth-token\n" in said) == ("ray list actors" in said) == asks_token
+
+
 def test_a_terminal_gets_a_table() -> None:
     shown = Progress(TRIALS, len(TRIALS), live=True)
     shown.watch("http://127.0.0.1:8265")
