@@ -61,6 +61,7 @@ RESULT_COLUMNS = (
     "val_loss",
     "bits_per_byte",
     "seconds",
+    "device",
     *FINAL_SIGNALS,
     "numerics",
 )

@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from synthetic import DATA, Plan, explode, stall, write_ledger
 
 from altgrad.analysis.curves import spread
 from altgrad.analysis.report import write_report
+from altgrad.sweep.ledger import Ledger
 from altgrad.training.config import ARMS
 from altgrad.training.outcome import Outcome, OutcomeKind
 
@@ -263,3 +265,17 @@ def test_a_blown_up_reference_still_gives_a_report(tmp_path: Path) -> None:
     )
     assert "did not learn" in finding.headline
     assert "reference (did not learn)" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_seeds_that_ran_on_more_than_one_kind_of_device_are_named(tmp_path: Path) -> None:
+    write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], seeds=3))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for trial_id, outcome in ledger.outcomes().items():
+            trial = ledger.trials()[trial_id]
+            kind = "H100" if trial["seed"] == 0 or (trial["seed"], trial["format"]) == (1, "BF16") else "A100"
+            ledger.record_outcome(trial_id, replace(outcome, device=kind))
+    write_report(tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Trials of seed 1 ran on different devices" in text
+    table = pd.read_csv(tmp_path / "report" / "results.csv")
+    assert sorted(table[table["seed"] == 1]["device"]) == ["A100", "H100"]

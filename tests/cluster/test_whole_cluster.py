@@ -18,6 +18,8 @@ SWEEP = (
     "sweeps/format_ablation.py",
     "--preset",
     "quick",
+    "--seeds",
+    "1",
     "--workers-per-trial",
     "1",
     "--gpus-per-trial",
@@ -27,8 +29,8 @@ SWEEP = (
     "--address",
     "auto",
     "--out",
-    "/workspace/runs/quick",
 )
+SHARED, UNSHARED = "/workspace/runs/quick", "/tmp/runs/quick"
 
 
 def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,17 +64,19 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
                     most[0] = max(most[0], len(account.of_kind("worker")))
 
             threading.Thread(target=count, daemon=True).start()
-            said = laptop.run(
-                "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *SWEEP, timeout=900
-            )
+            submit = ("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *SWEEP)
+            said = laptop.run(*submit, UNSHARED, timeout=300, check=False)
+            mark("the first worker joins, and does not see the sweep's folder")
+            assert "failed" in said and f"--out: {UNSHARED} is not on shared storage: node" in said
+            said = laptop.run(*submit, SHARED, timeout=900)
             done.set()
-        mark("the sweep, from 0 workers")
+        mark("the sweep, from 1 worker")
         assert "succeeded" in said and "report: /workspace/runs/quick/report/report.html" in said
         assert most[0] == 2 == account.count("POST") - 1
         laptop.run("ray", "rsync-down", file, "/workspace/runs/quick/", f"{tmp_path}/fetched/")
         assert "<html" in (tmp_path / "fetched/report/report.html").read_text()
         found = ledger(tmp_path / "fetched")
-        assert len(found["endings"]) == 50 == len(found["rows"]) and not {"bug", "node_lost"} & set(found["endings"])
+        assert len(found["endings"]) == 25 == len(found["rows"]) and not {"bug", "node_lost"} & set(found["endings"])
         until(lambda: not account.of_kind("worker"), 240, "idle workers are deleted")
         mark("workers idle and gone")
         laptop.run("ray", "down", "-y", file)
