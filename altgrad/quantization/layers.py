@@ -16,7 +16,6 @@ others do to either (hooks, pruning, another Parameter) holds for both, and conv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,9 +24,16 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from altgrad.quantization.formats import FloatFormat, get_format
+from altgrad.quantization.layer_products import (
+    EmulatedProduct,
+    EmulatedRoles,
+    ProductRoles,
+    QuantizedProduct,
+    StraightThrough,
+)
 from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
-from altgrad.quantization.products import BF16_DEVICES, Operand, Product, check_product, matmul_transposed
-from altgrad.quantization.roles import Role, RoleQuantizer, as_role, operand_of
+from altgrad.quantization.products import Operand, Product, check_product
+from altgrad.quantization.roles import Role, RoleQuantizer, as_role, operand_of, values_of
 from altgrad.quantization.training_steps import follow_steps
 from altgrad.quantization.weight_grid import register_layer, weight_grid
 
@@ -104,17 +110,23 @@ class QuantizedLinear(nn.Module):
         advance = self.training and torch.is_grad_enabled()
         if advance:
             self.has_run = True
-        weight = self.weight_operand(advance=advance)
-        activation = operand_of(x, self.activation_quantizer, advance=advance)
         if self.gradient_quantizer is not None:
             self.gradient_quantizer.prepare(x.device)
+        own_scale = self.own_scale()
+        if self.product != "native":
+            x_values = values_of(x, self.activation_quantizer, advance=advance)
+            weight_values = self.weight_quantizer.values(self.weight, advance=advance, own_scale=own_scale)
+            if x_values is not None and weight_values is not None:
+                rounds = self.activation_quantizer is not None
+                emulated = EmulatedRoles(rounds, self.gradient_quantizer, advance)
+                return cast(Tensor, EmulatedProduct.apply(x, self.weight, self.bias, x_values, weight_values, emulated))
+        weight = self.weight_quantizer.operand(self.weight, advance=advance, own_scale=own_scale)
+        activation = operand_of(x, self.activation_quantizer, advance=advance)
         # Without values: what the graph keeps are saved tensors, which checkpointing can let go.
-        product = _Product(
+        roles = ProductRoles(
             self.product, activation.without_values, weight.without_values, self.gradient_quantizer, advance
         )
-        return cast(
-            Tensor, _QuantizedProduct.apply(x, self.weight, self.bias, activation.values, weight.values, product)
-        )
+        return cast(Tensor, QuantizedProduct.apply(x, self.weight, self.bias, activation.values, weight.values, roles))
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight this layer multiplies by, without gradient."""
@@ -226,8 +238,11 @@ class QuantizedEmbedding(nn.Module):
             refuse_transforms("a quantized embedding", self.weight)
             refuse_script_tracing("a quantized embedding")
         own_scale = linear.own_scale() if self.weight is linear.weight else None
-        values = linear.weight_quantizer.operand(self.weight, advance=False, own_scale=own_scale).numbers
-        weight = cast(Tensor, _StraightThrough.apply(self.weight, values))
+        quantizer = linear.weight_quantizer
+        values = quantizer.values(self.weight, advance=False, own_scale=own_scale)
+        if values is None:
+            values = quantizer.operand(self.weight, advance=False, own_scale=own_scale).numbers
+        weight = cast(Tensor, StraightThrough.apply(self.weight, values))
         return functional.embedding(
             tokens, weight.to(self.weight.dtype), embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
         )
@@ -242,78 +257,6 @@ class QuantizedEmbedding(nn.Module):
         """Shape and role."""
         rows, width = self.weight.shape
         return f"{rows}, {width}, {self._linear[0].weight_quantizer.role} weight"
-
-
-@dataclass(frozen=True)
-class _Product:
-    """What a product needs beside its tensors."""
-
-    kind: Product
-    activation: Operand
-    weight: Operand
-    gradient: RoleQuantizer | None
-    advance: bool
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
-
-
-class _QuantizedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        x_values: Tensor,
-        weight_values: Tensor,
-        product: _Product,
-    ) -> Tensor:
-        ctx.save_for_backward(x_values, weight_values)
-        ctx.product = product
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        rows = product.activation.with_values(x_values.reshape(-1, x_values.shape[-1]))
-        # A low-precision GEMM writes BF16, after the bias.
-        wanted = torch.float32 if product.activation.fmt is None else torch.bfloat16
-        written = wanted if bias is None else torch.float32
-        matrix = product.weight.with_values(weight_values)
-        y = matmul_transposed(rows, matrix, product.kind, written).view(*x.shape[:-1], weight.shape[0])
-        if bias is not None:
-            y = (y + bias.to(torch.float32)).to(wanted)
-        # What follows on a GPU (attention, GELU) is many times as fast in BF16.
-        return y if y.dtype == torch.bfloat16 and x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and gradient.requires_grad:
-            raise NotImplementedError(
-                "no second derivative through a quantized layer (backward with create_graph=True): rounding has none"
-            )
-        x_values, weight_values = ctx.saved_tensors
-        product: _Product = ctx.product
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        operand = operand_of(rows, product.gradient, advance=product.advance)
-        x = product.activation.with_values(x_values.reshape(-1, x_values.shape[-1]))
-        grad_x = grad_weight = grad_bias = None
-        if wants_x:
-            weight = product.weight.with_values(weight_values)
-            written = torch.bfloat16 if x_dtype == torch.bfloat16 else torch.float32
-            grad_x = matmul_transposed(operand, weight.transposed, product.kind, written)
-            grad_x = grad_x.view(x_values.shape).to(x_dtype)
-        if wants_weight:
-            grad_weight = matmul_transposed(operand.transposed, x.transposed, product.kind).to(weight_dtype)
-        if wants_bias:
-            grad_bias = operand.numbers.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _quantizer(value: str | FloatFormat | Role | None, key: int) -> RoleQuantizer | None:

@@ -8,16 +8,19 @@ evaluations; `end_step` moves them on (see `training_steps`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from altgrad.quantization.block_scaling import BlockFormat
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import Drawn, Rounding
-from altgrad.quantization.kernels.dispatch import grid_values_by_amax
+from altgrad.quantization.kernels.dispatch import grid_values_by_amax, operand_kernels
 from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
-from altgrad.quantization.scaling import ScaleRule
+from altgrad.quantization.scaling import ScaleRule, ScaleTracker
 
 BF16 = FORMATS["BF16"]
 
@@ -63,6 +66,12 @@ class RoleQuantizer:
         self.key = key
         self.draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self.tracker = role.scale.new_state(self.fmt)
+        self._is_plain_bfloat16 = self.fmt == BF16 and role.rounding == "nearest"
+        self._rounders: dict[bool, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled kernels, which a copy finds by itself."""
+        return self.__dict__ | {"_rounders": {}}
 
     @property
     def has_state(self) -> bool:
@@ -80,7 +89,7 @@ class RoleQuantizer:
         if not carries_bf16 and x.dtype != torch.float64:
             x = x.to(torch.float32)
         rounding = self.role.rounding
-        if self.fmt == BF16 and own_scale is None and rounding == "nearest" and x.dtype != torch.float64:
+        if self._is_plain_bfloat16 and own_scale is None and x.dtype != torch.float64:
             # The native cast keeps infinities, which are signals; 16-bit formats have scale 1.
             values = x.to(torch.bfloat16)
             return Operand(values if carries_bf16 else values.to(torch.float32), BF16, None)
@@ -104,6 +113,61 @@ class RoleQuantizer:
         return Operand(
             values if carries_bf16 else values.to(torch.float32), self.fmt, scale, scale if carries_bf16 else None
         )
+
+    def values(self, x: Tensor, *, advance: bool, own_scale: Tensor | None = None) -> Tensor | None:
+        """The numbers of `operand`, float32 [rows, n] of x [..., n], by one kernel; None where only `operand` can.
+
+        The same bits. It is what a layer multiplies where the product is emulated on a CPU.
+        """
+        is_bfloat16 = own_scale is None and self._is_plain_bfloat16
+        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+            is_rounded, x = is_bfloat16 and x.dtype == torch.bfloat16, x.detach().to(torch.float32)
+            if is_rounded:
+                return x.reshape(-1, x.shape[-1]) if x.dim() else None
+        kernels = operand_kernels(x)
+        if kernels is None or x.dim() == 0:
+            return None
+        out = torch.empty((x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.float32)
+        if is_bfloat16:
+            kernels.round_to_bfloat16(x, out)
+            return out
+        if own_scale is not None:
+            is_done = own_scale.is_cpu and self._rounder(kernels, True)(x, out, draws=self.draws, scale=own_scale)
+        elif self.tracker is None:
+            is_done = self._rounder(kernels, False)(x, out, draws=self.draws)
+        else:
+            is_done = self._by_history(kernels, x, out, self.tracker, advance)
+        return out if is_done else None
+
+    def _by_history(self, kernels: Any, x: Tensor, out: Tensor, tracker: ScaleTracker, advance: bool) -> bool:
+        window, gathered, opening = tracker.cells
+        if self.fmt.total_bits > 8 or not gathered.is_cpu or not (window is None or window.is_cpu):
+            return False
+        rounder = self._rounder(kernels, False)
+        cells = {"history": window, "gathered": gathered, "opening": opening}
+        return bool(rounder(x, out, draws=self.draws, advance=advance, shared=tracker.shared, **cells))
+
+    def _rounder(self, kernels: Any, has_own_scale: bool) -> Any:
+        found = self._rounders.get(has_own_scale)
+        if found is None:
+            rule = self.role.scale
+            source, block = kernels.Source.GIVEN, (0, 0, 1.0)
+            if not has_own_scale and self.fmt.total_bits <= 8:
+                source = kernels.SOURCES[rule.block_scale_format if rule.kind == "block" else rule.kind]
+            if source in (kernels.Source.E8M0, kernels.Source.E4M3):
+                blocks = BlockFormat(self.fmt, rule.block_scale_format, rule.block_size)
+                block = blocks.size, blocks.emax, get_format("E4M3").max * self.fmt.max
+            found = self._rounders[has_own_scale] = kernels.OperandRounder(
+                self.fmt,
+                source,
+                self.role.rounding,
+                keeps_infinities=not has_own_scale and self.fmt.total_bits <= 8,
+                headroom=rule.headroom * 2.0**rule.margin,
+                power_of_two=rule.power_of_two,
+                block=block,
+                key=self.key,
+            )
+        return found
 
     def _at_once(self, x: Tensor, seed: Drawn | None) -> tuple[Tensor, Tensor] | None:
         """Grid values and scale by the kernel that also finds the amax, where rule and device allow it."""
@@ -166,3 +230,11 @@ def operand_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> 
     if quantizer is None:
         return Operand(x.detach().to(torch.float32), None, None)
     return quantizer.operand(x, advance=advance)
+
+
+def values_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> Tensor | None:
+    """The numbers of `operand_of`, float32 [rows, n], by one kernel, or None."""
+    if quantizer is not None:
+        return quantizer.values(x, advance=advance)
+    wide = x.detach().to(torch.float32)
+    return wide.reshape(-1, wide.shape[-1]) if wide.dim() and operand_kernels(wide) is not None else None

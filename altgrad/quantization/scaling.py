@@ -289,6 +289,11 @@ class ScaleTracker:
         """`gathered` without waiting for a device: NaN if there was no tensor."""
         return self._gathered
 
+    @property
+    def cells(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The window of the history, None while it is empty, and what kernels write: what was gathered, and opened."""
+        return self.history.window, self._gathered, self._opening
+
     def settle(self, largest: Tensor | None = None) -> None:
         """Ends a step: what was gathered, or an amax in its place, joins the history; nothing where there is none."""
         if largest is not None:

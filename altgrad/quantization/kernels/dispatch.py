@@ -256,6 +256,19 @@ def numba_for(x: Tensor, dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> Modul
     return _numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
 
 
+def operand_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels that take x by its address, if it may be taken: float32, contiguous, in this process's memory.
+
+    Of nothing else is an address ever taken, for an address says neither dtype nor length.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    is_memory = type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
+    if not is_memory or is_traced(x) or x.numel() == 0 or x.data_ptr() == 0:
+        return None
+    return _operand_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
+
+
 def scalar(scale: Scale) -> float | None:
     """The scale as one number, None where it is none or lies on a device that would have to be waited for."""
     if not isinstance(scale, Tensor):
@@ -287,6 +300,14 @@ def _numba_kernels(forced: str) -> ModuleType | None:
     if not _may_use("numba", forced):
         return None
     return importlib.import_module("altgrad.quantization.kernels.cpu")
+
+
+@cache
+def _operand_kernels(forced: str) -> ModuleType | None:
+    """The numba kernels of whole operands, under the same condition."""
+    return (
+        None if _numba_kernels(forced) is None else importlib.import_module("altgrad.quantization.kernels.cpu_operands")
+    )
 
 
 @cache

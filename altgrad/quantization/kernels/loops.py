@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from altgrad.quantization.kernels.compiled import compiled, inlined
@@ -46,6 +47,16 @@ def _float(typingctx, bits):
         return builder.bitcast(args[0], context.get_value_type(types.float32))
 
     return types.float32(types.uint32), generate
+
+
+@intrinsic
+def pointer_to(typingctx, address):
+    """The pointer of an address."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
 
 
 def _on_words(operation, word):
@@ -131,6 +142,21 @@ def _hash(counter, key, second_key):
 
 
 @inlined
+def splitmix64(state):
+    state = np.uint64(state + np.uint64(0x9E3779B97F4A7C15))
+    state = np.uint64(np.uint64(state ^ np.uint64(state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
+    state = np.uint64(np.uint64(state ^ np.uint64(state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
+    return np.uint64(state ^ np.uint64(state >> np.uint64(31)))
+
+
+@inlined
+def mixed(seed, number):
+    """`mix_seed(seed, number)`."""
+    state = splitmix64(np.uint64(np.uint64(0x9E3779B97F4A7C15) ^ splitmix64(np.uint64(seed))))
+    return splitmix64(np.uint64(state ^ splitmix64(np.uint64(number))))
+
+
+@inlined
 def _constants(c):
     """The words of a format, out of their array before the loop; `cpu` says what they are."""
     return c[0], c[1], c[2], c[3], c[4], _float(c[5]), _float(c[6]), _float(c[7]), _float(c[8]), c[9], c[10]
@@ -171,6 +197,16 @@ def _finished(bits, rounded, c):
 def _scaled(number, scale, inverse):
     """number / scale; by its inverse where that is exact, a division being several times slower."""
     return _F32(number / scale) if inverse is None else _F32(number * _F32(inverse))
+
+
+@compiled
+def largest_bits(words):
+    """Bits of the largest magnitude; beyond infinity's where there is a NaN."""
+    largest = _U32(0)
+    for i in range(words.size):
+        magnitude = _U32(_bits(_load(words[i])) & _ABSOLUTE)
+        largest = magnitude if magnitude > largest else largest
+    return largest
 
 
 @compiled

@@ -139,21 +139,6 @@ def stiffness(weight, has_exponent, mantissa_step, least, limit):
 
 
 @inlined
-def splitmix64(state):
-    state = np.uint64(state + np.uint64(0x9E3779B97F4A7C15))
-    state = np.uint64(np.uint64(state ^ np.uint64(state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
-    state = np.uint64(np.uint64(state ^ np.uint64(state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
-    return np.uint64(state ^ np.uint64(state >> np.uint64(31)))
-
-
-@inlined
-def mixed(seed, number):
-    """`mix_seed(seed, number)`."""
-    state = splitmix64(np.uint64(np.uint64(0x9E3779B97F4A7C15) ^ splitmix64(np.uint64(seed))))
-    return splitmix64(np.uint64(state ^ splitmix64(np.uint64(number))))
-
-
-@inlined
 def power(base, exponent):
     """`integer_power`; ends whatever a damaged step count holds."""
     result = 1.0

@@ -31,6 +31,10 @@ from altgrad.quantization.kernels.loops import (
     _plus,
     _right,
     _store,
+    largest_bits,
+    mixed,
+    pointer_to,
+    splitmix64,
 )
 from altgrad.training.kernels import (
     FIXED,
@@ -58,16 +62,14 @@ from altgrad.training.kernels.elements import (
     index_of,
     minimum,
     minus,
-    mixed,
     power,
     share_word,
     size_of,
-    splitmix64,
     stiffness,
     value_of,
     whole_sum,
 )
-from altgrad.training.kernels.survey import largest_bits, look, mean_of, pointer_to, scale_of
+from altgrad.training.kernels.survey import look, mean_of, scale_of
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
 _ABSOLUTE, _INFINITY = _U32(0x7FFFFFFF), _U32(0x7F800000)

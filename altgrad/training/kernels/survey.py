@@ -8,44 +8,22 @@ of its weights enter the step. A look at every gradient costs a sixth of a step 
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 
 from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE
 from altgrad.quantization.kernels.compiled import compiled, inlined
-from altgrad.quantization.kernels.loops import _bits, _constants, _float, _load, _plus, _right
+from altgrad.quantization.kernels.loops import _constants, _float, _load, _plus, _right, largest_bits, pointer_to
 from altgrad.training.kernels import FIXED
 from altgrad.training.kernels import layout as at
 from altgrad.training.kernels.elements import HALF, LOW, binade_of, gap_at, index_of, minus, size_of, whole_sum
 
 _U32, _F32, _I32, _I64, _F64 = np.uint32, np.float32, np.int32, np.int64, np.float64
-_ABSOLUTE, _INFINITY = _U32(0x7FFFFFFF), _U32(0x7F800000)
-
-
-@intrinsic
-def pointer_to(typingctx, address):
-    """The pointer of an address."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
+_INFINITY = _U32(0x7F800000)
 
 
 @inlined
 def _number(bits):
     return _F64(_float(_U32(bits)))
-
-
-@compiled
-def largest_bits(words):
-    """Bits of the largest magnitude; beyond infinity's where there is a NaN."""
-    largest = _U32(0)
-    for i in range(words.size):
-        magnitude = _U32(_bits(_load(words[i])) & _ABSOLUTE)
-        largest = magnitude if magnitude > largest else largest
-    return largest
 
 
 @compiled

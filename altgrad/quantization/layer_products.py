@@ -1,0 +1,172 @@
+"""The two products of a quantized layer, forward and backward, as autograd sees them.
+
+`EmulatedProduct` is what a CPU trains with: operands that one kernel has rounded each, three plain float32 products
+between them, and the output rounded where it lies. `QuantizedProduct` is everything else: operands in any carrier,
+hardware units, tensors that torch records or stands in for. Which of them it is, is decided before autograd is asked:
+a Function that fails half-way would leave histories and draws behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.kernels.dispatch import operand_kernels
+from altgrad.quantization.products import BF16_DEVICES, Operand, Product, matmul_transposed
+from altgrad.quantization.roles import RoleQuantizer, operand_of, values_of
+
+
+@dataclass(frozen=True)
+class ProductRoles:
+    """What a product needs beside its tensors."""
+
+    kind: Product
+    activation: Operand
+    weight: Operand
+    gradient: RoleQuantizer | None
+    advance: bool
+
+
+class StraightThrough(torch.autograd.Function):
+    """Values in a weight's place; the gradient passes to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """y = x Wᵀ + b of operands in any carrier, on any device."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_values: Tensor,
+        weight_values: Tensor,
+        product: ProductRoles,
+    ) -> Tensor:
+        ctx.save_for_backward(x_values, weight_values)
+        ctx.product = product
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        rows = product.activation.with_values(x_values.reshape(-1, x_values.shape[-1]))
+        # A low-precision GEMM writes BF16, after the bias.
+        wanted = torch.float32 if product.activation.fmt is None else torch.bfloat16
+        written = wanted if bias is None else torch.float32
+        matrix = product.weight.with_values(weight_values)
+        y = matmul_transposed(rows, matrix, product.kind, written).view(*x.shape[:-1], weight.shape[0])
+        if bias is not None:
+            y = (y + bias.to(torch.float32)).to(wanted)
+        # What follows on a GPU (attention, GELU) is many times as fast in BF16.
+        return y if y.dtype == torch.bfloat16 and x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative(gradient)
+        x_values, weight_values = ctx.saved_tensors
+        product: ProductRoles = ctx.product
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        operand = operand_of(rows, product.gradient, advance=product.advance)
+        x = product.activation.with_values(x_values.reshape(-1, x_values.shape[-1]))
+        grad_x = grad_weight = grad_bias = None
+        if wants_x:
+            weight = product.weight.with_values(weight_values)
+            written = torch.bfloat16 if x_dtype == torch.bfloat16 else torch.float32
+            grad_x = matmul_transposed(operand, weight.transposed, product.kind, written)
+            grad_x = grad_x.view(x_values.shape).to(x_dtype)
+        if wants_weight:
+            grad_weight = matmul_transposed(operand.transposed, x.transposed, product.kind).to(weight_dtype)
+        if wants_bias:
+            grad_bias = operand.numbers.sum(0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class EmulatedRoles(NamedTuple):
+    """What an emulated product needs beside its tensors."""
+
+    rounds: bool
+    gradient: RoleQuantizer | None
+    advance: bool
+
+
+class EmulatedProduct(torch.autograd.Function):
+    """y = x Wᵀ + b of rounded float32 values on a CPU: x [..., K] as `x_values` [rows, K], W as `weight_values`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_values: Tensor,
+        weight_values: Tensor,
+        roles: EmulatedRoles,
+    ) -> Tensor:
+        ctx.save_for_backward(x_values, weight_values)
+        ctx.roles = roles
+        ctx.x_shape = x.shape
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        y = _finished(_mm(x_values, weight_values.t()), bias, rounds=roles.rounds)
+        return y.view(*x.shape[:-1], weight_values.shape[0]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative(gradient)
+        x_values, weight_values = ctx.saved_tensors
+        roles: EmulatedRoles = ctx.roles
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        values = values_of(gradient, roles.gradient, advance=roles.advance)
+        if values is None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            values = operand_of(rows, roles.gradient, advance=roles.advance).numbers
+        grad_x = grad_weight = grad_bias = None
+        if wants_x:
+            grad_x = _mm(values, weight_values).view(ctx.x_shape).to(x_dtype)
+        if wants_weight:
+            grad_weight = _mm(values.t(), x_values).to(weight_dtype)
+        if wants_bias:
+            grad_bias = values.sum(0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """The product in float32, whatever autocast would make of it."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return torch.mm(a, b)
+    return torch.mm(a, b)
+
+
+def _finished(y: Tensor, bias: Tensor | None, *, rounds: bool) -> Tensor:
+    """y [rows, N] plus the bias; rounded to BF16, which a low-precision GEMM writes, after the bias. Overwrites y."""
+    kernels = operand_kernels(y) if rounds else None
+    added = None if bias is None else bias.detach().to(torch.float32)
+    if kernels is None:
+        y = y if added is None else y.add_(added)
+        return y.to(torch.bfloat16).to(torch.float32) if rounds else y
+    if added is None:
+        kernels.round_to_bfloat16(y, y)
+    elif operand_kernels(added) is not None:
+        kernels.add_bias_and_round(y, added)
+    else:
+        kernels.round_to_bfloat16(y.add_(added), y)
+    return y
+
+
+def _refuse_second_derivative(gradient: Tensor) -> None:
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and gradient.requires_grad:
+        raise NotImplementedError(
+            "no second derivative through a quantized layer (backward with create_graph=True): rounding has none"
+        )
