@@ -101,7 +101,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         }
     )
     trials = anchored.trials(corpus.sha256)
-    if options.address != "local" and _is_any_left(trials, options):
+    if options.address != "local" and (spec.search == "optuna" or _is_any_left(trials, options)):
         _set_ray_environment()
         from altgrad.sweep.driver import reach
 

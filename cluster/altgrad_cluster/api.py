@@ -202,7 +202,7 @@ def _next_page(headers: dict[str, str], url: str) -> str | None:
     here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(urllib.parse.urljoin(url, found[1]))
     if (there.scheme, there.netloc) != (here.scheme, here.netloc):
         raise ApiError(f"GET {here.path}", None, f"the next page is said to be at {found[1]}, which is not followed")
-    return urllib.parse.urlunsplit(("", "", there.path, there.query, ""))
+    return str(urllib.parse.urlunsplit(("", "", there.path, there.query, "")))
 
 
 def _seconds(text: str | None) -> float:
