@@ -97,6 +97,7 @@ class Follower(tune.Callback):
             self._mirror.follow(trial_id_of(trial))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._recorder.expect(trial_id_of(trial))
         if self.groups is not None:
             self.groups.started(trial_id_of(trial))
 
@@ -183,6 +184,8 @@ def drive(
 
     def enter(new: Mapping[str, TrainConfig]) -> Iterable[str]:
         trials.update(new)
+        for trial_id in new:
+            recorder.expect(trial_id)
         if growth is not None:
             against.update(references(growth.trials))
         requests.update(

@@ -109,6 +109,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         for note in notes:
             print(note, flush=True)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
+        ledger.suit_file_system()
         search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
         provenance = {
             "spec": spec.model_dump(mode="json"),
