@@ -22,10 +22,6 @@ SWEEP = (
     "BF16,E5M2,E7M0",
     "--seeds",
     "1",
-    "--workers-per-trial",
-    "1",
-    "--gpus-per-trial",
-    "1",
     "--max-concurrent",
     "2",
     "--address",
@@ -76,6 +72,7 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
             said = laptop.run(*submit, SHARED, timeout=900)
             done.set()
         mark("the sweep, from 0 workers")
+        assert "1 GPU(s) per worker" in said, "a head without GPUs, and workers with them that are to come"
         assert "succeeded" in said and "report: /workspace/runs/quick/report/report.html" in said
         assert most[0] == 2 == account.count("POST") - before
         laptop.run("ray", "rsync-down", file, "/workspace/runs/quick/", f"{tmp_path}/fetched/")
