@@ -64,7 +64,7 @@ class Parcel:
     def pack(self, folder: Path) -> None:
         """Copies it all into a folder. ValueError where it is more than Ray takes."""
         package = Path(altgrad.__file__).parent
-        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.nb[ic]"))
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.nb[ic]"))
         for source, place in self._places.items():
             target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)

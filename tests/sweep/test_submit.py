@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,6 +151,27 @@ def test_what_is_named_is_sent_and_nothing_beside_it(
             assert {str(path) for path in splits._files(data, "")} == named - {"named/sweep.yaml"}
             monkeypatch.chdir(work)
     assert fake.sent[-1] == "--address=auto" and "--out=/shared/o" in fake.sent
+
+
+def test_plain_ray_job_submit_sends_the_code_only(tmp_path: Path) -> None:
+    from ray._private.runtime_env import packaging
+
+    code = ("altgrad/__init__.py", "altgrad/sub/m.py", "cluster/env.sh", "sweeps/a.py", "pyproject.toml", "README.md")
+    private = (
+        ".env",
+        "id_rsa",
+        "data/x.bin",
+        "altgrad/.env",
+        "altgrad/sub/k.pem",
+        "cluster/secrets.env",
+        "sweeps/.env",
+    )
+    for name in (*code, *private):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    shutil.copy(ROOT / ".rayignore", tmp_path / "p")
+    packaging._zip_files(str(tmp_path / "p"), [], str(tmp_path / "sent.zip"), include_gitignore=True)
+    assert set(zipfile.ZipFile(tmp_path / "sent.zip").namelist()) == set(code)
 
 
 def test_more_than_ray_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
