@@ -160,7 +160,8 @@ def _inert(value: object) -> object:
 
 def _plain(value: object) -> str:
     """A text from outside (a path, a message) in Markdown: one line, no links, pictures or new cells."""
-    return re.sub(r"([|`\\]|\](?=[(\[:]))", r"\\\1", " ".join(str(value).split()))
+    # Some readers make links of bare addresses too.
+    return re.sub(r"(?i)([|`\\]|\](?=[(\[:])|:(?=//)|(?<=www)\.)", r"\\\1", " ".join(str(value).split()))
 
 
 def _manifest(out_dir: Path) -> dict[str, Any] | None:

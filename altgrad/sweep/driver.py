@@ -50,6 +50,8 @@ from altgrad.training.outcome import Outcome
 
 OBJECT_STORE_BYTES = 200_000_000
 REACH_SECONDS = 5
+GROWS = "KUBERAY_GEN_RAY_START_CMD"
+"""What KubeRay sets in its pods; its autoscaler's configuration is in none of them."""
 RETRIES = 2
 KIND_SHARE = 0.001
 """Of a node's one unit of its kind of accelerator."""
@@ -72,6 +74,7 @@ class Follower(tune.Callback):
     ) -> None:
         self.groups: GroupWatch | None = None
         self.nodes: NodeWatch | None = None
+        self.placement: Placement | None = None
         """from when Ray is up"""
         self._growth, self._meter, self._mirror = growth, meter, mirror
         self._recorder = recorder
@@ -94,6 +97,7 @@ class Follower(tune.Callback):
             self._mirror.follow(trial_id_of(trial))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._recorder.expect(trial_id_of(trial))
         if self.groups is not None:
             self.groups.started(trial_id_of(trial))
 
@@ -120,7 +124,9 @@ class Follower(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
         outcome = self._recorder.finish(trial_id, self._scheduler.verdicts.get(trial_id))
-        if outcome is None and PAUSED in (trial.last_result or {}):
+        if outcome is None and not trial.last_result:
+            return  # taken back before it began
+        if outcome is None and PAUSED in trial.last_result:
             self._progress.waits(trial_id, int(trial.last_result["step"]))
             self.settle()
             return
@@ -144,6 +150,8 @@ class Follower(tune.Callback):
     def _ended(self, trial_id: str, outcome: Outcome | None) -> None:
         if outcome is not None:
             self._breaker.count(outcome)
+            if self.placement is not None:
+                self.placement.ended(trial_id, outcome.device)
         self._progress.ended(trial_id, outcome)
         if self._mirror is not None:
             self._mirror.end(trial_id, outcome)
@@ -176,6 +184,8 @@ def drive(
 
     def enter(new: Mapping[str, TrainConfig]) -> Iterable[str]:
         trials.update(new)
+        for trial_id in new:
+            recorder.expect(trial_id)
         if growth is not None:
             against.update(references(growth.trials))
         requests.update(
@@ -211,6 +221,9 @@ def drive(
     devices = {trial_id: outcome.device for trial_id, outcome in recorder.ledger.outcomes().items()}
     seeds = trials if growth is None else growth.trials
     placement = Placement(seeds, devices) if options.gpus and not options.mix_devices else None
+    if placement is not None:
+        follower.placement = placement
+        scheduler.is_stranded = lambda request: placement.is_gone(request.get("accelerator"))
     progress.note(f"executor: {executor}, {options.workers_per_trial} worker(s) per trial, {devices_text(options)}")
     follower.groups = GroupWatch(worker_group(options).resources() if executor == "train" else None)
     follower.nodes = None if options.address == "local" else NodeWatch(recorder.folder)
@@ -223,7 +236,8 @@ def drive(
                 search_alg=TrialQueue(
                     requests, against, race, more, lambda: options.concurrent(*size.read()), placement
                 ),
-                num_samples=pauses * planned,
+                # At most; a trial whose GPU has gone is handed out a second time.
+                num_samples=(pauses + 1) * planned,
                 reuse_actors=executor == "actor",
                 trial_name_creator=trial_id_of,
                 trial_dirname_creator=trial_id_of,
@@ -289,9 +303,11 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
             raise ConnectionError(str(error)) from None
     try:
         _start(options.address)
-        now, most = ClusterSize().read()
-        options = options.settled(max(now.get("GPU", 0.0), (most or {}).get("GPU", 0.0)))
-        return options, list(check_cluster(options, worker_group(options).resources()))
+        notes, (now, most) = [], ClusterSize().read()
+        options = with_gpus(options, now, most)
+        if most is None and options.gpus_per_trial == 0:
+            notes = ["no node of the cluster has a GPU now: trials ask for CPUs; --gpus-per-trial 1 asks for GPUs"]
+        return options, [*notes, *check_cluster(options, worker_group(options).resources())]
     except (RuntimeError, RayError, ConnectionError) as error:
         # Where the cluster was to be found by itself, none may be there.
         is_lost = isinstance(error, ConnectionError) and options.address == "auto"
@@ -301,6 +317,23 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
         raise SpecError(f"--address: {options.address!r}: {reason}") from None
     finally:
         ray.shutdown()
+
+
+def with_gpus(options: RunOptions, now: Mapping[str, float], most: Mapping[str, float] | None) -> RunOptions:
+    """The options with GPUs where the cluster has some, or can grow to them.
+
+    SpecError where a cap counts GPUs and there are none, or where trials would ask for CPUs while the nodes that come
+    for them may have GPUs that nobody uses.
+    """
+    if most is None and not now.get("GPU") and options.gpus_per_trial is None and GROWS in os.environ:
+        raise SpecError(
+            "--gpus-per-trial: missing: no node of this cluster has a GPU now, and it does not say what the nodes that "
+            "are to come have; 1 or 0 is expected"
+        )
+    try:
+        return options.settled(max(now.get("GPU", 0.0), (most or {}).get("GPU", 0.0)))
+    except ValueError as error:
+        raise SpecError(str(error)) from None
 
 
 def _start(address: str) -> str | None:

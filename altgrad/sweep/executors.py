@@ -45,6 +45,8 @@ GUARDED = "guarded"
 PAUSED = "paused"
 """In a result that ends a trial for now: it has come to the step at which it waits."""
 HUNG = "hung"
+FAILED = "failed"
+"""The file of the worker that failed first, until the trial is handed out again."""
 """How the files begin in which watchdogs leave a stack."""
 
 
@@ -115,9 +117,10 @@ class TrialRun:
                 return self._failed(OutcomeKind.BUG, error)
             if not self._can_halve():
                 return self._failed(OutcomeKind.OOM, error)
-            self.release()
-            self._workers = replace(self._workers, micro_batches=2)
-            return self.step()
+        # Beyond the error, whose traceback holds the model and all that filled the memory.
+        self.release()
+        self._workers = replace(self._workers, micro_batches=2)
+        return self.step()
 
     def release(self) -> None:
         """Closes the generator, which unlocks the folder, and drops the model."""
@@ -164,11 +167,12 @@ class TrialRun:
             torch.distributed.destroy_process_group()
         outcome = Outcome(kind=kind, step=self._reached, message=f"{headline(error)} {_place(error)}")
         self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with (self._folder / TRACEBACK).open("w" if self._workers.world == 1 else "x") as file:
-                file.write("".join(traceback.format_exception(error)))
-        except FileExistsError:
-            return _ending(outcome)  # another worker failed first, and this one of it
+        if self._workers.world > 1:
+            try:
+                (self._folder / FAILED).touch(exist_ok=False)
+            except FileExistsError:
+                return _ending(outcome)  # another worker failed first, and this one of it
+        (self._folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
         write_json(self._folder / "outcome.json", outcome.to_dict())
         return _ending(outcome)
 

@@ -76,7 +76,7 @@ class Breaker(tune.Stopper):
 def fault(trial: Any, folder: Path) -> Outcome:
     """What ended a trial that could not end itself, from Ray's own words, which are left in its folder."""
     file = None if trial.error_file is None else Path(trial.error_file)
-    text = file.read_text().strip() if file is not None and file.exists() else "the actor died"
+    text = (file.read_text().strip() if file is not None and file.exists() else "") or "the actor died"
     step = int((trial.last_result or {}).get("step", 0))
     hung = hung_at(folder)
     if hung is not None:

@@ -9,6 +9,8 @@ trial that was thought lost from writing beside its successor.
 from __future__ import annotations
 
 import fcntl
+import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -19,16 +21,17 @@ MOUNTS = Path("/proc/self/mounts")
 def kind(path: Path) -> str | None:
     """The type of the file system that holds `path`, as mounted ("ext4", "nfs4", "fuse.mfs"); None where untold."""
     try:
-        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = MOUNTS.read_bytes().splitlines()
     except OSError:  # no Linux
         return None
     real = path.absolute().resolve()
     found: tuple[int, str] = (0, "")
     for line in lines:
-        _, place, name, *_ = line.split(" ")
-        point = Path(place.encode("utf-8", "surrogateescape").decode("unicode_escape"))  # a blank stands as \040
-        if real.is_relative_to(point):
-            found = max(found, (len(point.parts), name), key=lambda item: item[0])
+        _, place, name, *_ = line.split(b" ")
+        # A blank stands as \040; of two mounts on one point the later hides the other.
+        point = Path(os.fsdecode(re.sub(rb"\\(\d{3})", lambda octal: bytes([int(octal[1], 8)]), place)))
+        if real.is_relative_to(point) and len(point.parts) >= found[0]:
+            found = len(point.parts), os.fsdecode(name)
     return found[1] or None
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from altgrad.sweep.placement import ACCELERATOR
+
 LOOK_SECONDS = 5.0
 PATIENCE_SECONDS = 10.0
 """How long a group may find no place before it is worth a word."""
@@ -114,7 +116,12 @@ class GroupWatch:
         }
 
     def _is_of_workers(self, group: Group) -> bool:
-        return self._worker is not None and all(dict(bundle) == dict(self._worker) for bundle in group.bundles)
+        if self._worker is None:
+            return False
+        bundles = (
+            {name: bundle[name] for name in bundle if not name.startswith(ACCELERATOR)} for bundle in group.bundles
+        )
+        return all(bundle == dict(self._worker) for bundle in bundles)
 
     def _waiting(self, groups: list[Group]) -> str | None:
         if not groups:

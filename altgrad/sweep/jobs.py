@@ -40,23 +40,31 @@ class Parcel:
 
     def add(self, path: Path) -> Path:
         """Where the job finds the file or the folder, or what the glob matches; ValueError where there is nothing."""
-        if found := sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(str(path)) else []:
-            places = [self.add(one) for one in found]
-            return places[0].parent / path.name
-        whole = path.resolve()
-        if not whole.exists():
+        if glob.has_magic(str(path)) and not path.exists():
+            marks = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+            folder = Path(*path.parts[:marks]).absolute()
+            found = [Path(one).absolute() for one in glob.glob(str(path), recursive=True) if Path(one).is_file()]
+            if not found:
+                raise ValueError(f"{path}: no file matches")
+            there = _place(folder)
+            for one in found:
+                self._put(one, there / one.relative_to(folder))
+            return there / Path(*path.parts[marks:])
+        if not path.exists():
             raise ValueError(f"{path}: no such file")
-        root = next((root for root in (ROOT, Path.cwd().resolve()) if whole.is_relative_to(root)), None)
-        place = Path(NAMED, whole.name) if root is None else whole.relative_to(root)
-        if place in self._places.values() and self._places.get(whole) != place:
-            raise ValueError(f"{path}: another file of that name is sent too; give one of them another name")
+        return self._put(path, _place(path))
+
+    def _put(self, source: Path, place: Path) -> Path:
+        whole = source.resolve()
+        if any(kept == place and other != whole for other, kept in self._places.items()):
+            raise ValueError(f"{source}: another file of that name is sent too; give one of them another name")
         self._places[whole] = place
         return place
 
     def pack(self, folder: Path) -> None:
         """Copies it all into a folder. ValueError where it is more than Ray takes."""
         package = Path(altgrad.__file__).parent
-        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.nb[ic]"))
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.nb[ic]"))
         for source, place in self._places.items():
             target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +79,13 @@ class Parcel:
                 f"{names}: {size / 1e6:.0f} MB are too much to send, {MOST_BYTES / 1e6:.0f} MB are allowed; put data "
                 "where all nodes see them, and name them by their absolute path there"
             )
+
+
+def _place(path: Path) -> Path:
+    """Where a file or a folder lies in what is sent."""
+    whole = path.resolve()
+    root = next((root for root in (ROOT, Path.cwd().resolve()) if whole.is_relative_to(root)), None)
+    return Path(NAMED, whole.name) if root is None else whole.relative_to(root)
 
 
 class Job:

@@ -102,14 +102,16 @@ class Ledger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-        self._suit(file_systems.journal_mode(self.path))
+        if self._connection.execute("PRAGMA page_count").fetchone()[0] == 0:
+            self.suit_file_system()
         self._connection.executescript(SCHEMA)
         self._add_new_columns("rows", dict.fromkeys(ROW_SIGNALS, "REAL"))
         self._add_new_columns("outcomes", {"formats": "TEXT", "device": "TEXT"})
         self._add_new_columns("trials", {"numerics": "INTEGER"})
 
-    def _suit(self, journal_mode: str) -> None:
-        """Changes the journal where it isn't the file system's, unless the ledger is open elsewhere."""
+    def suit_file_system(self) -> None:
+        """Changes the journal of a ledger that came from elsewhere; only for who owns the folder, on its machine."""
+        journal_mode = file_systems.journal_mode(self.path)
         (current,) = self._connection.execute("PRAGMA journal_mode").fetchone()
         if current != journal_mode:
             with contextlib.suppress(sqlite3.OperationalError):  # in use, or no shared memory here: as it was, it works

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray.exceptions import RayError
 
 from altgrad.sweep.options import RunOptions
@@ -20,20 +21,42 @@ from altgrad.sweep.preflight import NOT_SHARED, seen_from
 from altgrad.training.devices import STAND_IN, gpu_count, own_device
 
 LOOK_SECONDS = 5.0
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""Where `ray up` puts a cluster's configuration on its head."""
 
 Amounts = Mapping[str, float]
 
 
 def largest() -> Amounts | None:
-    """What the cluster can grow to, by its autoscaler's own word; None where none says."""
-    # Ray Data sizes itself by the same call; there is no public one.
-    try:
-        from ray._private.state import state
+    """What the cluster can grow to; None where nobody says.
 
-        found = state.get_max_resources_from_cluster_config()
-    except (ImportError, AttributeError):
+    Ray's own call for it (`get_max_resources_from_cluster_config`) knows nothing, for nothing in Ray 2.60 reports to
+    it. The head of a cluster of `ray up` has the file that its autoscaler reads.
+    """
+    address = ray.get_runtime_context().gcs_address.rpartition(":")[0]
+    if address != ray.util.get_node_ip_address():
         return None
-    return None if found is None else {name: float(amount) for name, amount in found.items()}
+    try:
+        return grown(yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def grown(config: Mapping[str, Any]) -> Amounts | None:
+    """The most of each resource that a configuration of `ray up` allows for; None where a type of node says nothing."""
+    total, head = int(config.get("max_workers", 0)), config.get("head_node_type")
+    kinds: dict[str, Any] = config.get("available_node_types") or {}
+    if not kinds or any(not kind.get("resources") for kind in kinds.values()):
+        return None
+    found: dict[str, float] = {}
+    for name in sorted({name for kind in kinds.values() for name in kind["resources"]}):
+        left, amount = total, float(kinds.get(str(head), {"resources": {}})["resources"].get(name, 0))
+        workers = [(float(kind["resources"].get(name, 0)), key) for key, kind in kinds.items() if key != head]
+        for each, key in sorted(workers, reverse=True):
+            count = min(left, int(kinds[key].get("max_workers", total)))
+            amount, left = amount + each * count, left - count
+        found[name] = amount
+    return found
 
 
 class ClusterSize:

@@ -51,16 +51,26 @@ class Placement:
 
     def kind(self, trial_id: str) -> str | None:
         """The kind that this trial has to ask for; None where any will do, or only one is there."""
-        here = self._kinds()
+        here, seed = self._kinds(), self._trials[trial_id].seed
         if len(here) < 2:
+            # It asks for no kind, for which no cluster could grow; where it runs is most likely here.
+            self._chosen |= dict.fromkeys((seed,) if seed not in self._chosen else (), next(iter(here), ""))
             return None
-        seed = self._trials[trial_id].seed
-        chosen = self._chosen.get(seed) or named_in(self._of_seeds.get(seed, ""), here)
+        chosen = named_in(self._of_seeds.get(seed, ""), here) or self._chosen.get(seed)
         if chosen is None or chosen not in here:
             used = Counter(self._chosen.values())
             chosen = min(here, key=lambda kind: (used[kind] / here[kind], kind))
         self._chosen[seed] = chosen
         return chosen
+
+    def ended(self, trial_id: str, device: str | None) -> None:
+        """A trial has ended on a device, to which the others of its seed go."""
+        if device and trial_id in self._trials:
+            self._of_seeds.setdefault(self._trials[trial_id].seed, device)
+
+    def is_gone(self, kind: str | None) -> bool:
+        """Whether no node has a GPU of this kind any more."""
+        return kind is not None and kind not in self._kinds()
 
 
 def named_in(device: str, kinds: Mapping[str, int]) -> str | None:

@@ -80,6 +80,9 @@ class TrialQueue(Searcher):
         if name is not None and not error and PAUSED in (result or {}):
             # Before those that have not begun: its cell is the nearest to an answer.
             self._left.insert(0, name)
+        elif name is not None and not error and result is None:
+            # Taken back while it waited, for the GPU that it asked for is gone; it asks for another.
+            self._left.insert(0, name)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger knows what is left."""

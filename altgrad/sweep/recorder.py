@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from altgrad.sweep.executors import FAILED, HUNG
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.outcome import Outcome
 from altgrad.training.record import RowReader, from_plain, to_plain, write_json
@@ -27,6 +28,15 @@ class Recorder:
         self.ledger = ledger
         self.folder = folder
         self._readers: dict[str, RowReader] = {}
+
+    def expect(self, trial_id: str) -> None:
+        """The trial is to begin, or to go on: what an earlier attempt left says nothing of how this one ends.
+
+        The ledger has it.
+        """
+        folder = self.folder / trial_id
+        for path in (folder / "outcome.json", folder / FAILED, *folder.glob(f"{HUNG}.*")):
+            path.unlink(missing_ok=True)
 
     def follow(self, trial_id: str) -> None:
         """Records the rows that have been written since the last call."""

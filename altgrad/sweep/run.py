@@ -101,7 +101,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         }
     )
     trials = anchored.trials(corpus.sha256)
-    if options.address != "local" and _is_any_left(trials, options):
+    if options.address != "local" and (spec.search == "optuna" or _is_any_left(trials, options)):
         _set_ray_environment()
         from altgrad.sweep.driver import reach
 
@@ -109,6 +109,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         for note in notes:
             print(note, flush=True)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
+        ledger.suit_file_system()
         search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
         provenance = {
             "spec": spec.model_dump(mode="json"),

@@ -13,7 +13,8 @@ A trial that a guard ended, on either side, enters no rung of a race with a numb
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 
+LOOK_SECONDS = 5.0
+"""Between two looks at what trials wait for."""
+
+
 class HealthScheduler(FIFOScheduler):
     """Runs trials in their order; stops what has lost its race or breaks its own guards.
 
@@ -39,8 +44,13 @@ class HealthScheduler(FIFOScheduler):
     reason for each trial that this scheduler stopped.
     """
 
-    def __init__(self, trials: Mapping[str, TrainConfig], race: Pace | None = None) -> None:
+    def __init__(
+        self, trials: Mapping[str, TrainConfig], race: Pace | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__()
+        self.is_stranded: Callable[[dict[str, Any]], bool] = lambda request: False
+        """of a trial that waits: whether what it asks for is gone for good"""
+        self._clock, self._looked = clock, 0.0
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials
         self._race = race
@@ -62,6 +72,18 @@ class HealthScheduler(FIFOScheduler):
         if self._race is not None and verdict.kind is not OutcomeKind.PRUNED:
             self._race.ended(trial_id, verdict.kind, verdict.step)
         return str(TrialScheduler.STOP)
+
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
+        if self._clock() - self._looked >= LOOK_SECONDS:
+            self._looked = self._clock()
+            for trial in tune_controller.get_trials():
+                # Tune would ask for the same until the end of time; the queue hands the trial out anew.
+                if trial.status == "PENDING" and self.is_stranded(trial.config["trial"]):
+                    tune_controller.stop_trial(trial)
+        return super().choose_trial_to_run(tune_controller)
+
+    def on_trial_remove(self, tune_controller: TuneController | None, trial: Trial) -> None:
+        self._busy.discard(trial_id_of(trial))
 
     def on_trial_add(self, tune_controller: TuneController | None, trial: Trial) -> None:
         self._busy.add(trial_id_of(trial))

@@ -119,11 +119,13 @@ class Api:
             seen.add(following)
             answer, headers = self._repeat("GET", following)
             yield from answer.get(field, [])
-            following = _next_page(headers)
+            following = _next_page(headers, self._base + following)
 
     def _repeat(self, method: str, path: str) -> tuple[Any, dict[str, str]]:
         for attempt in range(ATTEMPTS):
-            self._wait_until_open()
+            # One pod whose deletion is limited for an hour must not keep the others alive: each is asked for once.
+            if method != "DELETE" or attempt or self._closed_for() <= PATIENCE_S:
+                self._wait_until_open()
             try:
                 return self._exchange(method, path)
             except ApiError as error:
@@ -134,9 +136,12 @@ class Api:
                     self._sleep(0.5 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def _wait_until_open(self) -> None:
+    def _closed_for(self) -> float:
         with self._lock:
-            wait = self._open_again - self._clock()
+            return self._open_again - self._clock()
+
+    def _wait_until_open(self) -> None:
+        wait = self._closed_for()
         if wait > PATIENCE_S:
             raise ApiError("any call", 429, f"rate limit, open again in {wait:.0f} s", wait)
         if wait > 0:
@@ -145,7 +150,7 @@ class Api:
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[Any, dict[str, str]]:
         call = f"{method} {path.split('?')[0]}"
         request = urllib.request.Request(
-            path if path.startswith("http") else self._base + path,
+            self._base + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={
@@ -186,13 +191,18 @@ def _lower(headers: Any) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items()}
 
 
-def _next_page(headers: dict[str, str]) -> str | None:
-    """The next page by RFC 8288, as a path or a URL of the same API; None on the last."""
+def _next_page(headers: dict[str, str], url: str) -> str | None:
+    """The path of the next page by RFC 8288, as the answer of `url` names it; None on the last.
+
+    ApiError for another host's, to which the key would go.
+    """
     found = re.search(r'<([^>]+)>\s*;\s*rel="?next"?', headers.get("link", ""))
     if found is None:
         return None
-    parts = urllib.parse.urlsplit(found[1])
-    return urllib.parse.urlunsplit(("", "", parts.path, parts.query, ""))
+    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(urllib.parse.urljoin(url, found[1]))
+    if (there.scheme, there.netloc) != (here.scheme, here.netloc):
+        raise ApiError(f"GET {here.path}", None, f"the next page is said to be at {found[1]}, which is not followed")
+    return str(urllib.parse.urlunsplit(("", "", there.path, there.query, "")))
 
 
 def _seconds(text: str | None) -> float:

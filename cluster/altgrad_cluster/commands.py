@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
                 f"{request.command!r} is not allowed: {', '.join(known)}{nearest(request.command, known)}"
             )
         config = read(request.file)
-        api = Api(keys.api_key, api_base(config.get("provider") or {}))
+        # On a head the environment has the pod's own key, which can list nothing.
+        key = keys.mounted_api_key if Path(keys.REMOTE_API_KEY).expanduser().exists() else keys.api_key
+        api = Api(key, api_base(config.get("provider") or {}))
         return known[request.command](config, api, request)
     except ClusterError as error:
         print(f"altgrad: {one_line(error)}", file=sys.stderr)

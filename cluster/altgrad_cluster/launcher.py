@@ -59,6 +59,8 @@ class Launcher:
         self._settings = settings
         self._purse = purse
         self._doubts = doubts
+        self._own_doubts: dict[str, float] = {}
+        """The same as far as this process made them, for a full disk"""
         self._refusals = refusals
         self._pods = pods
         self._availability = availability or Availability(settings.cooldown_s)
@@ -132,7 +134,9 @@ class Launcher:
             return self._api.create_pod(self._body(config, name, tags, candidate))
         except ApiError as error:
             if error.is_transient:
-                self._doubts.change(lambda doubts: doubts.update({str(name): self._clock()}))
+                self._own_doubts[str(name)] = self._clock()
+                with contextlib.suppress(OSError):
+                    self._doubts.change(lambda doubts: doubts.update({str(name): self._clock()}))
                 pod = self._look_for(str(name), LOOKS)
                 if pod is not None:
                     return pod
@@ -202,13 +206,19 @@ class Launcher:
         return None
 
     def _doubtful(self, name: PodName) -> Iterator[tuple[str, float]]:
-        for text, since in self._doubts.read().items():
+        for text, since in (self._doubts.read() | self._own_doubts).items():
             other = PodName.parse(text)
             if other is not None and (other.kind, other.node_type) == (name.kind, name.node_type):
                 yield text, since
 
-    def _forget(self, doubt: str) -> None:
-        self._doubts.change(lambda doubts: doubts.pop(doubt, None))
+    def _forget(self, doubt: str) -> float | None:
+        """Whether this caller is the one who forgets it."""
+        own = self._own_doubts.pop(doubt, None)
+        try:
+            written: float | None = self._doubts.change(lambda doubts: doubts.pop(doubt, None))
+        except OSError:
+            return own
+        return own if written is None else written
 
     def _look_for(self, name: str, waits: tuple[float, ...]) -> Pod | None:
         """The pod of that name, taken by one caller only."""
@@ -219,8 +229,7 @@ class Launcher:
             except ApiError:
                 continue
             if found is not None:
-                taken = self._doubts.change(lambda doubts: doubts.pop(name, None))
-                return found if taken is not None else None
+                return found if self._forget(name) is not None else None
         return None
 
 

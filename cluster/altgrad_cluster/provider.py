@@ -139,7 +139,8 @@ class RunPodNodeProvider(NodeProvider):
         def edit(content: dict[str, Any]) -> None:
             content.setdefault(node_id, {}).update(tags)
 
-        self._tags.change(edit)
+        # A pod without a record counts as up to date; one that is paid for and given up would be bought again.
+        _record(self._tags, edit)
         if tags.get(TAG_RAY_NODE_STATUS) == STATUS_UPDATE_FAILED:
             self._avoid(node_id)
 

@@ -121,6 +121,8 @@ class HeadWatch:
     """One look at a time at the whole cluster, from its head.
 
     `unwilling` names the pods that the provider could not delete: nobody needs them, so the head doesn't stay for them.
+    `leave` deletes the head by the pod's own means, where the API hears the cluster's key no more; its workers, which
+    no head answers then, follow.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class HeadWatch:
         *,
         busy: Callable[[], bool],
         unwilling: Callable[[], set[str]] = set,
+        leave: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = config["cluster_name"]
@@ -140,13 +143,23 @@ class HeadWatch:
         self._purse = purse
         self._busy = busy
         self._unwilling = unwilling
+        self._leave = leave
         self._clock = clock
         self._idle = Deadline(settings.head_idle_s, clock)
         self._last_tries: Deadline | None = None
+        self._last_seen: list[Pod] = []
 
     def look(self) -> bool:
         """Whether the head is needed still. Deletes workers that there is no money for."""
-        pods = self._pods()
+        try:
+            self._last_seen = pods = self._pods()
+        except ApiError as error:
+            say(f"the pods can't be listed: {error}")
+            # Those last seen cost on; without a list none can be deleted but the head, by itself.
+            self._purse.observe(self._last_seen)
+            if self._busy():
+                self._idle.seen()
+            return not (self._idle.is_over or self._purse.is_exhausted)
         self._purse.observe(pods)
         workers = [pod["id"] for pod in pods if not _is_head(pod)]
         if self._purse.is_exhausted:
@@ -161,13 +174,17 @@ class HeadWatch:
         """Deletes the workers and then the head; whether all is gone. The head waits for its workers for a while."""
         if self._last_tries is None:
             self._last_tries = Deadline(LAST_TRIES_S, self._clock)
-        pods = self._pods()
+        try:
+            pods = self._pods()
+        except ApiError as error:
+            say(f"the pods can't be listed: {error}")
+            return self._last_tries.is_over and self._leave()
         left = self._delete([pod["id"] for pod in pods if not _is_head(pod)])
         if left and not self._last_tries.is_over:
             return False
         if left:
             say(f"left behind, for RunPod does not delete them: {', '.join(left)}")
-        return not self._delete([pod["id"] for pod in pods if _is_head(pod)])
+        return not self._delete([pod["id"] for pod in pods if _is_head(pod)]) or (bool(left) and self._leave())
 
     def _delete(self, pod_ids: list[str]) -> list[str]:
         """Tries each of them; those that are not deleted."""
@@ -212,7 +229,14 @@ def watch_cluster_from_head() -> None:
     cluster = config["cluster_name"]
     api = Api(keys.mounted_api_key, settings.api_base)
     refused = LockedFile(cluster_folder(cluster) / "undeleted.json")
-    watch = HeadWatch(config, api, settings.purse(cluster), busy=has_jobs, unwilling=lambda: set(refused.read()))
+    watch = HeadWatch(
+        config,
+        api,
+        settings.purse(cluster),
+        busy=has_jobs,
+        unwilling=lambda: set(refused.read()),
+        leave=lambda: delete_this_pod(settings.api_base),
+    )
     is_needed = True
     while is_needed:
         time.sleep(min(LOOK_S, settings.head_idle_s / 4))
@@ -236,9 +260,10 @@ def logged() -> Any:
 
 
 def say(text: str) -> None:
-    # A full disk takes no log, and must not end the watch.
-    with contextlib.suppress(OSError):
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    # A full disk takes no log, nor does every locale every letter: neither may end the watch.
+    with contextlib.suppress(Exception):
+        words = text.encode("ascii", "backslashreplace").decode()
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}", flush=True)
 
 
 def become_daemon() -> None:

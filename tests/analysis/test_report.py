@@ -60,7 +60,7 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
     for name in ("report.html", "report.md"):
         text = (tmp_path / "report" / name).read_text()
         assert "<img src=x" not in text and "&lt;img src=x onerror=alert(1)" in text, name
-    assert not re.search(r"(?<!\\)\]\(http", text) and "\n# d" not in text and r"![a\](http" in text
+    assert not re.search(r"(?<!\\)\]\(http", text) and "\n# d" not in text and r"![a\](http\://" in text
 
 
 def test_finding_leads_both_reports(tmp_path: Path) -> None:

@@ -22,10 +22,6 @@ SWEEP = (
     "BF16,E5M2,E7M0",
     "--seeds",
     "1",
-    "--workers-per-trial",
-    "1",
-    "--gpus-per-trial",
-    "1",
     "--max-concurrent",
     "2",
     "--address",
@@ -65,16 +61,20 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
                 while not done.wait(0.5):
                     most[0] = max(most[0], len(account.of_kind("worker")))
 
-            threading.Thread(target=count, daemon=True).start()
             submit = ("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *SWEEP)
             said = laptop.run(*submit, UNSHARED, timeout=300, check=False)
             mark("the first worker joins, and does not see the sweep's folder")
             assert "failed" in said and f"--out: {UNSHARED} is not on shared storage: node" in said
+            until(lambda: not account.of_kind("worker"), 240, "its workers are deleted")
+            mark("its workers idle and gone")
+            before = account.count("POST")
+            threading.Thread(target=count, daemon=True).start()
             said = laptop.run(*submit, SHARED, timeout=900)
             done.set()
-        mark("the sweep, from 1 worker")
+        mark("the sweep, from 0 workers")
+        assert "1 GPU(s) per worker" in said, "a head without GPUs, and workers with them that are to come"
         assert "succeeded" in said and "report: /workspace/runs/quick/report/report.html" in said
-        assert most[0] == 2 == account.count("POST") - 1
+        assert most[0] == 2 == account.count("POST") - before
         laptop.run("ray", "rsync-down", file, "/workspace/runs/quick/", f"{tmp_path}/fetched/")
         assert "<html" in (tmp_path / "fetched/report/report.html").read_text()
         found = ledger(tmp_path / "fetched")

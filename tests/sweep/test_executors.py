@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,26 @@ def test_out_of_memory_is_first_answered_by_smaller_pieces(
     monkeypatch.setattr(executors, "Trainer", scarce)
     assert [actor.step()["step"], actor.step()["outcome"]] == [5, "done"] and seen == [1, 2]
     assert json.loads((tmp_path / "a" / "config.json").read_text())["micro_batches"] == 2
+
+
+def test_nothing_of_an_attempt_without_room_is_alive_in_the_next(
+    actor: TrialActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, filled = executors.Trainer, list[Any]()
+
+    class Memory:
+        """What fills it."""
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        if not filled:
+            memory = Memory()
+            filled.append(weakref.ref(memory))
+            raise MemoryError("no room")
+        assert filled[0]() is None
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(executors, "Trainer", scarce)
+    assert actor.step()["step"] == 5
 
 
 def test_a_folder_that_another_process_owns_is_rays_to_retry(

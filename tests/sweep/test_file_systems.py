@@ -17,7 +17,8 @@ def mount(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
     """Makes `folder` look like a mount of the file system `name`."""
     mounts = folder.parent / f"mounts-{name}"
     point = str(folder).replace(" ", r"\040")
-    mounts.write_text(f"/dev/root / ext4 rw 0 0\nserver:/x {point} {name} rw 0 0\ntmpfs {point}er tmpfs rw 0 0\n")
+    lines = "/dev/root / ext4 rw 0 0", f"/dev/x {point} ext4 rw 0 0", f"server:/x {point} {name} rw 0 0"
+    mounts.write_text("\n".join([*lines, f"tmpfs {point}er tmpfs rw 0 0", ""]))
     monkeypatch.setattr(file_systems, "MOUNTS", mounts)
 
 
@@ -35,7 +36,7 @@ def journal(path: Path) -> str:
 def test_the_ledger_shares_memory_on_disks_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, mode: str
 ) -> None:
-    volume = tmp_path / "a volume"
+    volume = tmp_path / "a volume, données"
     volume.mkdir()
     mount(monkeypatch, volume, name)
     assert file_systems.kind(volume / "not" / "yet") == name and file_systems.kind(tmp_path) == "ext4"
@@ -52,10 +53,13 @@ def test_a_ledger_that_came_from_a_disk_changes_its_journal_once_nobody_has_it_o
         driver.note("a", "from a disk")
         mount(monkeypatch, tmp_path, "nfs")
         with Ledger(path) as reader:
+            reader.suit_file_system()
             assert reader.notices() == {"a": "from a disk"}
         assert journal(path) == "wal"
         driver.note("b", "still written")
     with Ledger(path) as moved:
+        assert journal(path) == "wal", "nobody but the folder's owner changes it"
+        moved.suit_file_system()
         assert moved.notices() == {"a": "from a disk", "b": "still written"}
     assert journal(path) == "delete"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from planting import planted_path
+from ray.cluster_utils import Cluster
 from smallest import SMALLEST
 
 from altgrad.sweep.executors import TrialRun, run_request
@@ -137,6 +138,35 @@ def test_gpus_that_vanish_are_an_error_and_no_trial_moves_to_the_cpu(
     lost = [outcome for outcome in outcomes if outcome.kind is not OutcomeKind.DONE]
     assert len(lost) >= 3 and {outcome.kind for outcome in lost} == {OutcomeKind.NODE_LOST}
     assert {device["kind"].partition(" (")[0] for device in devices(out)} == {"stand-in for a GPU"}
+
+
+@pytest.mark.slow
+def test_trials_whose_kind_of_gpu_has_gone_go_on_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALTGRAD_STAND_IN_GPUS", "1")
+    monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, SLOW_DEVICE))
+    memory = {"object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0} | memory)
+    nodes = [
+        cluster.add_node(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{kind}": 1}, **memory)
+        for kind in ("H100", "A100")
+    ]
+    out = tmp_path / "sweep"
+
+    def lose() -> None:
+        while len(list(out.glob("trials/*/outcome.json"))) < 2:
+            time.sleep(0.05)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    try:
+        result = run_sweep(spec(seeds=4, steps=20), RunOptions(out=out, address=cluster.address))
+    finally:
+        cluster.shutdown()
+    assert result.broken is None and result.endings == {"done": 8}
+    assert "executor: actor" in capsys.readouterr().out
 
 
 def test_a_trial_without_its_gpu_ends_before_it_trains(tmp_path: Path) -> None:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from smallest import SMALLEST
 
+from altgrad.sweep.budget import Budget
+from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.driver import with_gpus
+from altgrad.sweep.nodes import grown
+from altgrad.sweep.options import RunOptions
 from altgrad.sweep.placement import Placement, kinds_here, named_in
 from altgrad.sweep.queue import TrialQueue
 from altgrad.sweep.spec import SweepSpec
@@ -82,3 +90,82 @@ def test_the_queue_asks_for_the_kind_and_for_no_more_than_there_are_slots() -> N
     assert first[2] is None
     slots[0] = 3  # a node has come
     assert isinstance(queue.suggest("3"), dict) and queue.suggest("4") is None
+
+
+def test_a_seed_that_began_on_the_only_kind_stays_there_when_another_comes() -> None:
+    here = Counter({"H100": 1})
+    placement = Placement(TRIALS, kinds=lambda: here)
+    first, *others = [trial_id for trial_id, config in TRIALS.items() if config.seed == 0]
+    assert placement.kind(first) is None, "no cluster can grow for a kind that its nodes do not announce"
+    here["A100"] = 9
+    assert {placement.kind(other) for other in others} == {"H100"}
+    # It was placed on a node that came later.
+    placement.ended(first, "NVIDIA A100-SXM4-80GB")
+    assert {placement.kind(other) for other in others} == {"A100"} and placement.is_gone("L40S")
+
+
+def test_a_trial_that_was_taken_back_is_handed_out_again_for_another_kind() -> None:
+    here = Counter({"H100": 1, "A100": 1})
+    queue = TrialQueue(
+        {name: {"trial_id": name} for name in TRIALS}, {}, placement=Placement(TRIALS, kinds=lambda: here)
+    )
+    (first,) = [queue.suggest("1")]
+    assert isinstance(first, dict)
+    here.pop(first["trial"]["accelerator"])
+    queue.on_trial_complete("1")
+    again = queue.suggest("2")
+    assert again == {"trial": {"trial_id": first["trial"]["trial_id"]}}
+
+
+CONFIG = yaml.safe_load((Path(__file__).parents[2] / "cluster" / "runpod.yaml").read_text())
+WIDE = {
+    "max_workers": 3,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 2}},
+        "big": {"resources": {"CPU": 8, "GPU": 8}, "max_workers": 2},
+        "small": {"resources": {"CPU": 64}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (CONFIG, {"CPU": 16.0, "GPU": 4.0}),
+        (WIDE, {"CPU": 2 + 3 * 64.0, "GPU": 16.0}),
+        ({"max_workers": 2, "available_node_types": {"local.cluster.node": {"resources": {}}}}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_cluster_can_grow_to_stands_in_its_file(config: dict[str, Any], most: dict[str, float] | None) -> None:
+    assert grown(config) == most
+
+
+@pytest.mark.parametrize(
+    ("asked", "now", "most", "expected"),
+    [
+        (None, {"CPU": 2.0}, {"GPU": 4.0}, 1.0),
+        (None, {"GPU": 1.0}, None, 1.0),
+        (None, {"CPU": 2.0}, {"GPU": 0.0}, 0.0),
+        (None, {"CPU": 2.0}, None, "--gpus-per-trial: missing: no node"),
+        (0.0, {"CPU": 2.0}, None, 0.0),
+        (0.5, {"CPU": 2.0}, None, 0.5),
+    ],
+)
+def test_no_trial_asks_for_cpus_of_nodes_that_may_have_gpus(
+    monkeypatch: pytest.MonkeyPatch, asked: float | None, now: Any, most: Any, expected: float | str
+) -> None:
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head")
+    options = RunOptions(Path("x"), address="auto", gpus_per_trial=asked)
+    if isinstance(expected, str):
+        with pytest.raises(SpecError, match=expected):
+            with_gpus(options, now, most)
+    else:
+        assert with_gpus(options, now, most).gpus_per_trial == expected
+
+
+def test_a_cap_that_counts_gpus_is_an_error_in_words_where_there_are_none() -> None:
+    options = RunOptions(Path("x"), address="auto", budget=Budget(gpu_hours=1.0))
+    with pytest.raises(SpecError, match="--max-gpu-hours"):
+        with_gpus(options, {"CPU": 2.0}, {"CPU": 4.0})

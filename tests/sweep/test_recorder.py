@@ -113,3 +113,11 @@ def test_a_longer_runs_new_ending_replaces_the_old(recorder: Recorder) -> None:
     assert recorder.ingest(["t"]) == 1
     assert recorder.ledger.outcomes()["t"].step == 6
     assert len(read_rows(recorder.folder / "t" / "metrics.jsonl")[0]) == 6
+
+
+def test_what_an_earlier_run_left_is_not_how_this_one_ends(recorder: Recorder) -> None:
+    write(recorder, 1, 3, after=0, outcome=Outcome(OutcomeKind.DONE, 3))
+    (recorder.folder / "t" / "hung.17").write_text('  File "x.py", line 1')
+    recorder.expect("t")
+    assert recorder.finish("t") is None and not list((recorder.folder / "t").glob("hung.*"))
+    assert sorted(steps(recorder)) == [1, 2, 3]

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from altgrad.cli import main
 from altgrad.commands import submit
 from altgrad.sweep import jobs
 from altgrad.sweep.ledger import Ledger
+from altgrad.training.data import splits
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -115,29 +118,60 @@ def test_what_is_named_is_sent_and_nothing_beside_it(
     tmp_path: Path, fake: type[FakeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
-    for folder in (work / "data" / ".git", elsewhere):
+    for folder in (work / "data" / ".git", work / "data/deep/er", elsewhere / "one", elsewhere / "two"):
         folder.mkdir(parents=True)
     for name in (".env", "id_rsa", "data/private.bin", "data/.git/config", "other.txt"):
         (work / name).write_text("secret")
-    for name in ("data/a.txt", "data/b.txt"):
-        (work / name).write_text("a text to train on " * 500)
+    for path in (work / "data/a.txt", work / "data/b.txt", elsewhere / "one/x.txt", elsewhere / "two/x.txt"):
+        path.write_text("a text to train on " * 500)
+    shutil.copy(work / "data/a.txt", work / "data/deep/er/c.txt")
     (work / "mine.py").write_text("from altgrad.sweep import SweepSpec\nimport helper\nSWEEP = SweepSpec(steps=10)")
     (work / "helper.py").touch()
     (elsewhere / "sweep.yaml").write_text("steps: 10\ndata: {source: data/*.txt}")
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(work)
-    for flags, named in (
-        (["mine.py", "--send", "helper.py"], {"mine.py", "helper.py"}),
-        ([str(elsewhere / "sweep.yaml")], {"named/sweep.yaml", "data/a.txt", "data/b.txt"}),
-        (["--data", "data/a.txt", "--steps", "10"], {"data/a.txt"}),
+    for number, (flags, named) in enumerate(
+        (
+            (["mine.py", "--send", "helper.py"], {"mine.py", "helper.py"}),
+            ([str(elsewhere / "sweep.yaml")], {"named/sweep.yaml", "data/a.txt", "data/b.txt"}),
+            (["--data", "data/a.txt", "--steps", "10"], {"data/a.txt"}),
+            (["--data", "dat?/**/*.txt"], {"data/a.txt", "data/b.txt", "data/deep/er/c.txt"}),
+            (["--data", "../elsewhere/*/x.txt"], {"named/elsewhere/one/x.txt", "named/elsewhere/two/x.txt"}),
+        )
     ):
         assert main(["submit", *flags, "--out", "/shared/o"]) == 0
-        packed = tmp_path / f"packed-{len(named)}-{flags[0][-3:]}"
+        packed = tmp_path / f"packed-{number}"
         fake.parcel.pack(packed)
         found = {str(path.relative_to(packed)) for path in packed.rglob("*") if path.is_file()}
         assert {name for name in found if not name.startswith("altgrad/")} == named
         assert "altgrad/analysis/templates/report.html.jinja" in found and not any("__pycache__" in n for n in found)
-    assert fake.sent[-1] == "--address=auto" and "--data=data/a.txt" in fake.sent and "--out=/shared/o" in fake.sent
+        data = next((word.removeprefix("--data=") for word in fake.sent if word.startswith("--data=")), None)
+        if data is not None:
+            monkeypatch.chdir(packed)
+            assert {str(path) for path in splits._files(data, "")} == named - {"named/sweep.yaml"}
+            monkeypatch.chdir(work)
+    assert fake.sent[-1] == "--address=auto" and "--out=/shared/o" in fake.sent
+
+
+def test_plain_ray_job_submit_sends_the_code_only(tmp_path: Path) -> None:
+    from ray._private.runtime_env import packaging
+
+    code = ("altgrad/__init__.py", "altgrad/sub/m.py", "cluster/env.sh", "sweeps/a.py", "pyproject.toml", "README.md")
+    private = (
+        ".env",
+        "id_rsa",
+        "data/x.bin",
+        "altgrad/.env",
+        "altgrad/sub/k.pem",
+        "cluster/secrets.env",
+        "sweeps/.env",
+    )
+    for name in (*code, *private):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    shutil.copy(ROOT / ".rayignore", tmp_path / "p")
+    packaging._zip_files(str(tmp_path / "p"), [], str(tmp_path / "sent.zip"), include_gitignore=True)
+    assert set(zipfile.ZipFile(tmp_path / "sent.zip").namelist()) == set(code)
 
 
 def test_more_than_ray_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
