@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from altgrad.quantization import products
 from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.layer_products import (
     EmulatedProduct,
@@ -113,7 +114,7 @@ class QuantizedLinear(nn.Module):
         if self.gradient_quantizer is not None:
             self.gradient_quantizer.prepare(x.device)
         own_scale = self.own_scale()
-        if self.product != "native":
+        if self.product != "native" and x.device.type not in products.BF16_DEVICES:
             x_values = values_of(x, self.activation_quantizer, advance=advance)
             weight_values = self.weight_quantizer.values(self.weight, advance=advance, own_scale=own_scale)
             if x_values is not None and weight_values is not None:

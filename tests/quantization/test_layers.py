@@ -64,7 +64,7 @@ def test_operands_carried_in_bfloat16_give_the_same_layer(weight, activation, gr
     linear, results, weights = nn.Linear(12, 7), [], []
     x, g = torch.randn(3, 5, 12, requires_grad=True), torch.randn(3, 5, 7).bfloat16().float()
     for devices in ({"cpu"}, set()):
-        for module in ("products", "layers"):
+        for module in ("products", "layer_products"):
             monkeypatch.setattr(f"altgrad.quantization.{module}.BF16_DEVICES", devices)
         layer = QuantizedLinear(linear, weight=weight, activation=activation, gradient=gradient)
         x.grad = None

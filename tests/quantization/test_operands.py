@@ -34,7 +34,7 @@ def tensors() -> dict[str, Tensor]:
     x = torch.randn(6, 11, 37, generator=draw)
     large = torch.randn(300, 500, generator=draw)  # pieces of a kernel, and a second thread's
     odd = x.clone().view(-1)
-    odd[::7] = torch.tensor([0.0, -0.0, 1e-40, -1e-45, 3.3e38, -2.0**-126]).repeat(59)[: odd[::7].numel()]
+    odd[::7] = torch.tensor([0.0, -0.0, 1e-40, -1e-45, 3.3e38, -(2.0**-126)]).repeat(59)[: odd[::7].numel()]
     return {
         "usual": x,
         "large": large,

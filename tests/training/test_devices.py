@@ -45,7 +45,7 @@ CASES = [
 )
 def test_steps_and_checks_stay_on_the_device(arm, format_name, policy, carrier, monkeypatch):
     if carrier == "bfloat16":
-        for module in ("products", "layers"):
+        for module in ("products", "layer_products"):
             monkeypatch.setattr(f"altgrad.quantization.{module}.BF16_DEVICES", {"meta"})
     config = TrainConfig(
         format=format_name,
