@@ -79,11 +79,11 @@ class TrialQueue(Searcher):
         return {"trial": request | {key: value for key, value in added.items() if value is not None}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        name = self._running.pop(trial_id, None)
+        name, kind = self._running.pop(trial_id, None), self._kinds.pop(trial_id, None)
         if name is not None and not error and PAUSED in (result or {}):
             # Before those that have not begun: its cell is the nearest to an answer.
             self._left.insert(0, name)
-        elif name is not None and not error and result is None and self._has_lost_its_kind(trial_id):
+        elif name is not None and not error and result is None and self._is_gone(kind):
             # Taken back while it waited; it asks for another.
             self._left.insert(0, name)
 
@@ -96,8 +96,8 @@ class TrialQueue(Searcher):
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: the ledger knows what is left."""
 
-    def _has_lost_its_kind(self, trial_id: str) -> bool:
-        return self._placement is not None and self._placement.is_gone(self._kinds.get(trial_id))
+    def _is_gone(self, kind: str | None) -> bool:
+        return self._placement is not None and self._placement.is_gone(kind)
 
     def _ready(self) -> str | None:
         open_trials = {*self._left, *self._running.values()}
