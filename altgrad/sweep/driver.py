@@ -124,9 +124,7 @@ class Follower(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial_id_of(trial)
         outcome = self._recorder.finish(trial_id, self._scheduler.verdicts.get(trial_id))
-        if outcome is None and not trial.last_result:
-            return  # taken back before it began
-        if outcome is None and PAUSED in trial.last_result:
+        if outcome is None and PAUSED in (trial.last_result or {}):
             self._progress.waits(trial_id, int(trial.last_result["step"]))
             self.settle()
             return
@@ -303,11 +301,8 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
             raise ConnectionError(str(error)) from None
     try:
         _start(options.address)
-        notes, (now, most) = [], ClusterSize().read()
-        options = with_gpus(options, now, most)
-        if most is None and options.gpus_per_trial == 0:
-            notes = ["no node of the cluster has a GPU now: trials ask for CPUs; --gpus-per-trial 1 asks for GPUs"]
-        return options, [*notes, *check_cluster(options, worker_group(options).resources())]
+        options = with_gpus(options, *ClusterSize().read())
+        return options, list(check_cluster(options, worker_group(options).resources()))
     except (RuntimeError, RayError, ConnectionError) as error:
         # Where the cluster was to be found by itself, none may be there.
         is_lost = isinstance(error, ConnectionError) and options.address == "auto"

@@ -33,7 +33,7 @@ from altgrad.sweep.folder import is_disk_full
 from altgrad.training.config import TrainConfig
 from altgrad.training.devices import NoGpu, own_device
 from altgrad.training.guards import guarded_view
-from altgrad.training.outcome import TRACEBACK, Outcome, OutcomeKind
+from altgrad.training.outcome import FAILED, HUNG, TRACEBACK, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain, write_json
 from altgrad.training.reference import ReferenceCurve
 from altgrad.training.trainer import Trainer
@@ -44,10 +44,6 @@ GUARDED = "guarded"
 """Where a result carries what the scheduler's own look at the guards needs, as JSON."""
 PAUSED = "paused"
 """In a result that ends a trial for now: it has come to the step at which it waits."""
-HUNG = "hung"
-FAILED = "failed"
-"""The file of the worker that failed first, until the trial is handed out again."""
-"""How the files begin in which watchdogs leave a stack."""
 
 
 def run_request(

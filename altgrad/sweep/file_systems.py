@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 LOCAL = {"bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+"""Types of file systems of one machine's own disks and memory; all others may be seen from several."""
 MOUNTS = Path("/proc/self/mounts")
 
 

@@ -37,7 +37,7 @@ def largest() -> Amounts | None:
     if address != ray.util.get_node_ip_address():
         return None
     try:
-        return grown(yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8")))
+        return grown(yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8")) or {})
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

@@ -54,7 +54,8 @@ class Placement:
         here, seed = self._kinds(), self._trials[trial_id].seed
         if len(here) < 2:
             # It asks for no kind, for which no cluster could grow; where it runs is most likely here.
-            self._chosen |= dict.fromkeys((seed,) if seed not in self._chosen else (), next(iter(here), ""))
+            for only in here:
+                self._chosen.setdefault(seed, only)
             return None
         chosen = named_in(self._of_seeds.get(seed, ""), here) or self._chosen.get(seed)
         if chosen is None or chosen not in here:

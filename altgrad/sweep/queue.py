@@ -45,6 +45,8 @@ class TrialQueue(Searcher):
         self._left = list(requests)
         self._waits, self._race = waits, race
         self._running: dict[str, str] = {}
+        self._kinds: dict[str, str | None] = {}
+        """of GPU, that trials were handed out with"""
 
     def __reduce__(self) -> tuple[type[TrialQueue], tuple[dict[str, Any], dict[str, str]]]:
         """Tune pickles its searcher for a restore that is never used; what `more` holds can't go along."""
@@ -72,16 +74,17 @@ class TrialQueue(Searcher):
             request = race.adjusted(ready, request)
         until = None if race is None else race.pause_step(ready)
         kind = None if self._placement is None else self._placement.kind(ready)
+        self._kinds[trial_id] = kind
         added = {"until": until and str(until), "accelerator": kind}
         return {"trial": request | {key: value for key, value in added.items() if value is not None}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        name = self._running.pop(trial_id, None)
+        name, kind = self._running.pop(trial_id, None), self._kinds.pop(trial_id, None)
         if name is not None and not error and PAUSED in (result or {}):
             # Before those that have not begun: its cell is the nearest to an answer.
             self._left.insert(0, name)
-        elif name is not None and not error and result is None:
-            # Taken back while it waited, for the GPU that it asked for is gone; it asks for another.
+        elif name is not None and not error and result is None and self._is_gone(kind):
+            # Taken back while it waited; it asks for another.
             self._left.insert(0, name)
 
     def save(self, checkpoint_path: str) -> None:
@@ -92,6 +95,9 @@ class TrialQueue(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: the ledger knows what is left."""
+
+    def _is_gone(self, kind: str | None) -> bool:
+        return self._placement is not None and self._placement.is_gone(kind)
 
     def _ready(self) -> str | None:
         open_trials = {*self._left, *self._running.values()}

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from altgrad.sweep.executors import FAILED, HUNG
 from altgrad.sweep.ledger import Ledger
-from altgrad.training.outcome import Outcome
+from altgrad.training.outcome import FAILED, HUNG, Outcome
 from altgrad.training.record import RowReader, from_plain, to_plain, write_json
 
 

@@ -44,13 +44,11 @@ class HealthScheduler(FIFOScheduler):
     reason for each trial that this scheduler stopped.
     """
 
-    def __init__(
-        self, trials: Mapping[str, TrainConfig], race: Pace | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, trials: Mapping[str, TrainConfig], race: Pace | None = None) -> None:
         super().__init__()
         self.is_stranded: Callable[[dict[str, Any]], bool] = lambda request: False
         """of a trial that waits: whether what it asks for is gone for good"""
-        self._clock, self._looked = clock, 0.0
+        self._looked = 0.0
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials
         self._race = race
@@ -74,8 +72,8 @@ class HealthScheduler(FIFOScheduler):
         return str(TrialScheduler.STOP)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
-        if self._clock() - self._looked >= LOOK_SECONDS:
-            self._looked = self._clock()
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
             for trial in tune_controller.get_trials():
                 # Tune would ask for the same until the end of time; the queue hands the trial out anew.
                 if trial.status == "PENDING" and self.is_stranded(trial.config["trial"]):

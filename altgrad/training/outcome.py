@@ -33,6 +33,10 @@ class OutcomeKind(StrEnum):
 GUARD_KINDS = frozenset({OutcomeKind.NONFINITE, OutcomeKind.DIVERGED, OutcomeKind.STALLED, OutcomeKind.RANK_COLLAPSE})
 TRACEBACK = "traceback.txt"
 """In a trial's folder: the error that ended it, whole."""
+FAILED = "failed"
+"""There too: the mark of the worker that failed first, until the trial is handed out again."""
+HUNG = "hung"
+"""How the files begin in which watchdogs leave a stack."""
 RESULT_KINDS = GUARD_KINDS | {OutcomeKind.DONE, OutcomeKind.PRUNED}
 
 

@@ -70,6 +70,17 @@ class Purse:
 
         self._record.change(edit)
 
+    def count_on(self) -> None:
+        """Adds what the pods that were there at the last look cost since, where nobody can look."""
+        now = self._clock()
+
+        def edit(known: Pods) -> None:
+            for entry in known.values():
+                paid = entry["rate"] * max(0.0, now - entry["at"]) / 3600
+                entry.update(at=now if entry["rate"] else entry["at"], usd=entry["usd"] + paid)
+
+        self._record.change(edit)
+
     def spent(self) -> float:
         """USD so far, over all pods that were ever seen; of a damaged record, what this process has seen."""
         try:

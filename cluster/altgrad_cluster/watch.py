@@ -147,19 +147,18 @@ class HeadWatch:
         self._clock = clock
         self._idle = Deadline(settings.head_idle_s, clock)
         self._last_tries: Deadline | None = None
-        self._last_seen: list[Pod] = []
 
     def look(self) -> bool:
         """Whether the head is needed still. Deletes workers that there is no money for."""
         try:
-            self._last_seen = pods = self._pods()
+            pods = self._pods()
         except ApiError as error:
             say(f"the pods can't be listed: {error}")
-            # Those last seen cost on; without a list none can be deleted but the head, by itself.
-            self._purse.observe(self._last_seen)
-            if self._busy():
+            # Without a list none can be deleted but the head, by itself; one refusal is no reason for that.
+            self._purse.count_on()
+            if self._busy() and not self._purse.is_exhausted:
                 self._idle.seen()
-            return not (self._idle.is_over or self._purse.is_exhausted)
+            return not self._idle.is_over
         self._purse.observe(pods)
         workers = [pod["id"] for pod in pods if not _is_head(pod)]
         if self._purse.is_exhausted:
@@ -184,7 +183,9 @@ class HeadWatch:
             return False
         if left:
             say(f"left behind, for RunPod does not delete them: {', '.join(left)}")
-        return not self._delete([pod["id"] for pod in pods if _is_head(pod)]) or (bool(left) and self._leave())
+        return not self._delete([pod["id"] for pod in pods if _is_head(pod)]) or (
+            self._last_tries.is_over and self._leave()
+        )
 
     def _delete(self, pod_ids: list[str]) -> list[str]:
         """Tries each of them; those that are not deleted."""

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from altgrad_cluster import registry, watch
+from altgrad_cluster import launcher, registry, watch
 from altgrad_cluster.api import Api
 from altgrad_cluster.errors import ApiError
 from altgrad_cluster.naming import PodName, fingerprint
 from altgrad_cluster.spending import Limits, Purse
 from conftest import POD, PUBLIC_KEY, WORKER
+from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 HOUR = 3600.0
 
@@ -150,3 +151,32 @@ def test_a_full_disk_of_the_head_pays_for_no_pod_twice(account, provider, monkey
 
     monkeypatch.setattr(registry.LockedFile, "change", refuse)
     assert len(nodes.create_node(POD, WORKER, 1)) == 1 and account.count("POST") == 1
+
+
+def test_a_lost_answer_is_remembered_although_the_disk_is_full(account, provider, monkeypatch):
+    nodes = provider()
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(registry.LockedFile, "change", refuse)
+    monkeypatch.setattr(launcher, "LOOKS", (0.0,))
+    account.faults.lost_answers, account.faults.hidden_for = 1, 3600.0
+    for _ in range(2):
+        with pytest.raises(NodeLaunchException):
+            nodes.create_node(POD, WORKER, 1)
+    assert account.count("POST") == 1, "one creation whose answer was lost, and no second beside it"
+
+
+def test_a_new_watch_counts_on_what_the_last_one_saw(tmp_path):
+    now = [1.6e9]
+    pod = {"id": "A", "name": "a", "cost": 3.0, "createdAt": "2020-09-13T12:26:40Z"}
+    Purse(tmp_path / "s", Limits(), clock=lambda: now[0]).observe([pod])
+    now[0] += 2 * HOUR
+    after = Purse(tmp_path / "s", Limits(), clock=lambda: now[0])
+    after.count_on()
+    after.count_on()
+    assert after.spent() == pytest.approx(6.0)
+    now[0] += HOUR
+    after.observe([pod])
+    assert after.spent() == pytest.approx(9.0)

@@ -19,9 +19,7 @@ SWEEP = (
     "--preset",
     "quick",
     "--formats",
-    "BF16,E5M2,E7M0",
-    "--seeds",
-    "1",
+    "BF16,E5M2",  # of two seeds: two trials that wait for no other, and so two workers from the start
     "--max-concurrent",
     "2",
     "--address",
@@ -78,7 +76,7 @@ def test_from_nothing_to_a_report_and_back_to_nothing(tmp_path: Path, capsys: py
         laptop.run("ray", "rsync-down", file, "/workspace/runs/quick/", f"{tmp_path}/fetched/")
         assert "<html" in (tmp_path / "fetched/report/report.html").read_text()
         found = ledger(tmp_path / "fetched")
-        assert len(found["endings"]) == 12 == len(found["rows"]) and not {"bug", "node_lost"} & set(found["endings"])
+        assert len(found["endings"]) == 16 == len(found["rows"]) and not {"bug", "node_lost"} & set(found["endings"])
         until(lambda: not account.of_kind("worker"), 240, "idle workers are deleted")
         mark("workers idle and gone")
         laptop.run("ray", "down", "-y", file)
