@@ -8,11 +8,13 @@ a Function that fails half-way would leave histories and draws behind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from altgrad.quantization.kernels.dispatch import operand_kernels
 from altgrad.quantization.products import BF16_DEVICES, Operand, Product, matmul_transposed
@@ -92,16 +94,11 @@ class QuantizedProduct(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class EmulatedRoles(NamedTuple):
-    """What an emulated product needs beside its tensors."""
-
-    rounds: bool
-    gradient: RoleQuantizer | None
-    advance: bool
-
-
 class EmulatedProduct(torch.autograd.Function):
-    """y = x Wᵀ + b of rounded float32 values on a CPU: x [..., K] as `x_values` [rows, K], W as `weight_values`."""
+    """y = x Wᵀ + b of rounded float32 values on a CPU: `x_values` [..., K] of x, `weight_values` of W [N, K].
+
+    `gradient`: the role of y's gradient; `rounds`: whether y is rounded to BF16, `advance`: see `RoleQuantizer`.
+    """
 
     @staticmethod
     def forward(
@@ -111,58 +108,59 @@ class EmulatedProduct(torch.autograd.Function):
         bias: Tensor | None,
         x_values: Tensor,
         weight_values: Tensor,
-        roles: EmulatedRoles,
+        gradient: RoleQuantizer | None,
+        rounds: bool,
+        advance: bool,
     ) -> Tensor:
         ctx.save_for_backward(x_values, weight_values)
-        ctx.roles = roles
-        ctx.x_shape = x.shape
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        y = _finished(_mm(x_values, weight_values.t()), bias, rounds=roles.rounds)
-        return y.view(*x.shape[:-1], weight_values.shape[0]).to(x.dtype)
+        ctx.role = gradient, advance
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        y = _finished(_in_float32(functional.linear, x_values, weight_values), bias, rounds=rounds)
+        return y if x.dtype is torch.float32 else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative(gradient)
         x_values, weight_values = ctx.saved_tensors
-        roles: EmulatedRoles = ctx.roles
+        quantizer, advance = ctx.role
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        values = values_of(gradient, roles.gradient, advance=roles.advance)
+        values = values_of(gradient, quantizer, advance=advance)
         if values is None:
-            rows = gradient.reshape(-1, gradient.shape[-1])
-            values = operand_of(rows, roles.gradient, advance=roles.advance).numbers
+            values = operand_of(gradient, quantizer, advance=advance).numbers
+        rows = values.view(-1, values.size(-1))
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = _mm(values, weight_values).view(ctx.x_shape).to(x_dtype)
+            grad_x = _in_float32(torch.matmul, values, weight_values)
+            grad_x = grad_x if x_dtype is torch.float32 else grad_x.to(x_dtype)
         if wants_weight:
-            grad_weight = _mm(values.t(), x_values).to(weight_dtype)
+            grad_weight = _in_float32(torch.mm, rows.t(), x_values.view(-1, x_values.size(-1)))
+            grad_weight = grad_weight if weight_dtype is torch.float32 else grad_weight.to(weight_dtype)
         if wants_bias:
-            grad_bias = values.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+            grad_bias = rows.sum(0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """The product in float32, whatever autocast would make of it."""
+def _in_float32(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """The product, whatever autocast would make of it."""
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return torch.mm(a, b)
-    return torch.mm(a, b)
+            return product(a, b)
+    return product(a, b)
 
 
 def _finished(y: Tensor, bias: Tensor | None, *, rounds: bool) -> Tensor:
-    """y [rows, N] plus the bias; rounded to BF16, which a low-precision GEMM writes, after the bias. Overwrites y."""
+    """y [..., N] plus the bias; rounded to BF16, which a low-precision GEMM writes, after the bias. Overwrites y."""
     kernels = operand_kernels(y) if rounds else None
+    if kernels is not None and bias is None:
+        kernels.round_in_place(y)
+        return y
     added = None if bias is None else bias.detach().to(torch.float32)
-    if kernels is None:
-        y = y if added is None else y.add_(added)
-        return y.to(torch.bfloat16).to(torch.float32) if rounds else y
-    if added is None:
-        kernels.round_to_bfloat16(y, y)
-    elif operand_kernels(added) is not None:
+    if kernels is not None and added is not None and operand_kernels(added) is not None:
         kernels.add_bias_and_round(y, added)
-    else:
-        kernels.round_to_bfloat16(y.add_(added), y)
-    return y
+        return y
+    y = y if added is None else y.add_(added)
+    return y.to(torch.bfloat16).to(torch.float32) if rounds else y
 
 
 def _refuse_second_derivative(gradient: Tensor) -> None:

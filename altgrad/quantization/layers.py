@@ -27,7 +27,6 @@ from altgrad.quantization import products
 from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.layer_products import (
     EmulatedProduct,
-    EmulatedRoles,
     ProductRoles,
     QuantizedProduct,
     StraightThrough,
@@ -105,29 +104,28 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype; on a GPU in BF16, which its values have anyway."""
+        weight, bias = self.weight, self.bias
         if not torch.compiler.is_compiling():
-            refuse_transforms("a quantized layer", x, self.weight)
+            refuse_transforms("a quantized layer", x, weight)
             refuse_script_tracing("a quantized layer")
         advance = self.training and torch.is_grad_enabled()
-        if advance:
+        if advance and not self.has_run:
             self.has_run = True
-        if self.gradient_quantizer is not None:
-            self.gradient_quantizer.prepare(x.device)
-        own_scale = self.own_scale()
-        if self.product != "native" and x.device.type not in products.BF16_DEVICES:
+        gradient, own_scale = self.gradient_quantizer, self.own_scale()
+        if gradient is not None and gradient.tracker is not None:
+            gradient.tracker.to(x.device)  # ahead of the backward pass, in which a compiled graph could not
+        if self.product != "native" and "cpu" not in products.BF16_DEVICES:
             x_values = values_of(x, self.activation_quantizer, advance=advance)
-            weight_values = self.weight_quantizer.values(self.weight, advance=advance, own_scale=own_scale)
+            weight_values = self.weight_quantizer.values(weight, advance=advance, own_scale=own_scale)
             if x_values is not None and weight_values is not None:
                 rounds = self.activation_quantizer is not None
-                emulated = EmulatedRoles(rounds, self.gradient_quantizer, advance)
-                return cast(Tensor, EmulatedProduct.apply(x, self.weight, self.bias, x_values, weight_values, emulated))
-        weight = self.weight_quantizer.operand(self.weight, advance=advance, own_scale=own_scale)
+                tensors = x, weight, bias, x_values, weight_values
+                return cast(Tensor, EmulatedProduct.apply(*tensors, gradient, rounds, advance))
+        matrix = self.weight_quantizer.operand(weight, advance=advance, own_scale=own_scale)
         activation = operand_of(x, self.activation_quantizer, advance=advance)
         # Without values: what the graph keeps are saved tensors, which checkpointing can let go.
-        roles = ProductRoles(
-            self.product, activation.without_values, weight.without_values, self.gradient_quantizer, advance
-        )
-        return cast(Tensor, QuantizedProduct.apply(x, self.weight, self.bias, activation.values, weight.values, roles))
+        roles = ProductRoles(self.product, activation.without_values, matrix.without_values, gradient, advance)
+        return cast(Tensor, QuantizedProduct.apply(x, weight, bias, activation.values, matrix.values, roles))
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight this layer multiplies by, without gradient."""

@@ -289,6 +289,8 @@ def _checked(x: Tensor) -> Tensor:
 
 def refuse_transforms(what: str, *tensors: Tensor) -> None:
     """NotImplementedError where torch.func or forward-mode differentiation wraps one of the tensors."""
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return
     for x in tensors:
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
         if is_wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None):

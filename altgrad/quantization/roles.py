@@ -20,7 +20,7 @@ from altgrad.quantization.kernels import Drawn, Rounding
 from altgrad.quantization.kernels.dispatch import grid_values_by_amax, operand_kernels
 from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
-from altgrad.quantization.scaling import ScaleRule, ScaleTracker
+from altgrad.quantization.scaling import ScaleRule
 
 BF16 = FORMATS["BF16"]
 
@@ -67,6 +67,7 @@ class RoleQuantizer:
         self.draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self.tracker = role.scale.new_state(self.fmt)
         self._is_plain_bfloat16 = self.fmt == BF16 and role.rounding == "nearest"
+        self._is_drawn = role.rounding == "stochastic"
         self._rounders: dict[bool, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,37 +116,37 @@ class RoleQuantizer:
         )
 
     def values(self, x: Tensor, *, advance: bool, own_scale: Tensor | None = None) -> Tensor | None:
-        """The numbers of `operand`, float32 [rows, n] of x [..., n], by one kernel; None where only `operand` can.
+        """The numbers of `operand`, float32 of x's shape, by one kernel; None where only `operand` can.
 
         The same bits. It is what a layer multiplies where the product is emulated on a CPU.
         """
-        is_bfloat16 = own_scale is None and self._is_plain_bfloat16
-        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
-            is_rounded, x = is_bfloat16 and x.dtype == torch.bfloat16, x.detach().to(torch.float32)
+        is_bfloat16 = self._is_plain_bfloat16 and own_scale is None
+        if x.dtype is torch.bfloat16 or x.dtype is torch.float16:
+            is_rounded, x = is_bfloat16 and x.dtype is torch.bfloat16, x.detach().to(torch.float32)
             if is_rounded:
-                return x.reshape(-1, x.shape[-1]) if x.dim() else None
+                return x if x.dim() else None
         kernels = operand_kernels(x)
         if kernels is None or x.dim() == 0:
             return None
-        out = torch.empty((x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.float32)
+        out = torch.empty_like(x)
         if is_bfloat16:
             kernels.round_to_bfloat16(x, out)
             return out
+        tracker, draws = self.tracker, self.draws.data_ptr() if self._is_drawn else 0
         if own_scale is not None:
-            is_done = own_scale.is_cpu and self._rounder(kernels, True)(x, out, draws=self.draws, scale=own_scale)
-        elif self.tracker is None:
-            is_done = self._rounder(kernels, False)(x, out, draws=self.draws)
+            if not _is_readable(own_scale):
+                return None
+            is_done = self._rounder(kernels, True)(x, out, kernels.Cells(own_scale.data_ptr(), draws))
+        elif tracker is None:
+            is_done = self._rounder(kernels, False)(x, out, kernels.Cells(0, draws))
         else:
-            is_done = self._by_history(kernels, x, out, self.tracker, advance)
+            window, gathered, opening = tracker.cells
+            if self.fmt.total_bits > 8 or not all(_is_readable(c) for c in (window, gathered, opening) if c is not None):
+                return None
+            history = (0, 0) if window is None else (window.data_ptr(), window.numel())
+            cells = kernels.Cells(0, draws, *history, gathered.data_ptr(), opening.data_ptr())
+            is_done = self._rounder(kernels, False)(x, out, cells, advance=advance, shared=tracker.shared)
         return out if is_done else None
-
-    def _by_history(self, kernels: Any, x: Tensor, out: Tensor, tracker: ScaleTracker, advance: bool) -> bool:
-        window, gathered, opening = tracker.cells
-        if self.fmt.total_bits > 8 or not gathered.is_cpu or not (window is None or window.is_cpu):
-            return False
-        rounder = self._rounder(kernels, False)
-        cells = {"history": window, "gathered": gathered, "opening": opening}
-        return bool(rounder(x, out, draws=self.draws, advance=advance, shared=tracker.shared, **cells))
 
     def _rounder(self, kernels: Any, has_own_scale: bool) -> Any:
         found = self._rounders.get(has_own_scale)
@@ -176,11 +177,6 @@ class RoleQuantizer:
             return None
         headroom = rule.headroom * 2.0**rule.margin
         return grid_values_by_amax(x, self.fmt, self.role.rounding, seed, headroom, rule.power_of_two)
-
-    def prepare(self, device: torch.device) -> None:
-        """Brings state to a device ahead of the backward pass, in which a compiled graph could not."""
-        if self.tracker is not None:
-            self.tracker.to(device)
 
     def end_step(self) -> None:
         """The training step is over: the next one has another draw, and what was gathered joins the history."""
@@ -221,6 +217,11 @@ class RoleQuantizer:
             self.tracker.load_state_dict({"window": window, "gathered": gathered})
 
 
+def _is_readable(cell: Tensor) -> bool:
+    """Whether a kernel may take the address of numbers that go with a tensor."""
+    return cell.dtype is torch.float32 and cell.is_cpu and cell.is_contiguous()
+
+
 def _absent(*shape: int) -> Tensor:
     return torch.full(shape, torch.nan, dtype=torch.float32)
 
@@ -233,8 +234,8 @@ def operand_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> 
 
 
 def values_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> Tensor | None:
-    """The numbers of `operand_of`, float32 [rows, n], by one kernel, or None."""
+    """The numbers of `operand_of`, float32 of x's shape, by one kernel, or None."""
     if quantizer is not None:
         return quantizer.values(x, advance=advance)
     wide = x.detach().to(torch.float32)
-    return wide.reshape(-1, wide.shape[-1]) if wide.dim() and operand_kernels(wide) is not None else None
+    return wide if wide.dim() and operand_kernels(wide) is not None else None

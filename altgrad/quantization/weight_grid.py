@@ -113,6 +113,8 @@ class WeightGrid:
         """The scale under which `weight` lies on the grid, None for the role's rule; found anew if it was rewritten."""
         if is_traced(weight):
             return self.scale
+        if self.scale is None and not self.is_owned and self._seen and self._seen[0] == weight.data_ptr():
+            return None  # whatever was written: only weights in new memory may have come with a grid
         seen = memory_of(weight)
         if seen != self._seen:
             self._look(weight, seen)

@@ -5,16 +5,17 @@ Every tensor here has passed `dispatch.operand_kernels`. Large ones are cut into
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import FloatFormat, get_format
-from altgrad.quantization.kernels import Rounding, finite_bound, grid_of
-from altgrad.quantization.kernels.cpu import THREADED_FROM, _constants, _in_pieces
+from altgrad.quantization.kernels import Rounding, grid_of
+from altgrad.quantization.kernels.cpu import THREADED_FROM, _constants, _in_pieces, _word
 from altgrad.quantization.kernels.operands import (
+    WORDS,
     Source,
     finish,
     finish_with_bias,
@@ -24,7 +25,6 @@ from altgrad.quantization.kernels.operands import (
     to_bfloat16,
 )
 
-BOUND = finite_bound(torch.float32)
 SOURCES = {
     "current": Source.TENSOR,
     "delayed": Source.DELAYED,
@@ -33,6 +33,18 @@ SOURCES = {
     "E4M3": Source.E4M3,
 }
 """By a rule's kind, or the format of its blocks' scales."""
+
+
+class Cells(NamedTuple):
+    """Addresses that a call reads and writes, 0 where there is none: the given scale, float32; the number of the draw,
+    int64; the history, float32 [length], what the step has gathered, and its opening amax, float32."""
+
+    scale: int = 0
+    draws: int = 0
+    history: int = 0
+    length: int = 0
+    gathered: int = 0
+    opening: int = 0
 
 
 class OperandRounder:
@@ -55,51 +67,39 @@ class OperandRounder:
     ) -> None:
         self._kernel = rounder(int(source), rounding, keeps_infinities)
         self._source, self._power_of_two = source, power_of_two
-        self._per_max, self._end = headroom / fmt.max, grid_of(fmt).max_value
+        self._per_max = headroom / fmt.max
         size, emax, beyond = block
-        scales = _constants(grid_of(get_format("E4M3")), "nearest", "saturate")
-        constants = _constants(grid_of(fmt), rounding, "saturate")
-        numbers = (constants, self._per_max, power_of_two, self._end, BOUND, size, emax, scales, beyond)
-        self._numbers, self._key = numbers, key if key < 1 << 63 else key - (1 << 64)
+        words = np.zeros(WORDS, np.int64)
+        words[:11] = _constants(grid_of(fmt), rounding, "saturate")
+        words[11:22] = _constants(grid_of(get_format("E4M3")), "nearest", "saturate")
+        words[22], words[26] = _word(self._per_max), _word(beyond)
+        words[23] = np.float64(grid_of(fmt).max_value).view(np.int64)
+        words[24], words[25], words[28] = size, emax, power_of_two
+        words[27] = key if key < 1 << 63 else key - (1 << 64)
+        self._words = words
+        """alive as long as its address is used"""
+        self._rule = words.ctypes.data
+        self._is_whole = source in (Source.DELAYED, Source.E4M3)
         self._given = (
             OperandRounder(fmt, Source.GIVEN, rounding, keeps_infinities=keeps_infinities, key=key)
             if source == Source.TENSOR
             else self
         )
 
-    def __call__(
-        self,
-        x: Tensor,
-        out: Tensor,
-        *,
-        draws: Tensor | None = None,
-        scale: Tensor | None = None,
-        history: Tensor | None = None,
-        gathered: Tensor | None = None,
-        opening: Tensor | None = None,
-        advance: bool = False,
-        shared: bool = False,
-    ) -> bool:
-        """x rounded into `out`, of its size; False where only torch's operators can, and `out` then says nothing.
+    def __call__(self, x: Tensor, out: Tensor, cells: Cells, *, advance: bool = False, shared: bool = False) -> bool:
+        """x rounded into `out`, of its size; False where only torch's operators can, and `out` then says nothing."""
+        elements, columns = x.numel(), x.size(-1)
+        rows, here, there = elements // columns, x.data_ptr(), out.data_ptr()
+        if elements < THREADED_FROM or self._is_whole or torch.get_num_threads() == 1:
+            return self._kernel(here, there, rows, columns, 0, self._rule, *cells, advance, shared)  # type: ignore[no-any-return]
+        return self._in_threads(here, there, rows, columns, cells)
 
-        `draws`: number of the draw; `scale`: the given one, 1 without; the rest is a `ScaleTracker`'s.
-        """
-        given = (scale, history, gathered, opening, draws)
-        cell, window, total, start, number = (0 if t is None else t.data_ptr() for t in given)
-        length = 0 if history is None else history.numel()
-        columns = x.shape[-1] if x.dim() else 1
-        more = cell, window, length, total, start, advance, shared, self._key, number
-        rows, here, there = x.numel() // columns, x.data_ptr(), out.data_ptr()
-        if x.numel() < THREADED_FROM or torch.get_num_threads() == 1 or self._source in (Source.DELAYED, Source.E4M3):
-            return bool(self._kernel(here, there, rows, columns, 0, *self._numbers, *more))
-        return self._in_threads(here, there, rows, columns, more)
-
-    def _in_threads(self, here: int, there: int, rows: int, columns: int, more: tuple[Any, ...]) -> bool:
+    def _in_threads(self, here: int, there: int, rows: int, columns: int, cells: Cells) -> bool:
         if self._source == Source.TENSOR:
             found: list[int] = []
             _in_pieces(rows * columns, lambda a, b: found.append(largest_of(here + 4 * a, b - a)))
             scale = np.array([scale_of_bits(max(found), self._per_max, self._power_of_two)], np.float32)
-            return self._given._in_threads(here, there, rows, columns, (scale.ctypes.data, *more[1:]))
+            return self._given._in_threads(here, there, rows, columns, cells._replace(scale=scale.ctypes.data))
         done: list[bool] = []
         # A row is the least that may be cut off: a channel's scale, and those of blocks, are found in one.
         unit = 1 if self._source == Source.GIVEN else columns
@@ -108,21 +108,32 @@ class OperandRounder:
             begin, stop = -(-a // unit) * unit, -(-b // unit) * unit
             shape = (1, stop - begin) if unit == 1 else ((stop - begin) // columns, columns)
             if stop > begin:
-                done.append(self._kernel(here + 4 * begin, there + 4 * begin, *shape, begin, *self._numbers, *more))
+                start = here + 4 * begin, there + 4 * begin, *shape, begin
+                done.append(self._kernel(*start, self._rule, *cells, False, False))
 
         _in_pieces(rows * columns, piece)
         return all(done)
 
 
 def round_to_bfloat16(x: Tensor, out: Tensor) -> None:
-    """x as the nearest values of bfloat16, into a float32 tensor of its size, which may be x."""
-    here, there = x.data_ptr(), out.data_ptr()
-    if here == there:
-        _in_pieces(x.numel(), lambda a, b: finish(here + 4 * a, b - a))
+    """x as the nearest values of bfloat16, into another float32 tensor of its size."""
+    elements, here, there = x.numel(), x.data_ptr(), out.data_ptr()
+    if elements < THREADED_FROM:
+        to_bfloat16(here, there, elements)
     else:
-        _in_pieces(x.numel(), lambda a, b: to_bfloat16(here + 4 * a, there + 4 * a, b - a))
+        _in_pieces(elements, lambda a, b: to_bfloat16(here + 4 * a, there + 4 * a, b - a))
+
+
+def round_in_place(y: Tensor) -> None:
+    """y, float32, as the nearest values of bfloat16."""
+    elements, here = y.numel(), y.data_ptr()
+    if elements < THREADED_FROM:
+        finish(here, elements)
+    else:
+        _in_pieces(elements, lambda a, b: finish(here + 4 * a, b - a))
 
 
 def add_bias_and_round(y: Tensor, bias: Tensor) -> None:
-    """y [rows, columns] + bias [columns], both float32, as the nearest values of bfloat16, in place."""
-    finish_with_bias(y.data_ptr(), y.shape[0], y.shape[1], bias.data_ptr())
+    """y [..., columns] + bias [columns], both float32, as the nearest values of bfloat16, in place."""
+    columns = y.size(-1)
+    finish_with_bias(y.data_ptr(), y.numel() // columns, columns, bias.data_ptr())

@@ -261,10 +261,9 @@ def operand_kernels(x: Tensor) -> ModuleType | None:
 
     Of nothing else is an address ever taken, for an address says neither dtype nor length.
     """
-    if torch.compiler.is_compiling():
+    if is_traced(x) or x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
         return None
-    is_memory = type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
-    if not is_memory or is_traced(x) or x.numel() == 0 or x.data_ptr() == 0:
+    if x.is_neg() or x.numel() == 0 or x.data_ptr() == 0:
         return None
     return _operand_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
 

@@ -19,15 +19,15 @@ from enum import IntEnum
 from functools import cache
 
 import numpy as np
+import torch
 from numba import carray
 
-from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE
+from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE, finite_bound
 from altgrad.quantization.kernels.compiled import compiled, inlined
 from altgrad.quantization.kernels.loops import (
     _ABSOLUTE,
     _INFINITY,
     _bits,
-    _constants,
     _drawn,
     _finished,
     _float,
@@ -47,6 +47,12 @@ PIECE = 1 << 15
 _QUIET, _UPPER = _U32(0x00400000), _U32(0xFFFF0000)
 _LARGEST_POWER = _U32(0x7F000000)
 """2^127, for which an infinity counts in a block."""
+_BOUND = _F64(finite_bound(torch.float32))
+"""From which a scaled grid's end is beyond float32."""
+WORDS = 29
+"""Of what a rule is told by, int64: 11 constants of the format, 11 of E4M3 as the format of scales, then bits of
+float32 head-room over the format's end, of the float64 end, block size, top exponent of a block's elements, bits of
+float32 that E4M3 scales reach, the key of draws, and whether scales are powers of two."""
 
 
 class Source(IntEnum):
@@ -62,6 +68,15 @@ class Source(IntEnum):
 
 _TENSOR, _DELAYED, _ROWS = int(Source.TENSOR), int(Source.DELAYED), int(Source.ROWS)
 _E8M0, _E4M3 = int(Source.E8M0), int(Source.E4M3)
+
+
+@inlined
+def _constants(w, begin):
+    """The words of a format, out of memory before the loop; `cpu` says what they are."""
+    c = w[begin : begin + 11]
+    shift, mask, halfway, odd, least = _U32(c[0]), _U32(c[1]), _U32(c[2]), _U32(c[3]), _U32(c[4])
+    magic, spacing, unscale, rest = _float(_U32(c[5])), _float(_U32(c[6])), _float(_U32(c[7])), _float(_U32(c[8]))
+    return shift, mask, halfway, odd, least, magic, spacing, unscale, rest, _U32(c[9]), _U32(c[10])
 
 
 @inlined
@@ -134,38 +149,15 @@ def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[...,
     in_blocks, in_rows = source in (_E8M0, _E4M3), source == _ROWS
     is_tensor, is_delayed, is_e8m0, is_e4m3 = source == _TENSOR, source == _DELAYED, source == _E8M0, source == _E4M3
 
-    def run(
-        here,
-        there,
-        rows,
-        columns,
-        first,
-        constants,
-        per_max,
-        power_of_two,
-        end,
-        bound,
-        size,
-        emax,
-        scale_constants,
-        scale_end,
-        cell,
-        history,
-        length,
-        gathered,
-        opening,
-        advance,
-        shared,
-        key,
-        draws,
-    ):
+    def run(here, there, rows, columns, first, rule, cell, draws, history, length, gathered, opening, advance, shared):
         elements = rows * columns
         x, out = carray(pointer_to(here), elements, _U32), carray(pointer_to(there), elements, _U32)
-        c, c4 = _constants(constants), _constants(scale_constants)
-        per_max, scale, tensor_scale = _F32(per_max), _F32(1), _F32(1)
-        key32, second_key = _U32(0), _U32(0)
+        w = carray(pointer_to(rule), WORDS, np.int64)
+        c, c4, per_max, end = _constants(w, 0), _constants(w, 11), _float(_U32(w[22])), carray(pointer_to(rule), WORDS, _F64)[23]
+        size, emax, beyond, power_of_two = w[24], w[25], _float(_U32(w[26])), w[28] != 0
+        scale, tensor_scale, key32, second_key = _F32(1), _F32(1), _U32(0), _U32(0)
         if is_drawn:
-            keys = splitmix64(mixed(_U64(key), _U64(carray(pointer_to(draws), 1, np.int64)[0])))
+            keys = splitmix64(mixed(_U64(w[27]), _U64(carray(pointer_to(draws), 1, np.int64)[0])))
             key32, second_key = _U32(keys & _U64(0xFFFFFFFF)), _U32(keys >> _U64(32))
         if is_tensor:
             scale = _scale_of(largest_bits(x), per_max, power_of_two)
@@ -175,10 +167,10 @@ def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[...,
             largest = largest_bits(x) if advance or length == 0 else _U32(0)
             scale = _delayed_scale(largest, window, total, start, advance, per_max, power_of_two, shared)
         elif is_e4m3:
-            tensor_scale = _tensor_scale(x, columns, size, _F32(scale_end))
+            tensor_scale = _tensor_scale(x, columns, size, beyond)
         elif not (in_rows or is_e8m0):
             scale = carray(pointer_to(cell), 1, _F32)[0] if cell else _F32(1)
-        if not (0 < scale < np.inf) or _F64(end) * _F64(scale) >= bound:
+        if not (0 < scale < np.inf) or end * _F64(scale) >= _BOUND:
             return False
         inner = size if in_blocks else (columns if in_rows else PIECE)
         each = -(-columns // inner) if in_blocks else 1
@@ -199,7 +191,7 @@ def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[...,
                     return False
                 power = _e8m0_scale(largest, emax)
                 scale = power if is_e8m0 else _e4m3_scale(largest, _F32(end), tensor_scale, c4)
-            if (in_rows or in_blocks) and _F64(end) * _F64(scale) >= bound:
+            if (in_rows or in_blocks) and end * _F64(scale) >= _BOUND:
                 return False
             counter = _U32(first + begin)
             exponent = _right(_bits(scale), _U32(23))
