@@ -113,6 +113,7 @@ class Trainer:
         self._score = GradientNormScore()
         self.step = 0
         self.resumed_from: int | None = None
+        self._named = dict(self.model.named_parameters())
         self._base_lr = config.optimizer.lr
         self._first_loss: float | None = None
         self._last: dict[str, float] = {}
@@ -171,6 +172,7 @@ class Trainer:
         config = self.config
         end = min(config.steps, (self.step // config.log_interval + 1) * config.log_interval)
         first, rates, pending = self.step + 1, [], []
+        self._named = dict(self.model.named_parameters())  # a walk through all modules: once, not twice a step
         for step in range(first, end + 1):
             rates.append(self._set_learning_rate(step))
             pending.append(self._train_step(step, check=step == end))
@@ -191,7 +193,7 @@ class Trainer:
 
     def _row(self, step: int, rate: float, values: list[float]) -> dict[str, Any]:
         """A step's row from what `_train_step` returned for it."""
-        names = [name.removesuffix(".weight") for name, _ in self.model.named_parameters()]
+        names = [name.removesuffix(".weight") for name in self._named]
         loss, norm, values = values[0], values[1], values[2:]
         row: dict[str, Any] = {
             "step": step,
@@ -253,7 +255,7 @@ class Trainer:
 
     def _before_update(self) -> Tensor:
         """Clips the gradients; their total and each parameter's L2 norm before that, and what clipping did."""
-        named = dict(self.model.named_parameters())
+        named = self._named
         norms = _norms(named)
         total = torch.linalg.vector_norm(norms)
         clipped = self.interventions.before_step(named, self._parameter_formats())

@@ -9,8 +9,8 @@ measured in the same rounds, each in a process of its own; "kept" says what part
     torchao    its emulated float8 training (Float8Linear, emulate=True)
     qtorch     its float_quantize on the same three operands of each layer
 
-Processes and cases take turns, step by step, in alternating order. A ratio is that of the processor times of two steps
-of one process in one round; the table holds medians.
+A ratio is that of the processor times of two steps, one right after the other, either first in turn; processes and cases
+take turns, pair by pair. The table holds medians over the rounds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
         return f"{self.layers} × {self.width}, {self.batch} × {self.block}"
 
 
-SHAPES = (Shape(2, 64, 8, 128, 200), Shape(4, 128, 16, 128, 60), Shape(6, 384, 8, 128, 20))
+SHAPES = (Shape(2, 64, 8, 128, 100), Shape(4, 128, 16, 128, 40), Shape(6, 384, 8, 128, 20))
 
 
 def _named(policy: str, fmt: str) -> Callable[[nn.Module], object]:
@@ -177,15 +177,18 @@ class Steps:
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(self.x).flatten(0, 1), self.y.flatten()).backward()
 
-    def seconds(self, name: str) -> float:
-        """Processor seconds of a step."""
-        start = time.process_time()
-        self.step(name)
-        return time.process_time() - start
+    def ratio(self, name: str, *, is_first: bool) -> float:
+        """A step's processor time over that of a plain step next to it."""
+        seconds = {}
+        for case in (name, "plain") if is_first else ("plain", name):
+            start = time.process_time()
+            self.step(case)
+            seconds[case] = time.process_time() - start
+        return seconds[name] / seconds["plain"]
 
 
 def serve() -> None:
-    """Answers a shape with nothing and a case with its seconds, a line of JSON each."""
+    """Answers a shape with nothing and a case with its ratio, a line of JSON each."""
     torch.set_num_threads(1)
     steps: Steps | None = None
     for line in sys.stdin:
@@ -195,7 +198,7 @@ def serve() -> None:
             answer = None
         else:
             assert steps is not None
-            answer = steps.seconds(asked["case"])
+            answer = steps.ratio(asked["case"], is_first=asked["is_first"])
         print(json.dumps(answer), flush=True)
 
 
@@ -228,18 +231,15 @@ def measured(
     sides = {name: Side(tree) for name, tree in trees.items()}
     found = {}
     for shape in shapes:
-        asked = {name: ["plain", *cases, *(others if name == "now" else ())] for name in sides}
+        asked = {name: [*cases, *(others if name == "now" else ())] for name in sides}
         for name, side in sides.items():
-            side.ask(shape=shape, cases=asked[name])
+            side.ask(shape=shape, cases=["plain", *asked[name]])
         turns = [(name, case) for name in sides for case in asked[name]]
         turns.sort(key=lambda turn: turn[1])
         ratios: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
         for number in range(shape.rounds):
-            seconds = {}
-            for name, case in turns if number % 2 else turns[::-1]:
-                seconds[name, case] = sides[name].ask(case=case)
             for name, case in turns:
-                ratios[name, case].append(seconds[name, case] / seconds[name, "plain"])
+                ratios[name, case].append(sides[name].ask(case=case, is_first=bool(number % 2)))
         found[shape] = {turn: statistics.median(values) for turn, values in ratios.items()}
         print(as_lines(shape, found[shape]), file=sys.stderr, flush=True)
     for side in sides.values():
@@ -253,7 +253,7 @@ def as_lines(shape: Shape, ratios: dict[tuple[str, str], float]) -> str:
     earlier = list(dict.fromkeys(side for side, _ in ratios if side != "now"))
     lines = []
     for case in [*CASES, *OTHERS]:
-        if case == "plain" or ("now", case) not in ratios:
+        if ("now", case) not in ratios:
             continue
         now, before = ratios["now", case], [ratios.get((side, case)) for side in earlier]
         cells = ["–" if value is None else f"{value:.3f}" for value in before]
@@ -293,7 +293,7 @@ def main() -> None:
 def test_the_benchmark_runs() -> None:
     tiny = Shape(1, 32, 2, 16, 3)
     ratios = measured([tiny], {"earlier": ROOT, "now": ROOT}, ["BF16", "delayed"], ["floor"])[tiny]
-    assert len(ratios) == 7
+    assert len(ratios) == 5
     assert all(value > 0 for value in ratios.values())
 
 

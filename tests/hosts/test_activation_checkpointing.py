@@ -53,20 +53,20 @@ def test_checkpointing_lets_go_of_operands():
     model = net()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or len(packed) - 1, packed.__getitem__):
         loss = loss_of(model, batch(0))
-    node, held = loss.grad_fn, []
+    node, held, kept = loss.grad_fn, [], 0
     queue, seen = [node], set()
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        # What a node holds beside its saved tensors: of an emulated product no tensor, of another's operands none.
-        roles = getattr(node, "roles", None) or getattr(node, "product", None)
-        if roles is not None:
-            operands = [getattr(roles, name).values for name in ("activation", "weight") if hasattr(roles, name)]
-            held += [*operands, *(value if isinstance(value, torch.Tensor) else None for value in vars(node).values())]
+        # What a node holds beside its saved tensors: no tensor, and no operand that has one.
+        for value in getattr(node, "__dict__", {}).values():
+            parts = [getattr(value, name, None) for name in ("activation", "weight")]
+            held += [part.values for part in parts if part is not None] + [value]
+            kept += 1
         queue += [edge for edge, _ in node.next_functions]
-    assert held and all(value is None for value in held)
+    assert kept and not any(isinstance(value, torch.Tensor) for value in held)
 
 
 def micro_batched(model: nn.Module, optimizer: torch.optim.Optimizer, pieces: int, steps: int = STEPS) -> list[float]:
