@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from altgrad.quantization.kernels.dispatch import operand_kernels
+from altgrad.quantization.kernels.operand_dispatch import operand_kernels
 from altgrad.quantization.products import BF16_DEVICES, Operand, Product, matmul_transposed
 from altgrad.quantization.roles import RoleQuantizer, operand_of, values_of
 
@@ -63,11 +63,8 @@ class QuantizedProduct(torch.autograd.Function):
         rows = product.activation.with_values(x_values.reshape(-1, x_values.shape[-1]))
         # A low-precision GEMM writes BF16, after the bias.
         wanted = torch.float32 if product.activation.fmt is None else torch.bfloat16
-        written = wanted if bias is None else torch.float32
         matrix = product.weight.with_values(weight_values)
-        y = matmul_transposed(rows, matrix, product.kind, written).view(*x.shape[:-1], weight.shape[0])
-        if bias is not None:
-            y = (y + bias.to(torch.float32)).to(wanted)
+        y = matmul_transposed(rows, matrix, product.kind, wanted, bias).view(*x.shape[:-1], weight.shape[0])
         # What follows on a GPU (attention, GELU) is many times as fast in BF16.
         return y if y.dtype == torch.bfloat16 and x.device.type in BF16_DEVICES else y.to(torch.float32).to(x.dtype)
 

@@ -25,12 +25,7 @@ from torch.nn.utils import parametrize
 
 from altgrad.quantization import products
 from altgrad.quantization.formats import FloatFormat, get_format
-from altgrad.quantization.layer_products import (
-    EmulatedProduct,
-    ProductRoles,
-    QuantizedProduct,
-    StraightThrough,
-)
+from altgrad.quantization.layer_products import EmulatedProduct, ProductRoles, QuantizedProduct, StraightThrough
 from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
 from altgrad.quantization.products import Operand, Product, check_product
 from altgrad.quantization.roles import Role, RoleQuantizer, as_role, operand_of, values_of

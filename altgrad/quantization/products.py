@@ -88,24 +88,29 @@ def check_product(product: str) -> Product:
     return cast(Product, product)
 
 
-def matmul_transposed(a: Operand, b: Operand, product: Product = "auto", dtype: torch.dtype = torch.float32) -> Tensor:
-    """a [M, K] · b [N, K]ᵀ, [M, N], summed in float32 and rounded to `dtype`, float32 or bfloat16.
+def matmul_transposed(
+    a: Operand, b: Operand, product: Product = "auto", dtype: torch.dtype = torch.float32, bias: Tensor | None = None
+) -> Tensor:
+    """a [M, K] · b [N, K]ᵀ + bias [N], [M, N], summed in float32 and rounded to `dtype`, float32 or bfloat16.
 
     ValueError where 'native' is asked for and the pair has no unit.
     """
     device = a.values.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return matmul_transposed(a, b, product, dtype)
+            return matmul_transposed(a, b, product, dtype, bias)
     kind = native_kind(a.fmt, b.fmt) if a.is_per_tensor and b.is_per_tensor else None
     if product == "emulated" or (product == "auto" and not _is_worth_it(kind, a.values, b.values)):
-        return _emulated(a, b, dtype)
+        return _emulated(a, b, dtype, bias)
     if kind is None:
         names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
         raise ValueError(
             f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
             "E5M2), or two of E0M7 and E1M6, one scale a tensor; otherwise 'emulated'"
         )
+    if bias is not None:
+        y = _float8(a, b, torch.float32) if kind == "float8" else _int8(a, b)
+        return dispatch.scaled(y, [], dtype, bias)
     return _float8(a, b, dtype) if kind == "float8" else _int8(a, b).to(dtype)
 
 
@@ -127,15 +132,16 @@ def _is_worth_it(kind: str | None, a: Tensor, b: Tensor) -> bool:
     return fits and torch.cuda.get_device_capability(a.device) >= needed
 
 
-def _emulated(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """Exact products summed in float32."""
     if a.values.dtype != torch.bfloat16 or b.values.dtype != torch.bfloat16:
-        return (a.numbers @ b.numbers.T).to(dtype)
+        return dispatch.scaled(a.numbers @ b.numbers.T, [], dtype, bias)
     factors = [factor for factor in (a.factor, b.factor) if factor is not None]
     if a.values.device.type != "cuda":
-        return dispatch.scaled(a.values.to(torch.float32) @ b.values.to(torch.float32).T, factors, dtype)
-    y = torch.mm(a.values, b.values.T, out_dtype=torch.float32 if factors else dtype)
-    return dispatch.scaled(y, factors, dtype)
+        return dispatch.scaled(a.values.to(torch.float32) @ b.values.to(torch.float32).T, factors, dtype, bias)
+    is_final = not factors and bias is None
+    y = torch.mm(a.values, b.values.T, out_dtype=dtype if is_final else torch.float32)
+    return y if is_final else dispatch.scaled(y, factors, dtype, bias)
 
 
 def _codes(operand: Operand, dtype: torch.dtype, unit: float = 1.0) -> Tensor:

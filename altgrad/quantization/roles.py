@@ -17,7 +17,7 @@ from torch import Tensor
 from altgrad.quantization.block_scaling import BlockFormat
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import Drawn, Rounding
-from altgrad.quantization.kernels.dispatch import grid_values_by_amax, operand_kernels
+from altgrad.quantization.kernels.operand_dispatch import grid_values_by_rule, operand_kernels, values_by_lines
 from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
 from altgrad.quantization.scaling import ScaleRule
@@ -87,16 +87,17 @@ class RoleQuantizer:
         has_one_scale = own_scale is not None or self.role.scale.kind in ("current", "delayed")
         carries_bf16 = has_one_scale and is_carried_in_bf16(x, self.fmt)
         x = x.detach()
+        rounding = self.role.rounding
+        seed = Drawn(self.key, self.draws) if rounding == "stochastic" else None
+        if own_scale is None and (found := self._at_once(x, seed, advance, carries_bf16)) is not None:
+            values, scale = found
+            return Operand(values, self.fmt, scale, scale if carries_bf16 else None)
         if not carries_bf16 and x.dtype != torch.float64:
             x = x.to(torch.float32)
-        rounding = self.role.rounding
         if self._is_plain_bfloat16 and own_scale is None and x.dtype != torch.float64:
             # The native cast keeps infinities, which are signals; 16-bit formats have scale 1.
             values = x.to(torch.bfloat16)
             return Operand(values if carries_bf16 else values.to(torch.float32), BF16, None)
-        seed = Drawn(self.key, self.draws) if rounding == "stochastic" else None
-        if carries_bf16 and own_scale is None and (found := self._at_once(x, seed)) is not None:
-            return Operand(found[0], self.fmt, found[1], found[1])
         scale = own_scale
         if scale is None and self.tracker is not None:
             scale = self.tracker.gather(x) if advance else self.tracker.scale_for(x)
@@ -141,7 +142,9 @@ class RoleQuantizer:
             is_done = self._rounder(kernels, False)(x, out, kernels.Cells(0, draws))
         else:
             window, gathered, opening = tracker.cells
-            if self.fmt.total_bits > 8 or not all(_is_readable(c) for c in (window, gathered, opening) if c is not None):
+            if self.fmt.total_bits > 8 or not all(
+                _is_readable(c) for c in (window, gathered, opening) if c is not None
+            ):
                 return None
             history = (0, 0) if window is None else (window.data_ptr(), window.numel())
             cells = kernels.Cells(0, draws, *history, gathered.data_ptr(), opening.data_ptr())
@@ -170,13 +173,32 @@ class RoleQuantizer:
             )
         return found
 
-    def _at_once(self, x: Tensor, seed: Drawn | None) -> tuple[Tensor, Tensor] | None:
-        """Grid values and scale by the kernel that also finds the amax, where rule and device allow it."""
-        rule = self.role.scale
-        if rule.kind != "current" or self.fmt.total_bits > 8:
+    def _at_once(
+        self, x: Tensor, seed: Drawn | None, advance: bool, carries_bf16: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Values and scales by the kernels that also find the scale, where rule and device allow it."""
+        rule, rounding = self.role.scale, self.role.rounding
+        if self.fmt.total_bits > 8:
             return None
         headroom = rule.headroom * 2.0**rule.margin
-        return grid_values_by_amax(x, self.fmt, self.role.rounding, seed, headroom, rule.power_of_two)
+        if rule.kind == "per_channel":
+            return values_by_lines(
+                x, self.fmt, rounding, seed, rule.kind, headroom=headroom, power_of_two=rule.power_of_two
+            )
+        if rule.kind == "block":
+            blocks = BlockFormat(self.fmt, rule.block_scale_format, rule.block_size)
+            return values_by_lines(x, self.fmt, rounding, seed, blocks.scale, size=blocks.size, emax=blocks.emax)
+        if not carries_bf16:
+            return None
+        tracker, cells = self.tracker, None
+        if tracker is not None:
+            tracker.to(x.device)
+            window, gathered, opening = tracker.cells
+            cells = None if window is None else window.to(x.device), gathered, opening
+        shared = tracker is not None and tracker.shared
+        return grid_values_by_rule(
+            x, self.fmt, rounding, seed, headroom, rule.power_of_two, cells=cells, advance=advance, shared=shared
+        )
 
     def end_step(self) -> None:
         """The training step is over: the next one has another draw, and what was gathered joins the history."""

@@ -4,13 +4,13 @@ Forward and backward of the byte GPT in plain float32, and with its layers in ev
 no optimizer, no observers, every weight rounded anew in each step. With `--before`, checkouts of earlier commits are
 measured in the same rounds, each in a process of its own; "kept" says what part of the first one's excess is left.
 
-    floor      the passes that a layer cannot do without (read the input and the gradient, write them rounded, round
-               the output where it lies), by copies, beside the same matrix products: what a profile would leave
+    floor      the passes that a layer cannot do without (read input and gradient, write them rounded, round
+               the output in place), by copies, beside the same matrix products: what a profile would leave
     torchao    its emulated float8 training (Float8Linear, emulate=True)
     qtorch     its float_quantize on the same three operands of each layer
 
-A ratio is that of the processor times of two steps, one right after the other, either first in turn; processes and cases
-take turns, pair by pair. The table holds medians over the rounds.
+A ratio is that of the processor times of two steps, one right after the other, either first in turn; processes and
+cases take turns, pair by pair. The table holds medians over the rounds.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ def test_amax_scale_and_values_at_once(largest, power_of_two, dtype):
     x = (x * (largest if largest < 1 else 1.0)).to(DEVICE, dtype)
     x[4321] = -largest
     out, expected = (torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2))
-    scale = gpu.grid_values_by_amax(x, grid_of(fmt), "nearest", None, out, headroom=1.5, power_of_two=power_of_two)
+    rule = gpu.Rule(1.5 / fmt.max, power_of_two)
+    scale = gpu.grid_values_by_rule(x, grid_of(fmt), "nearest", None, out, rule)
     wanted = compute_scale(x, fmt, headroom=1.5, power_of_two=power_of_two)
     gpu.grid_values(x, wanted, grid_of(fmt), "nearest", None, expected)
     assert torch.equal(scale, wanted) and same_bits(out, expected)
@@ -127,6 +128,11 @@ def test_products_are_scaled_and_rounded_once(dtype):
     assert torch.equal(out, (y * one).to(dtype))
     gpu.scaled(y, [one, other], out)
     assert torch.equal(out, (y * one * other).to(dtype))
+    bias = torch.randn(61, device=DEVICE)
+    gpu.scaled(y, [one], out, bias)
+    assert torch.equal(out, (y * one + bias).to(dtype))
+    gpu.scaled(y, [], out, bias)
+    assert torch.equal(out, (y + bias).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])

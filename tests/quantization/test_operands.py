@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import get_format
-from altgrad.quantization.kernels import dispatch
 from altgrad.quantization.roles import Role, RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 
@@ -76,7 +73,7 @@ def threads(request: pytest.FixtureRequest):
 def test_values_are_those_of_the_operand(threads: None, rule: str, rounding: str) -> None:
     left = 0
     for fmt in FORMATS:
-        if "block" == RULES[rule].kind and get_format(fmt).total_bits > 8:
+        if RULES[rule].kind == "block" and get_format(fmt).total_bits > 8:
             continue
         for name, x in tensors().items():
             one, other = pair(fmt, RULES[rule], rounding)

@@ -104,27 +104,16 @@ def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, s
     return torch.where(y.isinf(), y, rounded(y, fmt, 1.0, rounding, "saturate", seed)).to(torch.bfloat16)
 
 
-def grid_values_by_amax(
-    x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: Seed, headroom: float, power_of_two: bool
-) -> tuple[Tensor, Tensor] | None:
-    """`grid_values` under the scale of x's amax, and that scale; None where no kernel does both at once."""
-    if (triton := triton_for(x, 1.0)) is None:
-        return None
-    out, grid = torch.empty_like(x, dtype=torch.bfloat16), grid_of(fmt)
-    return out, triton.grid_values_by_amax(
-        x, grid, rounding, seed_of(seed), out, headroom=headroom, power_of_two=power_of_two
-    )
-
-
-def scaled(y: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """y [M, N], float32, times 0-d factors, rounded once to float32 or bfloat16."""
-    if factors and (triton := triton_for(y, 1.0)) is not None:
+def scaled(y: Tensor, factors: Sequence[Tensor], dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """y [M, N], float32, times 0-d factors, plus a bias [N], rounded once to float32 or bfloat16."""
+    bias = None if bias is None else bias.detach().to(torch.float32)
+    if (factors or bias is not None) and (triton := triton_for(y, 1.0)) is not None:
         out = torch.empty_like(y, dtype=dtype)
-        triton.scaled(y, list(factors), out)
+        triton.scaled(y, list(factors), out, None if bias is None else bias.contiguous())
         return out
     for factor in factors:
         y = y * factor
-    return y.to(dtype)
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,19 +242,7 @@ def numba_for(x: Tensor, dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> Modul
     """The numba kernels if they can take this tensor, else None."""
     if x.device.type != "cpu" or x.dtype not in dtypes or not x.is_contiguous() or torch.compiler.is_compiling():
         return None
-    return _numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
-
-
-def operand_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels that take x by its address, if it may be taken: float32, contiguous, in this process's memory.
-
-    Of nothing else is an address ever taken, for an address says neither dtype nor length.
-    """
-    if is_traced(x) or x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
-        return None
-    if x.is_neg() or x.numel() == 0 or x.data_ptr() == 0:
-        return None
-    return _operand_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
+    return numba_kernels(os.environ.get("ALTGRAD_KERNEL", ""))
 
 
 def scalar(scale: Scale) -> float | None:
@@ -294,19 +271,11 @@ def _all_fit(grid: Grid, dtype: torch.dtype, scale: Scale) -> bool:
 
 
 @cache
-def _numba_kernels(forced: str) -> ModuleType | None:
+def numba_kernels(forced: str) -> ModuleType | None:
     """The numba kernels, or None where numba is not installed or another kernel is asked for."""
     if not _may_use("numba", forced):
         return None
     return importlib.import_module("altgrad.quantization.kernels.cpu")
-
-
-@cache
-def _operand_kernels(forced: str) -> ModuleType | None:
-    """The numba kernels of whole operands, under the same condition."""
-    return (
-        None if _numba_kernels(forced) is None else importlib.import_module("altgrad.quantization.kernels.cpu_operands")
-    )
 
 
 @cache

@@ -153,7 +153,12 @@ def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[...,
         elements = rows * columns
         x, out = carray(pointer_to(here), elements, _U32), carray(pointer_to(there), elements, _U32)
         w = carray(pointer_to(rule), WORDS, np.int64)
-        c, c4, per_max, end = _constants(w, 0), _constants(w, 11), _float(_U32(w[22])), carray(pointer_to(rule), WORDS, _F64)[23]
+        c, c4, per_max, end = (
+            _constants(w, 0),
+            _constants(w, 11),
+            _float(_U32(w[22])),
+            carray(pointer_to(rule), WORDS, _F64)[23],
+        )
         size, emax, beyond, power_of_two = w[24], w[25], _float(_U32(w[26])), w[28] != 0
         scale, tensor_scale, key32, second_key = _F32(1), _F32(1), _U32(0), _U32(0)
         if is_drawn:

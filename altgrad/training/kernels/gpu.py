@@ -16,7 +16,7 @@ from torch import Tensor
 
 from altgrad.quantization import get_format
 from altgrad.quantization.kernels import grid_of
-from altgrad.quantization.kernels.gpu import _hash, _load, _store
+from altgrad.quantization.kernels.gpu_programs import hash_of, load, store
 from altgrad.training.kernels import (
     FIXED,
     GRADIENT_FLOOR,
@@ -164,10 +164,10 @@ def _step(
     if tl.load(integers + IS_FINITE) != 0:
         index, mask = _place(line, BLOCK, ALIGNED)
         weight, first = _address(line, WEIGHT, WORD, ALIGNED), _address(line, FIRST, tl.float32, ALIGNED)
-        w = _load(weight, index, mask, IS_BFLOAT16)
-        g = _load(_address(line, GRAD, WORD, ALIGNED), index, mask, IS_BFLOAT16)
+        w = load(weight, index, mask, IS_BFLOAT16)
+        g = load(_address(line, GRAD, WORD, ALIGNED), index, mask, IS_BFLOAT16)
         first_key, second_key = _keys(_mixed(tl.load(line + SEED), call))
-        hashed = _hash(index.to(tl.uint32), first_key, second_key)
+        hashed = hash_of(index.to(tl.uint32), first_key, second_key)
         scale = tl.load(numbers + SCALE)
         if COUNTING == _ALL:
             _add(row, GRADIENT, mask & (tl.abs(g) > _FLOOR))
@@ -215,7 +215,7 @@ def _step(
                 tl.store(carry + index, tl.where(rungs != 0, rest, owed), mask=mask)
             value = _value(tl.abs(inside), spacing, SHIFT, OFFSET)
             value = tl.where(inside < 0, -value, value) * scale
-            _store(weight, index, tl.where(w == w, value, w), mask, IS_BFLOAT16)
+            store(weight, index, tl.where(w == w, value, w), mask, IS_BFLOAT16)
             _add(row, OVERFLOW, mask & (wanted != inside))
             applied, share = rungs != 0, tl.abs(rungs) * _FULL
         else:
@@ -228,7 +228,7 @@ def _step(
             target = w - (change + w * shrink)
             moved, share = index * 0, y
             if PLACEMENT == _MASTER or not HAS_GRID:
-                _store(weight, index, target, mask, IS_BFLOAT16)
+                store(weight, index, target, mask, IS_BFLOAT16)
                 target = _kept(target, weight, IS_BFLOAT16)
                 if FOLLOWS:
                     magnitude = (target.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32)
@@ -252,7 +252,7 @@ def _step(
                     PLACEMENT == _NEAREST,
                 )
                 new = y_new * scale
-                _store(weight, index, new, mask, IS_BFLOAT16)
+                store(weight, index, new, mask, IS_BFLOAT16)
                 _add(row, OVERFLOW, mask & (tl.abs(y_target) > max_value))
                 if FEEDBACK:
                     end = tl.load(numbers + END)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from altgrad.quantization.kernels import NEAREST_U
-from altgrad.quantization.kernels.gpu import _load, _magnitude_code, _scale_of
+from altgrad.quantization.kernels.gpu_programs import load, magnitude_code, scale_of
 from altgrad.training.kernels import FIXED, MEAN_EVERY
 
 COLUMNS = (
@@ -133,7 +133,7 @@ def _code(y, min_normal, unscale, unscale_rest, SHIFT: tl.constexpr, OFFSET: tl.
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     u = tl.full(y.shape, _NEAREST_U, tl.uint32)
-    code = _magnitude_code(magnitude, u, 1, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
+    code = magnitude_code(magnitude, u, 1, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
     code = tl.where(magnitude > 0x7F800000, 0, tl.minimum(code, MAX_INDEX)).to(tl.int32)
     return tl.where(bits >= 0x80000000, -code, code)
 
@@ -184,14 +184,14 @@ def _survey(
     job = tl.load(owner + tl.program_id(0)).to(tl.int64)
     line, own = table + job * WIDTH, integers + job * INTEGERS
     index, mask = _place(line, BLOCK, ALIGNED)
-    g = _load(_address(line, GRAD, WORD, ALIGNED), index, mask, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    g = load(_address(line, GRAD, WORD, ALIGNED), index, mask, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(own + GRAD_BITS, tl.max(g.to(tl.int32), axis=0).to(tl.int64))
     if FOLLOWS or NEEDS_MEAN:
         asks = tl.load(line + KNOWN) == 0
         if not FOLLOWS:
             asks = asks & _measures(tl.load(_address(line, STEP, tl.float32)).to(tl.int32) + 1)
         if asks:
-            w = _load(_address(line, WEIGHT, WORD, ALIGNED), index, mask, IS_BFLOAT16)
+            w = load(_address(line, WEIGHT, WORD, ALIGNED), index, mask, IS_BFLOAT16)
             w = w.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
             tl.atomic_max(own + WEIGHT_BITS, tl.max(w.to(tl.int32), axis=0).to(tl.int64))
 
@@ -229,7 +229,7 @@ def _begin(
     if HAS_CELL:
         scale = tl.load(_address(line, SCALE_CELL, tl.float32))
     elif FOLLOWS:
-        scale = _scale_of(bits.to(tl.int32), per_max, False)
+        scale = scale_of(bits.to(tl.int32), per_max, False)
     elif IS_FIXED:
         scale = largest * 0.0 + master_scale
         scale = tl.where(bits < 0x7F800000, scale, master_scale)
@@ -265,7 +265,7 @@ def _sum_of_spacings(
     line, integers = table + job * WIDTH, integers + job * INTEGERS
     if _measures(tl.load(_address(line, STEP, tl.float32)).to(tl.int32)):
         index, mask = _place(line, BLOCK, ALIGNED)
-        w = _load(_address(line, WEIGHT, WORD, ALIGNED), index, mask, IS_BFLOAT16)
+        w = load(_address(line, WEIGHT, WORD, ALIGNED), index, mask, IS_BFLOAT16)
         y = tl.div_rn(w, tl.load(numbers + job * NUMBERS + SCALE))
         top = tl.load(integers + TOP).to(tl.int32)
         if IN_GAPS:
@@ -353,9 +353,9 @@ def _rounded(
     magnitude = bits & 0x7FFFFFFF
     if IS_NEAREST:
         u = tl.full(y.shape, _NEAREST_U, tl.uint32)
-        code = _magnitude_code(magnitude, u, 1, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
+        code = magnitude_code(magnitude, u, 1, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
     else:
-        code = _magnitude_code(magnitude, hashed >> 1, 0, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
+        code = magnitude_code(magnitude, hashed >> 1, 0, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
     size = tl.minimum(code, MAX_INDEX).to(tl.int32)
     value = tl.where(magnitude >= 0x7F800000, max_value, _value(size, spacing, SHIFT, OFFSET))
     signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from altgrad.quantization.kernels.gpu import _hash, _load, _store
+from altgrad.quantization.kernels.gpu_programs import hash_of, load, store
 from altgrad.training.kernels import OVERFLOW_STEPS
 from altgrad.training.kernels.gpu_parts import CARRY as OWED
 from altgrad.training.kernels.gpu_parts import (
@@ -77,12 +77,12 @@ def _requantize(
         index, mask = _place(line, BLOCK, ALIGNED)
         weight, scale = _address(line, WEIGHT, WORD, ALIGNED), tl.load(_address(line, SCALE_CELL, tl.float32))
         first_key, second_key = _keys(_mixed(_mixed(tl.load(line + SEED), call), tl.full((), 1, tl.uint64)))
-        hashed = _hash(index.to(tl.uint32), first_key, second_key)
-        y = tl.div_rn(_load(weight, index, mask, IS_BFLOAT16), scale)
+        hashed = hash_of(index.to(tl.uint32), first_key, second_key)
+        y = tl.div_rn(load(weight, index, mask, IS_BFLOAT16), scale)
         y = _rounded(
             y, hashed, min_normal, spacing, unscale, unscale_rest, max_value, SHIFT, OFFSET, MAX_INDEX, IS_NEAREST
         )
-        _store(weight, index, y * scale, mask, IS_BFLOAT16)
+        store(weight, index, y * scale, mask, IS_BFLOAT16)
         if CARRY:
             carry = _address(line, OWED, tl.float32, ALIGNED)
             tl.store(carry + index, tl.load(carry + index, mask=mask, other=0.0) * 0.5, mask=mask)
