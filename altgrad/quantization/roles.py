@@ -8,7 +8,9 @@ evaluations; `end_step` moves them on (see `training_steps`).
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from functools import cache
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -17,6 +19,7 @@ from torch import Tensor
 from altgrad.quantization.block_scaling import BlockFormat
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import Drawn, Rounding
+from altgrad.quantization.kernels.dispatch import as_int64
 from altgrad.quantization.kernels.operand_dispatch import grid_values_by_rule, operand_kernels, values_by_lines
 from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
@@ -69,6 +72,7 @@ class RoleQuantizer:
         self._is_plain_bfloat16 = self.fmt == BF16 and role.rounding == "nearest"
         self._is_drawn = role.rounding == "stochastic"
         self._rounders: dict[bool, Any] = {}
+        self._text, self._signed_key = role.model_dump_json(), as_int64(key)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled kernels, which a copy finds by itself."""
@@ -90,8 +94,7 @@ class RoleQuantizer:
         rounding = self.role.rounding
         seed = Drawn(self.key, self.draws) if rounding == "stochastic" else None
         if own_scale is None and (found := self._at_once(x, seed, advance, carries_bf16)) is not None:
-            values, scale = found
-            return Operand(values, self.fmt, scale, scale if carries_bf16 else None)
+            return Operand(found[0], self.fmt, found[1], found[1] if carries_bf16 else None)
         if not carries_bf16 and x.dtype != torch.float64:
             x = x.to(torch.float32)
         if self._is_plain_bfloat16 and own_scale is None and x.dtype != torch.float64:
@@ -116,11 +119,15 @@ class RoleQuantizer:
             values if carries_bf16 else values.to(torch.float32), self.fmt, scale, scale if carries_bf16 else None
         )
 
-    def values(self, x: Tensor, *, advance: bool, own_scale: Tensor | None = None) -> Tensor | None:
+    def values(
+        self, x: Tensor, *, advance: bool, own_scale: Tensor | None = None, draws: Tensor | None = None
+    ) -> Tensor | None:
         """The numbers of `operand`, float32 of x's shape, by one kernel; None where only `operand` can.
 
-        The same bits. It is what a layer multiplies where the product is emulated on a CPU.
+        The same bits. It is what a layer multiplies where the product is emulated on a CPU. `draws`: not its own.
         """
+        if torch.compiler.is_compiling():
+            return self._values_in_graph(x.detach(), own_scale)
         is_bfloat16 = self._is_plain_bfloat16 and own_scale is None
         if x.dtype is torch.bfloat16 or x.dtype is torch.float16:
             is_rounded, x = is_bfloat16 and x.dtype is torch.bfloat16, x.detach().to(torch.float32)
@@ -133,13 +140,15 @@ class RoleQuantizer:
         if is_bfloat16:
             kernels.round_to_bfloat16(x, out)
             return out
-        tracker, draws = self.tracker, self.draws.data_ptr() if self._is_drawn else 0
+        tracker, number = self.tracker, 0
+        if self._is_drawn:
+            number = (self.draws if draws is None else draws).data_ptr()
         if own_scale is not None:
             if not _is_readable(own_scale):
                 return None
-            is_done = self._rounder(kernels, True)(x, out, kernels.Cells(own_scale.data_ptr(), draws))
+            is_done = self._rounder(kernels, True)(x, out, kernels.Cells(own_scale.data_ptr(), number))
         elif tracker is None:
-            is_done = self._rounder(kernels, False)(x, out, kernels.Cells(0, draws))
+            is_done = self._rounder(kernels, False)(x, out, kernels.Cells(0, number))
         else:
             window, gathered, opening = tracker.cells
             if self.fmt.total_bits > 8 or not all(
@@ -147,9 +156,18 @@ class RoleQuantizer:
             ):
                 return None
             history = (0, 0) if window is None else (window.data_ptr(), window.numel())
-            cells = kernels.Cells(0, draws, *history, gathered.data_ptr(), opening.data_ptr())
+            cells = kernels.Cells(0, number, *history, gathered.data_ptr(), opening.data_ptr())
             is_done = self._rounder(kernels, False)(x, out, cells, advance=advance, shared=tracker.shared)
         return out if is_done else None
+
+    def _values_in_graph(self, x: Tensor, own_scale: Tensor | None) -> Tensor | None:
+        """`values` as one operator of a graph, of a role whose rule keeps no history."""
+        if not x.is_cpu or x.dtype != torch.float32 or x.dim() == 0 or self.tracker is not None:
+            return None
+        if self._is_plain_bfloat16 and own_scale is None:
+            return x.to(torch.bfloat16).to(torch.float32)  # which fuses with its neighbours
+        number = self.draws if self._is_drawn else None
+        return cast(Tensor, _values_op(x, self._text, self._signed_key, number, own_scale))
 
     def _rounder(self, kernels: Any, has_own_scale: bool) -> Any:
         found = self._rounders.get(has_own_scale)
@@ -260,4 +278,27 @@ def values_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> T
     if quantizer is not None:
         return quantizer.values(x, advance=advance)
     wide = x.detach().to(torch.float32)
-    return wide if wide.dim() and operand_kernels(wide) is not None else None
+    is_ready = wide.is_cpu if torch.compiler.is_compiling() else operand_kernels(wide) is not None
+    return wide if wide.dim() and is_ready else None
+
+
+@cache
+def _quantizer(role: str, signed_key: int) -> RoleQuantizer:
+    return RoleQuantizer(Role.model_validate_json(role), signed_key & ((1 << 64) - 1))
+
+
+@torch.library.custom_op("altgrad::operand", mutates_args=())
+def _values_op(x: Tensor, role: str, key: int, number: Tensor | None, own_scale: Tensor | None) -> Tensor:
+    """`RoleQuantizer.values` of a role as JSON; `number`: of the draw."""
+    quantizer, x = _quantizer(role, key), x.contiguous()
+    values = quantizer.values(x, advance=False, own_scale=own_scale, draws=number)
+    if values is None:
+        single = copy.copy(quantizer)
+        single.draws = quantizer.draws if number is None else number
+        values = single.operand(x, advance=False, own_scale=own_scale).numbers
+    return values
+
+
+@_values_op.register_fake
+def _shape_of_values(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,3 +96,22 @@ def test_a_step_dispatches_little_more_than_a_plain_one(name: str) -> None:
     quantize_model(model, policy=ALL[name])
     _step(model)
     assert _dispatched(model) <= MOST
+
+
+@pytest.mark.parametrize("name", ["E4M3 uniform_full", "per channel", "stochastic", "NVFP4-like"])
+def test_a_graph_holds_one_operator_for_each_operand(name: str) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    quantize_model(model, policy=ALL[name])
+    x = torch.randn(4, 16, requires_grad=True)
+    torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x).sum().backward()
+    forward, backward = graphs
+    assert forward.count("altgrad.operand.default") == 2
+    assert backward.count("altgrad.operand.default") == 1
+    # Bias and rounding of the output, its shape; the products' transposes and shapes: no scale, no guard of infinities.
+    assert len(forward) + len(backward) <= 20

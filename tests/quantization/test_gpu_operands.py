@@ -33,7 +33,7 @@ RULES = {
     "MX of 5": ScaleRule(kind="block", block_size=5),
     "NVFP4-like": ScaleRule(kind="block", block_scale_format="E4M3"),
 }
-FORMATS = ("E0M7", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1")
+FORMATS = ("E4M3", "E0M7", "E7M0")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -75,13 +75,14 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def operands(rule: str, rounding: str) -> dict[tuple[object, ...], Tensor]:
-    """Operands, scales and states of three steps, by format and tensor."""
+    """Operands, scales and states of some steps, by format and tensor."""
     found = {}
-    for fmt in FORMATS if rounding == "nearest" else FORMATS[:2]:
+    has_state = RULES[rule].kind == "delayed"
+    for fmt in FORMATS if rounding == "nearest" else FORMATS[:1]:
         for name, x in tensors().items():
             quantizer = RoleQuantizer(Role(format=fmt, scale=RULES[rule], rounding=rounding), key=1 << 63 | 77)
-            for step in range(3):
-                for advance in (False, True):
+            for step in range(3 if has_state else 1 + (rounding == "stochastic")):
+                for advance in (False, True) if has_state else (True,):
                     operand = quantizer.operand(x.to(DEVICE) * (1 + step), advance=advance)
                     found[fmt, name, step, advance] = operand.numbers.cpu()
                     if operand.is_per_tensor:
@@ -127,7 +128,7 @@ KERNELS = {
     ("rule", "launches"), [("current", 9), ("delayed", 9), ("per channel", 4), ("MX", 4), ("NVFP4-like", 7)]
 )
 def test_launches_of_a_layer(rule: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three operands, a rounding each and a look at the amax where the tensor has a scale; each product finished once."""
+    """Three operands, a rounding each, and a look at the amax where the tensor has a scale; products finished once."""
     stand_in_for_a_card(monkeypatch)
     role = Role(format="E4M3", scale=RULES[rule])
     everywhere = LayerRule(pattern="", weight=role, activation=role, gradient=role)

@@ -91,7 +91,7 @@ class OperandRounder:
         elements, columns = x.numel(), x.size(-1)
         rows, here, there = elements // columns, x.data_ptr(), out.data_ptr()
         if elements < THREADED_FROM or self._is_whole or torch.get_num_threads() == 1:
-            return self._kernel(here, there, rows, columns, 0, self._rule, *cells, advance, shared)  # type: ignore[no-any-return]
+            return self._kernel(here, there, rows, columns, 0, self._rule, *cells, advance, shared)
         return self._in_threads(here, there, rows, columns, cells)
 
     def _in_threads(self, here: int, there: int, rows: int, columns: int, cells: Cells) -> bool:

@@ -49,7 +49,7 @@ def rounded(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overf
     """round(x / scale) * scale, x's shape and dtype."""
     if is_traced(x) and (x.device.type == "cpu" or isinstance(seed, Drawn)):
         key, number = (seed.key, seed.number) if isinstance(seed, Drawn) else (seed, None)
-        arguments = as_tensor(scale), fmt.name, rounding, overflow, _as_int64(key), number
+        arguments = as_tensor(scale), fmt.name, rounding, overflow, as_int64(key), number
         return cast(Tensor, _quantize_op(x, *arguments))
     return _rounded_now(x, fmt, scale, rounding, overflow, seed_of(seed))
 
@@ -313,7 +313,7 @@ def as_tensor(scale: Scale) -> Tensor:
     return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32)
 
 
-def _as_int64(seed: int | None) -> int | None:
+def as_int64(seed: int | None) -> int | None:
     """The same 64 bits as a signed integer, which is what an op's arguments can hold."""
     return None if seed is None else (seed if seed < 1 << 63 else seed - (1 << 64))
 
