@@ -170,9 +170,13 @@ def _scales(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
         return _e8m0_values(torch.where(torch.isnan(largest), E8M0_NAN, codes)), whole
     known = torch.where(torch.isnan(largest), 0.0, largest)
     whole = known.max() if known.numel() else known.new_zeros(())
-    beyond = get_format(fmt.scale).max * fmt.element.max
+    # Divisors on the tensor's device: by a number, a GPU multiplies with its rounded inverse.
+    beyond, end = (
+        torch.full((), value, dtype=torch.float32, device=x.device)
+        for value in (get_format(fmt.scale).max * fmt.element.max, fmt.element.max)
+    )
     tensor_scale = torch.where(whole > 0, (whole / beyond).clamp(min=LEAST_TENSOR_SCALE), 1.0)
-    scales = (largest / fmt.element.max / tensor_scale).clamp(min=LEAST_E4M3)
+    scales = (largest / end / tensor_scale).clamp(min=LEAST_E4M3)
     return quantize(scales, fmt.scale), tensor_scale
 
 

@@ -125,10 +125,11 @@ class EmulatedProduct(torch.autograd.Function):
         values = values_of(gradient, quantizer, advance=advance)
         if values is None:
             values = operand_of(gradient, quantizer, advance=advance).numbers
-        rows = values.view(-1, values.size(-1))
+        rows = values.reshape(-1, values.size(-1))
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = _in_float32(torch.matmul, values, weight_values)
+            # By rows: of axes that do not fold into one torch makes a batch of products, which sum in another order.
+            grad_x = _in_float32(torch.mm, rows, weight_values).view(x_values.shape)
             grad_x = grad_x if x_dtype is torch.float32 else grad_x.to(x_dtype)
         if wants_weight:
             grad_weight = _in_float32(torch.mm, rows.t(), x_values.view(-1, x_values.size(-1)))
@@ -153,7 +154,8 @@ def _finished(y: Tensor, bias: Tensor | None, *, rounds: bool) -> Tensor:
         kernels.round_in_place(y)
         return y
     added = None if bias is None else bias.detach().to(torch.float32)
-    if kernels is not None and added is not None and operand_kernels(added) is not None:
+    fits = added is not None and added.shape == y.shape[-1:]
+    if kernels is not None and added is not None and fits and operand_kernels(added) is not None:
         kernels.add_bias_and_round(y, added)
         return y
     y = y if added is None else y.add_(added)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from altgrad.quantization.block_scaling import BlockFormat
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
-from altgrad.quantization.kernels import Drawn, Rounding
+from altgrad.quantization.kernels import MAX_HASHED_ELEMENTS, Drawn, Rounding
 from altgrad.quantization.kernels.dispatch import as_int64
 from altgrad.quantization.kernels.operand_dispatch import grid_values_by_rule, operand_kernels, values_by_lines
 from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
@@ -75,8 +75,12 @@ class RoleQuantizer:
         self._text, self._signed_key = role.model_dump_json(), as_int64(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled kernels, which a copy finds by itself."""
-        return self.__dict__ | {"_rounders": {}}
+        """Without what follows from the role."""
+        return {name: self.__dict__[name] for name in ("role", "key", "draws", "tracker")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["role"], state["key"])  # type: ignore[misc]
+        self.draws, self.tracker = state["draws"], state["tracker"]
 
     @property
     def has_state(self) -> bool:
@@ -124,25 +128,31 @@ class RoleQuantizer:
     ) -> Tensor | None:
         """The numbers of `operand`, float32 of x's shape, by one kernel; None where only `operand` can.
 
-        The same bits. It is what a layer multiplies where the product is emulated on a CPU. `draws`: not its own.
+        The same bits. It is what a layer multiplies where the product is emulated on a CPU, but for a vector, whose
+        product torch sums in another order. `draws`: number of the draw, not its own.
         """
         if torch.compiler.is_compiling():
             return self._values_in_graph(x.detach(), own_scale)
-        is_bfloat16 = self._is_plain_bfloat16 and own_scale is None
+        is_bfloat16, is_rounded = self._is_plain_bfloat16 and own_scale is None, False
         if x.dtype is torch.bfloat16 or x.dtype is torch.float16:
+            if not x.is_cpu:
+                return None
             is_rounded, x = is_bfloat16 and x.dtype is torch.bfloat16, x.detach().to(torch.float32)
-            if is_rounded:
-                return x if x.dim() else None
         kernels = operand_kernels(x)
-        if kernels is None or x.dim() == 0:
+        if kernels is None or x.dim() < 2:
             return None
+        if is_rounded:
+            return x
         out = torch.empty_like(x)
         if is_bfloat16:
             kernels.round_to_bfloat16(x, out)
             return out
         tracker, number = self.tracker, 0
         if self._is_drawn:
-            number = (self.draws if draws is None else draws).data_ptr()
+            if x.numel() > MAX_HASHED_ELEMENTS:
+                return None
+            draws = self.draws if draws is None else draws  # alive until the kernel has read it
+            number = draws.data_ptr()
         if own_scale is not None:
             if not _is_readable(own_scale):
                 return None
@@ -162,12 +172,14 @@ class RoleQuantizer:
 
     def _values_in_graph(self, x: Tensor, own_scale: Tensor | None) -> Tensor | None:
         """`values` as one operator of a graph, of a role whose rule keeps no history."""
-        if not x.is_cpu or x.dtype != torch.float32 or x.dim() == 0 or self.tracker is not None:
+        is_row_major = x.is_cpu and x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous()
+        if not is_row_major or self.tracker is not None:
             return None
         if self._is_plain_bfloat16 and own_scale is None:
             return x.to(torch.bfloat16).to(torch.float32)  # which fuses with its neighbours
-        number = self.draws if self._is_drawn else None
-        return cast(Tensor, _values_op(x, self._text, self._signed_key, number, own_scale))
+        # Without draws no key: a graph would hold for one layer only.
+        number, key = (self.draws, self._signed_key) if self._is_drawn else (None, 0)
+        return cast(Tensor, _values_op(x, self._text, key, number, own_scale))
 
     def _rounder(self, kernels: Any, has_own_scale: bool) -> Any:
         found = self._rounders.get(has_own_scale)
@@ -196,7 +208,7 @@ class RoleQuantizer:
     ) -> tuple[Tensor, Tensor] | None:
         """Values and scales by the kernels that also find the scale, where rule and device allow it."""
         rule, rounding = self.role.scale, self.role.rounding
-        if self.fmt.total_bits > 8:
+        if self.fmt.total_bits > 8 or (self._is_drawn and x.numel() > MAX_HASHED_ELEMENTS):
             return None
         headroom = rule.headroom * 2.0**rule.margin
         if rule.kind == "per_channel":
@@ -259,7 +271,7 @@ class RoleQuantizer:
 
 def _is_readable(cell: Tensor) -> bool:
     """Whether a kernel may take the address of numbers that go with a tensor."""
-    return cell.dtype is torch.float32 and cell.is_cpu and cell.is_contiguous()
+    return cell.dtype is torch.float32 and cell.is_cpu and cell.is_contiguous() and cell.numel() >= 1
 
 
 def _absent(*shape: int) -> Tensor:
@@ -278,8 +290,9 @@ def values_of(x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool) -> T
     if quantizer is not None:
         return quantizer.values(x, advance=advance)
     wide = x.detach().to(torch.float32)
-    is_ready = wide.is_cpu if torch.compiler.is_compiling() else operand_kernels(wide) is not None
-    return wide if wide.dim() and is_ready else None
+    is_compiling = torch.compiler.is_compiling()
+    is_ready = wide.is_cpu and wide.is_contiguous() if is_compiling else operand_kernels(wide) is not None
+    return wide if wide.dim() > 1 and is_ready else None
 
 
 @cache

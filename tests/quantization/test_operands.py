@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import pickle
 
 import pytest
 import torch
 from torch import Tensor
 
 from altgrad.quantization.formats import get_format
+from altgrad.quantization.layers import QuantizedLinear
 from altgrad.quantization.roles import Role, RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 
@@ -93,3 +97,55 @@ def test_values_are_those_of_the_operand(threads: None, rule: str, rounding: str
                 ), (fmt, name)
     # What kernels leave to torch: scales beyond float32, NaN in a block, history of formats that have scale 1.
     assert left < 250
+
+
+def outcomes(layer: QuantizedLinear, x: Tensor) -> list[Tensor]:
+    """Output and gradients under upstream gradients in several layouts."""
+    found, draw = [], torch.Generator().manual_seed(2)
+    for axes in (None, *itertools.permutations(range(x.dim()))):
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        moved = y if axes is None else y.permute(axes)
+        factors = torch.ones(()) if axes is None else torch.randn(moved.shape, generator=draw).to(y.dtype)
+        gradients = torch.autograd.grad((moved * factors).sum(), (x, *layer.parameters()))
+        found += [y.detach(), *gradients]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (5, 64), (16, 3, 64), (2, 0, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", ["E4M3", "BF16", None])
+def test_a_layers_products_are_those_of_single_operands(
+    shape: tuple[int, ...], dtype: torch.dtype, fmt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, for every number of axes, and for inputs and gradients that are not contiguous."""
+    found = []
+    for is_fused in (True, False):
+        if not is_fused:
+            monkeypatch.setattr("altgrad.quantization.layers.values_of", lambda *_, **__: None)
+        torch.manual_seed(0)
+        layer = QuantizedLinear(torch.nn.Linear(64, 1000, dtype=dtype), weight="BF16", activation=fmt, gradient=fmt)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found.append(outcomes(layer, x))
+        if x.dim() == 3:
+            found[-1] += outcomes(layer, x.transpose(0, 1).contiguous().transpose(0, 1))
+    assert len(found[0]) == len(found[1])
+    assert all(same(a.float(), b.float()) for a, b in zip(*found, strict=True))
+
+
+def test_a_bias_that_does_not_fit_is_torchs_to_refuse() -> None:
+    layer = QuantizedLinear(torch.nn.Linear(8, 7), weight="E4M3")
+    layer.bias = torch.nn.Parameter(torch.tensor([100.0]))
+    assert (layer(torch.zeros(3, 8)) == 100).all()
+    layer.bias = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        layer(torch.zeros(3, 8))
+
+
+def test_a_copy_rounds_as_its_original_does() -> None:
+    role = Role(format="E4M3", scale=ScaleRule(kind="delayed", history=2), rounding="stochastic")
+    quantizer, x = RoleQuantizer(role, key=5), torch.randn(4, 8)
+    quantizer.values(x, advance=True)
+    quantizer.end_step()
+    for other in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert same(other.values(2 * x, advance=False), quantizer.values(2 * x, advance=False))

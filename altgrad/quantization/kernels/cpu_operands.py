@@ -22,6 +22,7 @@ from altgrad.quantization.kernels.operands import (
     largest_of,
     rounder,
     scale_of_bits,
+    scale_of_history,
     to_bfloat16,
 )
 
@@ -79,10 +80,9 @@ class OperandRounder:
         self._words = words
         """alive as long as its address is used"""
         self._rule = words.ctypes.data
-        self._is_whole = source in (Source.DELAYED, Source.E4M3)
         self._given = (
             OperandRounder(fmt, Source.GIVEN, rounding, keeps_infinities=keeps_infinities, key=key)
-            if source == Source.TENSOR
+            if source in (Source.TENSOR, Source.DELAYED)
             else self
         )
 
@@ -90,16 +90,24 @@ class OperandRounder:
         """x rounded into `out`, of its size; False where only torch's operators can, and `out` then says nothing."""
         elements, columns = x.numel(), x.size(-1)
         rows, here, there = elements // columns, x.data_ptr(), out.data_ptr()
-        if elements < THREADED_FROM or self._is_whole or torch.get_num_threads() == 1:
+        # Blocks in E4M3 share a scale of the tensor, which one call finds and uses.
+        if elements < THREADED_FROM or self._source == Source.E4M3 or torch.get_num_threads() == 1:
             return self._kernel(here, there, rows, columns, 0, self._rule, *cells, advance, shared)
-        return self._in_threads(here, there, rows, columns, cells)
+        if self._given is self:
+            return self._in_threads(here, there, rows, columns, cells)
+        found = [0]
+        if self._source == Source.TENSOR or advance or cells.length == 0:
+            _in_pieces(elements, lambda a, b: found.append(largest_of(here + 4 * a, b - a)))
+        rule = max(found), self._per_max, self._power_of_two
+        number = (
+            scale_of_bits(*rule)
+            if self._source == Source.TENSOR
+            else scale_of_history(*rule, *cells[2:], advance, shared)
+        )
+        scale = np.array([number], np.float32)
+        return self._given._in_threads(here, there, rows, columns, cells._replace(scale=scale.ctypes.data))
 
     def _in_threads(self, here: int, there: int, rows: int, columns: int, cells: Cells) -> bool:
-        if self._source == Source.TENSOR:
-            found: list[int] = []
-            _in_pieces(rows * columns, lambda a, b: found.append(largest_of(here + 4 * a, b - a)))
-            scale = np.array([scale_of_bits(max(found), self._per_max, self._power_of_two)], np.float32)
-            return self._given._in_threads(here, there, rows, columns, cells._replace(scale=scale.ctypes.data))
         done: list[bool] = []
         # A row is the least that may be cut off: a channel's scale, and those of blocks, are found in one.
         unit = 1 if self._source == Source.GIVEN else columns
@@ -135,5 +143,11 @@ def round_in_place(y: Tensor) -> None:
 
 def add_bias_and_round(y: Tensor, bias: Tensor) -> None:
     """y [..., columns] + bias [columns], both float32, as the nearest values of bfloat16, in place."""
-    columns = y.size(-1)
-    finish_with_bias(y.data_ptr(), y.numel() // columns, columns, bias.data_ptr())
+    columns, here, added = y.size(-1), y.data_ptr(), bias.data_ptr()
+    elements = y.numel()
+
+    def piece(a: int, b: int) -> None:
+        begin, end = -(-a // columns), -(-b // columns)
+        finish_with_bias(here + 4 * begin * columns, end - begin, columns, added)
+
+    _in_pieces(elements, piece)

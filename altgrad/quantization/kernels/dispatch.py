@@ -107,7 +107,8 @@ def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, s
 def scaled(y: Tensor, factors: Sequence[Tensor], dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """y [M, N], float32, times 0-d factors, plus a bias [N], rounded once to float32 or bfloat16."""
     bias = None if bias is None else bias.detach().to(torch.float32)
-    if (factors or bias is not None) and (triton := triton_for(y, 1.0)) is not None:
+    fits = bias is None or bias.shape == y.shape[-1:]
+    if (factors or bias is not None) and fits and (triton := triton_for(y, 1.0)) is not None:
         out = torch.empty_like(y, dtype=dtype)
         triton.scaled(y, list(factors), out, None if bias is None else bias.contiguous())
         return out

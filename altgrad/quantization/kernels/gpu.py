@@ -75,8 +75,16 @@ def largest_parts(x: Tensor) -> Tensor:
     """Bits of the largest magnitudes of x's parts, int32 [a power of two]: the largest of them is x's amax."""
     count = min(MOST_PARTS, triton.next_power_of_2(triton.cdiv(x.numel(), BLOCK)))
     parts = torch.empty(count, dtype=torch.int32, device=x.device)
+    rounds = triton.cdiv(x.numel(), count * BLOCK)
     largest_parts_of[(count,)](
-        _plain(x), parts, x.numel(), IS_BFLOAT16=x.dtype == torch.bfloat16, PARTS=count, BLOCK=BLOCK, num_warps=WARPS
+        _plain(x),
+        parts,
+        x.numel(),
+        rounds,
+        IS_BFLOAT16=x.dtype == torch.bfloat16,
+        PARTS=count,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
     return parts
 

@@ -70,6 +70,7 @@ def _in_block(largest):
 def _largest_block(
     x_pointer,
     partial,
+    rounds,
     lines,
     columns,
     each,
@@ -81,11 +82,12 @@ def _largest_block(
 ):
     """Each program's largest block amax that is a number, as bits."""
     whole = tl.zeros((LINES,), tl.int32)
-    first = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    for offset in range(0, lines, PARTS * LINES):
-        begin, length = _span(first + offset, lines, columns, each, size)
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    for _ in range(rounds):  # a loop over lines would step past the end of 32 bits
+        begin, length = _span(line, lines, columns, each, size)
         largest = _in_block(_amax_of(x_pointer, begin, length, size, LINES, WIDTH, IS_BFLOAT16))
         whole = tl.maximum(whole, tl.where(largest > 0x7F800000, 0, largest))
+        line += PARTS * LINES
     tl.store(partial + tl.program_id(0), tl.max(whole, axis=0))
 
 
@@ -154,7 +156,8 @@ def _round_lines(
         tensor_scale = tl.where(whole > 0, tl.maximum(tl.div_rn(whole, beyond), _LEAST_TENSOR_SCALE), 1.0)
         share = tl.div_rn(tl.div_rn(largest.to(tl.float32, bitcast=True), element_max), tensor_scale)
         wanted = tl.maximum(share, scale_spacing).to(tl.uint32, bitcast=True)
-        code = magnitude_code(
+        # A name of its own: in the loop below `code` has another shape, which Triton takes for the same variable.
+        scale_code = magnitude_code(
             wanted,
             (wanted & 0) + _NEAREST,
             1,
@@ -164,7 +167,8 @@ def _round_lines(
             SCALE_SHIFT,
             SCALE_OFFSET,
         )
-        scale = value_of(tl.minimum(code, SCALE_MAX_INDEX), scale_spacing, SCALE_SHIFT, SCALE_OFFSET) * tensor_scale
+        scale_code = tl.minimum(scale_code, SCALE_MAX_INDEX)
+        scale = value_of(scale_code, scale_spacing, SCALE_SHIFT, SCALE_OFFSET) * tensor_scale
         scale = tl.where(largest > 0x7F800000, largest.to(tl.float32, bitcast=True), scale)
     else:
         scale = scale_of(largest, per_max, POWER_OF_TWO)
@@ -209,7 +213,16 @@ def values_by_lines(x: Tensor, grid: Grid, rounding: Rounding, seed: int | None,
     if lines.kind == E4M3:
         parts = torch.empty(min(MOST_PARTS, triton.next_power_of_2(programs)), dtype=torch.int32, device=x.device)
         _largest_block[(parts.numel(),)](
-            source, parts, count, columns, each, size, PARTS=parts.numel(), num_warps=WARPS, **shape
+            source,
+            parts,
+            triton.cdiv(programs, parts.numel()),
+            count,
+            columns,
+            each,
+            size,
+            PARTS=parts.numel(),
+            num_warps=WARPS,
+            **shape,
         )
     keys = (0, 0)
     if rounding == "stochastic":

@@ -91,17 +91,19 @@ def last_code(
 
 
 @triton.jit
-def largest_parts_of(x_pointer, partial, elements, IS_BFLOAT16: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def largest_parts_of(
+    x_pointer, partial, elements, rounds, IS_BFLOAT16: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Each program's largest magnitude, as bits: above infinity's where there is a NaN.
 
     Every program has a place of its own, so that nothing must be set to zero before.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.int32)
-    for offset in range(0, elements, PARTS * BLOCK):
-        index = first + offset
+    for _ in range(rounds):  # a loop over elements would step past the end of 32 bits
         bits = load(x_pointer, index, index < elements, IS_BFLOAT16).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, bits.to(tl.int32))
+        index += PARTS * BLOCK
     tl.store(partial + tl.program_id(0), tl.max(largest, axis=0))
 
 

@@ -277,3 +277,11 @@ def largest_of(here, elements):
 def scale_of_bits(largest, per_max, power_of_two):
     """The scale that the bits of an amax call for."""
     return _scale_of(_U32(largest), _F32(per_max), power_of_two)
+
+
+@compiled
+def scale_of_history(largest, per_max, power_of_two, history, length, gathered, opening, advance, shared):
+    """The delayed scale of a tensor whose amax has these bits, which joins what the step gathers with `advance`."""
+    window = carray(pointer_to(history), length, _F32)
+    total, start = carray(pointer_to(gathered), 1, _F32), carray(pointer_to(opening), 1, _F32)
+    return _delayed_scale(_U32(largest), window, total, start, advance, _F32(per_max), power_of_two, shared)
