@@ -9,6 +9,9 @@ measured in the same rounds, each in a process of its own; "kept" says what part
     torchao    its emulated float8 training (Float8Linear, emulate=True)
     qtorch     its float_quantize on the same three operands of each layer
 
+Below it, where the rest of the excess goes: the time inside the kernels that round operands and outputs, as parts of a
+plain step, beside what the copies of the floor take, which do the same passes.
+
 A ratio is that of the processor times of two steps, one right after the other, either first in turn; processes and
 cases take turns, pair by pair. The table holds medians over the rounds.
 """
@@ -55,7 +58,7 @@ class Shape(NamedTuple):
         return f"{self.layers} × {self.width}, {self.batch} × {self.block}"
 
 
-SHAPES = (Shape(2, 64, 8, 128, 100), Shape(4, 128, 16, 128, 40), Shape(6, 384, 8, 128, 20))
+SHAPES = (Shape(2, 64, 8, 128, 100), Shape(4, 128, 16, 128, 24), Shape(6, 384, 8, 128, 12))
 
 
 def _named(policy: str, fmt: str) -> Callable[[nn.Module], object]:
@@ -146,6 +149,12 @@ def _torchao(model: nn.Module) -> None:
     convert_to_float8_training(model, config=Float8LinearConfig(emulate=True))
 
 
+PROFILED = ("BF16", "E4M3 uniform_full")
+PROFILE_HEAD = (
+    "| layers × width, batch × block | case | kernels of operands | of outputs | host and caches | excess | floor |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+)
+
 OTHERS: dict[str, Callable[[nn.Module], object]] = {
     "floor": _through(_Floor),
     "torchao": _torchao,
@@ -177,6 +186,35 @@ class Steps:
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(self.x).flatten(0, 1), self.y.flatten()).backward()
 
+    def shares(self, name: str, rounds: int) -> tuple[float, float, float]:
+        """Processor time inside the kernels of operands and of outputs, and of the whole excess, × a plain step's."""
+        from altgrad.quantization.kernels import cpu_operands
+
+        spent = dict.fromkeys(("operands", "outputs"), 0)
+
+        def timed(kernel: Callable[..., Any], kind: str) -> Callable[..., Any]:
+            def call(*given: Any, **named: Any) -> Any:
+                start = time.process_time_ns()
+                answer = kernel(*given, **named)
+                spent[kind] += time.process_time_ns() - start
+                return answer
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, attribute, kind in (
+                (cpu_operands, "round_to_bfloat16", "operands"),
+                (cpu_operands.OperandRounder, "__call__", "operands"),
+                (cpu_operands, "round_in_place", "outputs"),
+            ):
+                patch.setattr(owner, attribute, timed(getattr(owner, attribute), kind))
+            excess = statistics.median(self.ratio(name, is_first=bool(i % 2)) for i in range(rounds)) - 1
+        start = time.process_time_ns()
+        for _ in range(rounds):
+            self.step("plain")
+        plain = time.process_time_ns() - start
+        return spent["operands"] / plain, spent["outputs"] / plain, excess
+
     def ratio(self, name: str, *, is_first: bool) -> float:
         """A step's processor time over that of a plain step next to it."""
         seconds = {}
@@ -188,14 +226,18 @@ class Steps:
 
 
 def serve() -> None:
-    """Answers a shape with nothing and a case with its ratio, a line of JSON each."""
+    """Answers a shape with nothing, a case with its ratio and a profile with its shares, a line of JSON each."""
     torch.set_num_threads(1)
     steps: Steps | None = None
+    answer: Any
     for line in sys.stdin:
         asked = json.loads(line)
         if "shape" in asked:
             steps = Steps(Shape(*asked["shape"]), asked["cases"])
             answer = None
+        elif "profile" in asked:
+            assert steps is not None
+            answer = steps.shares(asked["profile"], asked["rounds"])
         else:
             assert steps is not None
             answer = steps.ratio(asked["case"], is_first=asked["is_first"])
@@ -226,10 +268,11 @@ class Side:
 
 def measured(
     shapes: Sequence[Shape], trees: dict[str, Path], cases: Sequence[str], others: Sequence[str]
-) -> dict[Shape, dict[tuple[str, str], float]]:
-    """By shape, then tree and case: the median over the rounds of its step over the same tree's plain one."""
+) -> tuple[dict[Shape, dict[tuple[str, str], float]], list[str]]:
+    """By shape, then tree and case: the median over the rounds of its step over the same tree's plain one; and lines
+    of the table of profiles."""
     sides = {name: Side(tree) for name, tree in trees.items()}
-    found = {}
+    found, profiles = {}, []
     for shape in shapes:
         asked = {name: [*cases, *(others if name == "now" else ())] for name in sides}
         for name, side in sides.items():
@@ -241,11 +284,17 @@ def measured(
             for name, case in turns:
                 ratios[name, case].append(sides[name].ask(case=case, is_first=bool(number % 2)))
         found[shape] = {turn: statistics.median(values) for turn, values in ratios.items()}
-        print(as_lines(shape, found[shape]), file=sys.stderr, flush=True)
+        print(as_lines(shape, found[shape]), flush=True)
+        for case in [case for case in PROFILED if case in cases]:
+            operands, outputs, excess = sides["now"].ask(profile=case, rounds=shape.rounds)
+            copies = found[shape].get(("now", "floor"), float("nan")) - 1
+            cells = (operands, outputs, excess - operands - outputs, excess, copies)
+            profiles.append(" | ".join([f"| {shape}", case, *(f"{cell:.3f}" for cell in cells)]) + " |")
+            print(profiles[-1], flush=True)
     for side in sides.values():
         side.process.stdin.close()  # type: ignore[union-attr]
         side.process.wait()
-    return found
+    return found, profiles
 
 
 def as_lines(shape: Shape, ratios: dict[tuple[str, str], float]) -> str:
@@ -280,10 +329,11 @@ def main() -> None:
         serve()
         return
     trees = {_commit(tree): tree.resolve() for tree in asked.before} | {"now": ROOT}
-    found = measured([SHAPES[i] for i in asked.shapes], trees, asked.cases, rivals())
+    found, profiles = measured([SHAPES[i] for i in asked.shapes], trees, asked.cases, rivals())
     names = ["layers × width, batch × block", "case", *trees, "kept"]
     head = f"| {' | '.join(names)} |\n| --- | --- |{' ---: |' * (len(names) - 2)}"
     text = "\n".join([f"now: {_commit(ROOT)}\n", head, *(as_lines(shape, ratios) for shape, ratios in found.items())])
+    text += f"\n\n{PROFILE_HEAD}\n" + "\n".join(profiles)
     print(text)
     if asked.save:
         asked.save.write_text(text + "\n")
@@ -292,9 +342,9 @@ def main() -> None:
 @pytest.mark.bench
 def test_the_benchmark_runs() -> None:
     tiny = Shape(1, 32, 2, 16, 3)
-    ratios = measured([tiny], {"earlier": ROOT, "now": ROOT}, ["BF16", "delayed"], ["floor"])[tiny]
-    assert len(ratios) == 5
-    assert all(value > 0 for value in ratios.values())
+    found, profiles = measured([tiny], {"earlier": ROOT, "now": ROOT}, ["BF16", "delayed"], ["floor"])
+    assert len(found[tiny]) == 5 and len(profiles) == 1
+    assert all(value > 0 for value in found[tiny].values())
 
 
 if __name__ == "__main__":
