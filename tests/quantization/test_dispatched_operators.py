@@ -11,7 +11,6 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,6 +99,9 @@ def test_a_step_dispatches_little_more_than_a_plain_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["E4M3 uniform_full", "per channel", "stochastic", "NVFP4-like"])
 def test_a_graph_holds_one_operator_for_each_operand(name: str) -> None:
+    # Imports triton, whose interpreter other tests ask for before its first import.
+    from torch._dynamo.backends.common import aot_autograd
+
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
