@@ -1,6 +1,7 @@
 """The compiled operands on the CPU: a role's numbers as the kernels take them, and tensors as addresses.
 
-Every tensor here has passed `dispatch.operand_kernels`. Large ones are cut into one piece per thread torch may use.
+Every tensor here has passed `operand_kernels` of `operand_dispatch`. Large ones are cut into a piece for each thread
+that torch may use.
 """
 
 from __future__ import annotations

@@ -14,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from altgrad.quantization.kernels import NEAREST_U, Grid, Rounding, hash_keys, last_finite, overflow_values
-from altgrad.quantization.kernels.gpu_programs import hash_of, last_code, load, magnitude_code, scale_of, value_of
+from altgrad.quantization.kernels.gpu_programs import (
+    draw_of,
+    last_code,
+    load,
+    magnitude_code,
+    scale_of,
+    signed_like,
+    value_of,
+)
 
 ELEMENTS, WARPS, MOST_PARTS = 2048, 4, 1024
 ROWS, E8M0, E4M3 = 0, 1, 2
@@ -181,15 +189,10 @@ def _round_lines(
         index = begin[:, None] + (offset + place)[None, :]
         x = load(x_pointer, index, inside, IS_BFLOAT16)
         bits = tl.div_rn(x, tl.broadcast_to(scale[:, None], (LINES, WIDTH))).to(tl.uint32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        if STOCHASTIC:
-            draw = hash_of(index.to(tl.uint32), first.to(tl.uint32), second.to(tl.uint32)) >> 1
-        else:
-            draw = u.to(tl.uint32)
-        code = magnitude_code(magnitude, draw, ODD, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
-        value = value_of(tl.minimum(code, top[:, None]), spacing, SHIFT, OFFSET).to(tl.uint32, bitcast=True)
-        signed = value | (bits & 0x80000000)
-        result = tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True) * scale[:, None]
+        draw = draw_of(index, first, second, u, STOCHASTIC)
+        code = magnitude_code(bits & 0x7FFFFFFF, draw, ODD, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
+        value = value_of(tl.minimum(code, top[:, None]), spacing, SHIFT, OFFSET)
+        result = signed_like(value, bits) * scale[:, None]
         is_infinite = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) == 0x7F800000
         tl.store(out_pointer + index, tl.where(is_infinite, x, result), mask=inside)
 

@@ -70,6 +70,23 @@ def value_of(code, spacing, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def draw_of(index, first, second, u, STOCHASTIC: tl.constexpr):
+    """What rounding adds to an element's fraction: u, or a draw by the flat index under two keys, uint32."""
+    if STOCHASTIC:  # a branch on a constant is compiled away; of a conditional expression both sides would be
+        draw = hash_of(index.to(tl.uint32), first.to(tl.uint32), second.to(tl.uint32)) >> 1
+    else:
+        draw = u.to(tl.uint32)
+    return draw
+
+
+@triton.jit
+def signed_like(value, bits):
+    """A rounded magnitude with the sign of the float32 of these bits; NaN stays NaN."""
+    signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits, signed).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def last_code(
     scale,
     last,
@@ -246,10 +263,7 @@ def round_elements(
     y = tl.div_rn(load(x_pointer, index, mask, IS_BFLOAT16), scale)
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    if STOCHASTIC:
-        draw = hash_of(index.to(tl.uint32), first.to(tl.uint32), second.to(tl.uint32)) >> 1
-    else:
-        draw = u.to(tl.uint32)
+    draw = draw_of(index, first, second, u, STOCHASTIC)
     code = magnitude_code(magnitude, draw, ODD, min_normal, unscale, unscale_rest, SHIFT, OFFSET)
     if UNSCALED:
         value = value_of(tl.minimum(code, MAX_INDEX), spacing, SHIFT, OFFSET)
@@ -263,8 +277,7 @@ def round_elements(
         value = value_of(tl.minimum(code, MAX_INDEX), spacing, SHIFT, OFFSET)
         value = tl.where(code > MAX_INDEX, finite_over, value)
         value = tl.where(magnitude == 0x7F800000, infinite_over, value)
-    signed = value.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
-    result = tl.where(magnitude > 0x7F800000, bits, signed).to(tl.float32, bitcast=True)
+    result = signed_like(value, bits)
     if not UNSCALED:
         result = result * scale
     store(out_pointer, index, result, mask, WRITES_BFLOAT16)

@@ -4,8 +4,8 @@ Between a layer's matrix products lie tensors that are read once and written onc
 small calls (a scale alone is eight of torch's operators) and passes over temporaries. So one kernel finds the scale
 and rounds under it, from the tensor's end, which the look for the amax has left in the cache.
 
-Kernels take addresses, which say neither dtype nor length: `operand_memory` of `dispatch` has checked both. A kernel
-answers whether it has done it; where not (a scale that takes the format's end out of float32, a NaN among the scales
+Kernels take addresses, which say neither dtype nor length: `operand_kernels` of `operand_dispatch` has checked both.
+A kernel answers whether it has done it; where not (a scale that takes the format's end out of float32, a NaN among the scales
 of blocks), the caller rounds by torch's operators, and what was written is dropped.
 
 Loops run over slices (`x[a:b]`), never from a computed begin, for which numba wraps negative indices and LLVM does
@@ -142,6 +142,22 @@ def _delayed_scale(largest, history, gathered, opening, advance, per_max, power_
     return _scale_of(counted, per_max, power_of_two)
 
 
+@inlined
+def _operand(word, quotient, scale, counter, key, second_key, c, modes):
+    """Bits of an element, `quotient` under its scale, rounded and scaled back; `modes` are constants of a kernel."""
+    is_nearest, is_drawn, keeps_infinities = modes
+    bits = _bits(quotient)
+    magnitude = _U32(bits & _ABSOLUTE)
+    if is_nearest:
+        rounded = _nearest(magnitude, c)
+    elif is_drawn:
+        rounded = _drawn(magnitude, _right(_hash(counter, key, second_key), _U32(1)), c)
+    else:
+        rounded = _INFINITY if magnitude == _INFINITY else min(_drawn(magnitude, _U32(0), c), c[9])
+    value = _bits(_F32(_finished(bits, rounded, c) * scale))
+    return word if keeps_infinities and _U32(word & _ABSOLUTE) == _INFINITY else value
+
+
 @cache
 def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[..., bool]:
     """The kernel that rounds contiguous float32 [rows, columns] at one address to another, by a source of scales."""
@@ -153,12 +169,9 @@ def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[...,
         elements = rows * columns
         x, out = carray(pointer_to(here), elements, _U32), carray(pointer_to(there), elements, _U32)
         w = carray(pointer_to(rule), WORDS, np.int64)
-        c, c4, per_max, end = (
-            _constants(w, 0),
-            _constants(w, 11),
-            _float(_U32(w[22])),
-            carray(pointer_to(rule), WORDS, _F64)[23],
-        )
+        c, c4, per_max = _constants(w, 0), _constants(w, 11), _float(_U32(w[22]))
+        end = carray(pointer_to(rule), WORDS, _F64)[23]
+        modes, advance_by = (is_nearest, is_drawn, keeps_infinities), _U32(1) if is_drawn else _U32(0)
         size, emax, beyond, power_of_two = w[24], w[25], _float(_U32(w[26])), w[28] != 0
         scale, tensor_scale, key32, second_key = _F32(1), _F32(1), _U32(0), _U32(0)
         if is_drawn:
@@ -203,32 +216,14 @@ def rounder(source: int, rounding: str, keeps_infinities: bool) -> Callable[...,
             if _U32(_bits(scale) & _U32(0x007FFFFF)) == 0 and exponent >= 2 and exponent <= 252:
                 inverse = _F32(_F32(1) / scale)
                 for i in range(a.size):
-                    bits = _bits(_F32(_float(a[i]) * inverse))
-                    magnitude = _U32(bits & _ABSOLUTE)
-                    if is_nearest:
-                        rounded = _nearest(magnitude, c)
-                    elif is_drawn:
-                        rounded = _drawn(magnitude, _right(_hash(counter, key32, second_key), _U32(1)), c)
-                        counter = _plus(counter, _U32(1))
-                    else:
-                        rounded = _INFINITY if magnitude == _INFINITY else min(_drawn(magnitude, _U32(0), c), c[9])
-                    value = _bits(_F32(_finished(bits, rounded, c) * scale))
-                    is_kept = keeps_infinities and _U32(a[i] & _ABSOLUTE) == _INFINITY
-                    b[i] = a[i] if is_kept else value
+                    quotient = _F32(_float(a[i]) * inverse)
+                    b[i] = _operand(a[i], quotient, scale, counter, key32, second_key, c, modes)
+                    counter = _plus(counter, advance_by)
             else:
                 for i in range(a.size):
-                    bits = _bits(_F32(_float(a[i]) / scale))
-                    magnitude = _U32(bits & _ABSOLUTE)
-                    if is_nearest:
-                        rounded = _nearest(magnitude, c)
-                    elif is_drawn:
-                        rounded = _drawn(magnitude, _right(_hash(counter, key32, second_key), _U32(1)), c)
-                        counter = _plus(counter, _U32(1))
-                    else:
-                        rounded = _INFINITY if magnitude == _INFINITY else min(_drawn(magnitude, _U32(0), c), c[9])
-                    value = _bits(_F32(_finished(bits, rounded, c) * scale))
-                    is_kept = keeps_infinities and _U32(a[i] & _ABSOLUTE) == _INFINITY
-                    b[i] = a[i] if is_kept else value
+                    quotient = _F32(_float(a[i]) / scale)
+                    b[i] = _operand(a[i], quotient, scale, counter, key32, second_key, c, modes)
+                    counter = _plus(counter, advance_by)
         return True
 
     return compiled(run)
