@@ -5,8 +5,8 @@ small calls (a scale alone is eight of torch's operators) and passes over tempor
 and rounds under it, from the tensor's end, which the look for the amax has left in the cache.
 
 Kernels take addresses, which say neither dtype nor length: `operand_kernels` of `operand_dispatch` has checked both.
-A kernel answers whether it has done it; where not (a scale that takes the format's end out of float32, a NaN among the scales
-of blocks), the caller rounds by torch's operators, and what was written is dropped.
+A kernel answers whether it has done it; where not (a scale that takes the format's end out of float32, a NaN among the
+scales of blocks), the caller rounds by torch's operators, and what was written is dropped.
 
 Loops run over slices (`x[a:b]`), never from a computed begin, for which numba wraps negative indices and LLVM does
 not vectorise. Dividing and multiplying by an exact inverse are two loops, chosen once for each scale.
