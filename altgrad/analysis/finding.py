@@ -1,11 +1,9 @@
-"""The finding: what the sweep says, in a sentence or two, and how sure that is.
+"""The finding: three questions, an answer to each, and how surely it is known.
 
-Three questions are answered in the order in which a reader asks them: which 8-bit formats train (within 10 %
-of BF16's loss, or a classifier's error, in their best arm), which fail and by which signal, and which format
-gains most from geometry-aware steps. The second line is the certainty. It separates what the seeds decide (gross
-failures, at 2 seeds) from what they can't (close pairs: with n seeds an exact test cannot give a p below 2 / 2^n), and
-says when trials are missing. Where BF16 itself was not run, or did not learn, there is no measure and the
-finding says only that.
+Which 8-bit formats train; which benefits most from geometry-aware steps beyond what the step rule gives anyway; why
+the others fail. Of each answer the decided part stands first, then what these seeds leave open and what it would take
+to decide it. Nothing is called decided but what the tests of `contrasts` and `verdicts` decide. Where BF16 was not run,
+or did not learn, there is no measure, and the answers say only that.
 """
 
 from __future__ import annotations
@@ -15,376 +13,335 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.analysis.cells import (
-    ALPHA,
-    MAIN_POLICY,
-    MARGIN,
-    REFERENCE_ARM,
-    UNITS,
-    Cell,
-    Comparison,
-    Study,
-    is_eight_bit,
-)
-from altgrad.analysis.stats import p_floor, paired, signed
+from altgrad.analysis.cells import MAIN_POLICY, REFERENCE_ARM, UNITS, Cell
+from altgrad.analysis.contrasts import Contrast
+from altgrad.analysis.failures import failure_answer
+from altgrad.analysis.inference import ALPHA
+from altgrad.analysis.study import Study
+from altgrad.analysis.verdicts import FormatVerdict, Verdict, open_stop_rate
+from altgrad.analysis.wording import counted, listed, percent, plain_number, share, signed, size
+
+TRAINS = "Which 8-bit formats train?"
+BENEFITS = "Which benefits most from geometry-aware steps, beyond what the step rule gives anyway?"
+FAILS = "Why do the others fail?"
+MOST_NAMED = 4
+"""Of pairs that may be the best; the table has them all."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what the sweep says to it."""
+
+    question: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"• {self.question} {self.text}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding, how sure it is, how many of the trials have a result, and the report's `path`."""
+    """Three answers, what has to be known beside them, how many of the trials have a result, the report's `path`."""
 
-    headline: str
-    certainty: str
+    answers: tuple[Answer, ...]
+    notes: tuple[str, ...]
     results: int
     trials: int
     path: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.headline}\n{self.certainty}"
+        return "\n".join(map(str, (*self.answers, *self.notes)))
 
 
-@dataclass(frozen=True)
-class _FormatVerdict:
-    format: str
-    verdict: str
-    decided: bool
-    best: Cell
-
-
-def find(study: Study, results: int, trials: int, unevaluated: int = 0) -> Finding:
+def find(study: Study, results: int, trials: int, *, unevaluated: int = 0, scope: str = "") -> Finding:
     """The finding of a study of which `results` of `trials` trials have a result.
 
-    `unevaluated` of the others were trained through the last step asked for, but not evaluated at it.
+    `unevaluated` of the others were trained through the last step asked for, but not evaluated at it. `scope`: what
+    was trained on what, for how long.
     """
-    missing = _missing_text(results, trials, unevaluated)
-    policy = main_policy(study.cells)
-    cells = [cell for cell in study.cells if cell.policy == policy and is_eight_bit(cell.format)]
-    if not study.is_sound:
-        headline = _unlearned(study.reference) if study.reference else _without_reference(study, cells)
-        certainty = " ".join([*missing, _why_nothing_is_decided(study, cells, bool(missing))])
-        return Finding(headline, certainty, results, trials)
-    verdicts = _format_verdicts(study, cells)
-    gain = best_gain(study, policy)
-    parts = [
-        _training_part(study, cells, verdicts),
-        _failing_part(study, verdicts),
-        _failing_arms_part(study, cells, verdicts),
-        _gain_part(gain, study, policy),
-    ]
-    if policy != MAIN_POLICY:
-        parts[0] = f"Under policy {policy}: {parts[0]}"
-    headline = " ".join(part for part in parts if part)
-    decided = _certainty(study, verdicts, gain) if cells else [_why_nothing_is_decided(study, cells, bool(missing))]
-    return Finding(headline, " ".join([*missing, *decided]), results, trials)
+    if study.is_sound:
+        texts = (_training_answer(study, scope), _geometry_answer(study), failure_answer(study))
+    else:
+        reason = _unlearned(study.reference) if study.reference else _without_reference(study)
+        texts = (reason, *(("Not known: there is no measure of any format.",) * 2))
+    answers = tuple(Answer(*pair) for pair in zip((TRAINS, BENEFITS, FAILS), texts, strict=True))
+    return Finding(answers, tuple(_notes(study, results, trials, unevaluated)), results, trials)
 
 
-def main_policy(cells: Sequence[Cell]) -> str:
-    """The policy that the finding speaks of: uniform where it was run, else the first by name."""
-    policies = sorted({cell.policy for cell in cells if is_eight_bit(cell.format)})
-    return MAIN_POLICY if MAIN_POLICY in policies or not policies else policies[0]
-
-
-def best_gain(study: Study, policy: str) -> Comparison | None:
-    """The largest gain of a geometry-aware arm over AdamW in 8 bits: a rescue, else the least difference."""
-    found = [item for item in _gains(study, policy) if item.kind in ("measured", "rescued")]
-    if not found:
-        return None
-    return min(found, key=_order)
-
-
-def twins(study: Study, gain: Comparison) -> list[str]:
-    """The formats in which the same arm gains exactly the same: E0M7 and E1M6 are one grid up to a scale."""
-    return [
-        item.cell.format
-        for item in _gains(study, gain.cell.policy)
-        if item.cell.arm == gain.cell.arm
-        and item.kind == gain.kind
-        and (item is gain or (item.paired and dict(item.differences) == dict(gain.differences)))
-    ]
-
-
-def is_largest_decided(study: Study, gain: Comparison) -> bool:
-    """Whether the gain differs from the best of every other format, pair by pair; False where there is no
-    other.
-
-    A rescue is the largest if it is the only one.
-    """
-    others: dict[str, Comparison] = {}
-    same = twins(study, gain)
-    for item in _gains(study, gain.cell.policy):
-        name = item.cell.format
-        if name in same or item.kind not in ("measured", "rescued"):
-            continue
-        if name not in others or _order(item) < _order(others[name]):
-            others[name] = item
-    if gain.kind == "rescued":
-        return all(rival.kind != "rescued" for rival in others.values())
-    return bool(others) and all(_smaller(gain, rival, len(others)) for rival in others.values())
-
-
-def _gains(study: Study, policy: str) -> list[Comparison]:
-    return [
-        item
-        for item in study.geometry
-        if item.other.arm == REFERENCE_ARM
-        and item.cell.policy == policy
-        and is_eight_bit(item.cell.format)
-        and item.cell.learned
-    ]
-
-
-def _order(item: Comparison) -> tuple[bool, float]:
-    return item.kind != "rescued", item.paired.mean if item.paired else item.cell.mean
-
-
-def interval_text(item: Comparison) -> str:
-    """The mean difference and its 95 % interval, nats; one seed has no interval."""
-    assert item.paired is not None
-    if item.paired.n < 2:
-        return f"{signed(item.paired.mean)} {item.cell.unit} (1 seed)"
-    return f"{signed(item.paired.mean)} {item.cell.unit} [{signed(item.paired.low)}, {signed(item.paired.high)}]"
-
-
-def stop_text(cell: Cell) -> str:
-    """Why the cell's seeds were stopped, by their commonest signal and layer."""
-    signal, layer = cell.main_stop()
-    return signal + (f" in {layer}" if layer else "")
-
-
-def _smaller(gain: Comparison, rival: Comparison, rivals: int) -> bool:
-    common = sorted(set(gain.differences) & set(rival.differences))
-    if not common:
-        return False
-    pair = paired([gain.differences[seed] - rival.differences[seed] for seed in common])
-    return pair.mean < 0 and pair.p * rivals <= ALPHA
-
-
-def _format_verdicts(study: Study, cells: Sequence[Cell]) -> list[_FormatVerdict]:
-    found = []
-    for name in dict.fromkeys(cell.format for cell in cells):
-        arms = [cell for cell in cells if cell.format == name and cell.n]
-        if not arms:
-            continue
-        judged = [(study.judgement(cell), cell) for cell in sorted(arms, key=lambda cell: cell.rank)]
-        trains = [(judgement.decided, cell) for judgement, cell in judged if judgement.verdict == "trains"]
-        best = judged[0][1]
-        if trains:
-            found.append(_FormatVerdict(name, "trains", any(decided for decided, _ in trains), trains[0][1]))
-        elif all(judgement.verdict == "fails" for judgement, _ in judged):
-            found.append(_FormatVerdict(name, "fails", all(item.decided for item, _ in judged), best))
-        else:
-            found.append(_FormatVerdict(name, "unclear", False, best))
-    return found
-
-
-def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
+def _training_answer(study: Study, scope: str) -> str:
     assert study.reference is not None
-    if not verdicts:
-        others = [
-            f", {cell.format} at {_nats(cell.losses.values())}"
-            for cell in study.cells
-            if cell is not study.reference and cell.arm == REFERENCE_ARM and cell.losses and not cell.stops
-        ]
-        return (
-            f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
-            f"{study.unit}{''.join(others)}."
-        )
-    trains = [item for item in verdicts if item.verdict == "trains"]
-    within = f"within {MARGIN:.0%} of BF16's {study.measure} ({_reference_loss(study)} {study.unit})"
-    if not trains:
-        return (
-            f"None of the {_count(len(verdicts))} 8-bit formats trains {within}."
-            if len(verdicts) > 1
-            else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}."
-        )
-    best = min(trains, key=lambda item: item.best.rank)
-    names = _listed(item.format for item in trains)
-    verb = "trains" if len(trains) == 1 else "train"
-    subject = (
-        f"{_all(len(verdicts))} 8-bit formats train {within}"
-        if len(trains) == len(verdicts) > 1
-        else f"{names} {verb} {within}"
+    measure = (
+        f"Within {share(study.margin)} of BF16 AdamW's {study.measure} "
+        f"({plain_number(_mean(study.reference.losses.values()))} {study.unit}"
+        f"{'; ' if scope else ''}{scope}; {counted(study.seeds, 'seed')})"
     )
-    comparison = study.comparison(best.best)
-    # A classifier is chosen on other documents than its distance is measured on.
-    chosen, at = ("on validation documents", " on test documents") if best.best.chosen_by else ("measured", "")
-    distance = f": {interval_text(comparison)} from BF16{at}" if comparison and comparison.paired else ""
-    leader = f"best {chosen} {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
-    return f"{subject}; {leader}{distance}."
-
-
-def _failing_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
-    pieces = []
-    for item in verdicts:
-        if item.verdict == "unclear":
-            pieces.append(f"{item.format} is unclear ({_seeds_text(item.best)})")
-        elif item.verdict == "fails" and item.best.losses:
-            reason = _failure_text(study, item.best)
-            pieces.append(f"{item.format} fails ({item.best.arm}, its best arm, {reason})")
-        elif item.verdict == "fails":
-            pieces.append(f"{item.format} fails in every arm ({_failure_text(study, item.best)})")
-    return "; ".join(pieces) + "." if pieces else ""
-
-
-def _failing_arms_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
-    """Arms that fail in formats that train with another arm, and how."""
-    trains = {item.format for item in verdicts if item.verdict == "trains"}
-    failing: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.format in trains and study.judgement(cell).verdict == "fails":
-            failing.setdefault(cell.arm, []).append(f"{cell.format} ({_failure_text(study, cell)})")
-    return "; ".join(f"{arm} fails in {_listed(names)}" for arm, names in failing.items()) + "." if failing else ""
-
-
-def _failure_text(study: Study, cell: Cell) -> str:
-    """Why a failing cell fails: what stopped it, that it did not learn, or how far above BF16 it ends."""
-    if not cell.losses:
-        return f"stopped by {stop_text(cell)}"
-    if not any(map(cell.seed_learned, cell.losses)):
-        return f"did not learn: {_course_text(cell)}"
-    return f"ends {study.judgement(cell).excess:.0%} above BF16"
-
-
-def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
-    if gain is None:
-        return ""
-    if gain.kind == "rescued":
-        rescued = [item for item in _gains(study, policy) if item.kind == "rescued"]
-        names = _listed(dict.fromkeys(item.cell.format for item in rescued))
-        arms = _listed(dict.fromkeys(item.cell.arm for item in rescued))
-        verb = "finishes" if len({item.cell.arm for item in rescued}) == 1 else "finish"
-        return (
-            f"Geometry-aware steps gain most in {names}, where AdamW is stopped by "
-            f"{stop_text(gain.other)} and {arms} {verb}."
+    if study.policy != MAIN_POLICY:
+        measure += f" under policy {study.policy}"
+    if not study.formats:
+        others = [
+            f"{cell.format} {cell.arm} ends at {plain_number(_mean(cell.losses.values()))}"
+            for cell in study.cells
+            if cell is not study.reference and cell.family == REFERENCE_ARM and cell.losses and not cell.stops
+        ]
+        return f"{measure}: no 8-bit format was run{'; ' if others else ''}{'; '.join(others)}."
+    parts = []
+    if trains := [item for item in study.formats if item.word == "trains"]:
+        names = [name for item in trains for name in item.formats]
+        best = min((item.best for item in trains), key=lambda arm: arm.high)
+        parts.append(
+            f"{listed(names)} {'trains' if len(names) == 1 else 'train'} (decided); the lowest bound is "
+            f"{best.cell.format} with {best.cell.arm}, {_excess(best)}; {counted(best.cell.n, 'clean seed')} leave a "
+            f"stop rate of up to {share(open_stop_rate(best.cell.n))} open"
         )
-    assert gain.paired is not None
-    name = f"{_listed(twins(study, gain))} with {gain.cell.arm}"
-    if gain.paired.mean >= 0:
+    if fails := [item for item in study.formats if item.word == "fails"]:
+        names = [name for item in fails for name in item.formats]
+        parts.append(f"{listed(names)} {'fails' if len(names) == 1 else 'fail'} in every arm (decided)")
+    if open_ := [item for item in study.formats if item.word == "open"]:
+        parts.append("not decided: " + "; ".join(map(_open_format, open_)))
+    if nothing := [name for item in study.formats if item.word == "no result" for name in item.formats]:
+        pruned = {arm.cell.format for item in study.formats for arm in item.arms if arm.cell.pruned}
+        why = " (all of their runs were pruned or lost)" if pruned & set(nothing) else ""
+        parts.append(f"without result: {listed(nothing)}{why}")
+    return f"{measure}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _open_format(item: FormatVerdict) -> str:
+    arm = item.best
+    names = listed(item.formats)
+    if arm.cell.stops:
+        return f"{names} ({arm.cell.arm}, its best arm, stopped in {len(arm.cell.stops)} of {arm.cell.n} seeds)"
+    if math.isnan(arm.excess):
+        return f"{names} ({counted(arm.cell.n, 'seed')}{', no shared learning rate' if arm.cell.exploratory else ''})"
+    return f"{names} (its best arm, {arm.cell.arm}, {_excess(arm)}; {_needed(arm.seeds_needed)})"
+
+
+def _excess(arm: Verdict) -> str:
+    if math.isinf(arm.high):
+        return percent(arm.excess)
+    return f"{percent(arm.excess)} [{percent(arm.low)}, {percent(arm.high)}]"
+
+
+def _needed(seeds: int | None) -> str:
+    return (
+        "more than 60 seeds would be needed"
+        if seeds is None
+        else f"about {counted(seeds, 'more seed')} would decide it"
+    )
+
+
+def _geometry_answer(study: Study) -> str:
+    pairs = [item for item in study.beyond if item.kind == "beyond BF16" and item.cell.policy == study.policy]
+    tested = [item for item in pairs if item.status in ("measured", "identical")]
+    parts = [*_rescues(study)]
+    if not tested:
+        parts.append(_why_no_interaction(study, pairs))
+        return " ".join(parts)
+    parts.append(_leader_text(study, tested))
+    parts += _decided_texts(study, tested)
+    parts.append(_open_text(study, tested))
+    return " ".join(part for part in parts if part)
+
+
+def _leader_text(study: Study, tested: Sequence[Contrast]) -> str:
+    (first, *twins), *others = study.best or [[max(tested, key=lambda item: item.mean)]]
+    if study.best and not others and len(tested) > len(twins) + 1:
+        if first.decided and first.mean > 0:
+            return f"{_pair([first, *twins])} benefits most (decided): {_beyond(study, first)}."
         return (
-            f"Geometry-aware steps gain nothing over AdamW in any 8-bit format (at best {name}: {interval_text(gain)})."
+            f"The largest difference from BF16's gain is that of {_pair([first, *twins])} (decided): "
+            f"{_beyond(study, first)}."
         )
-    control = [
-        item.paired.mean
-        for item in study.geometry
-        if item.paired
-        and item.cell.format == "BF16"
-        and (item.cell.arm, item.other.arm) == (gain.cell.arm, REFERENCE_ARM)
+    if not others:
+        return f"{_pair([first, *twins])} alone was measured: {_beyond(study, first)}."
+    named = [_pair(group) for group in study.best[:MOST_NAMED]]
+    more = len(study.best) - len(named)
+    tail = f" or {counted(more, 'other')}" if more else ""
+    among = listed(named, "or") if not more else ", ".join(named) + tail
+    return f"Which one is not decided: it may be {among}; the largest estimate is {_beyond(study, first)}."
+
+
+def _decided_texts(study: Study, tested: Sequence[Contrast]) -> list[str]:
+    more = [item for item in tested if item.decided and item.mean > 0]
+    less = [item for item in tested if item.decided and item.mean < 0]
+    texts = []
+    is_said = len(study.best) == 1 and study.best[0][0] in more
+    if more and not (is_said and len(more) == len(study.best[0])):
+        texts.append(f"Decided to gain more than in BF16: {_effects(more)}.")
+    if not more:
+        texts.append(
+            f"{'Neither' if len(tested) == 2 else 'None'} of the {len(tested)} format–arm pairs is decided to gain "
+            "more than in BF16."
+            if len(tested) > 1
+            else "It is not decided to gain more than in BF16."
+        )
+    if less:
+        texts.append(f"Decided to gain less than in BF16: {_effects(less)}.")
+    if equal := [item for item in tested if not item.decided and item.within(study.equal_limit(item))]:
+        limit = max(study.equal_limit(item) for item in equal)
+        texts.append(f"Equal to BF16's gain within {size(limit)} {study.unit}: {listed(map(_name, equal))}.")
+    beyond_fp32 = [
+        item
+        for item in study.beyond
+        if item.kind == "beyond FP32" and item.cell.policy == study.policy and item.status == "measured"
     ]
-    beside = f"; the same arm in BF16: {signed(control[0])}" if control else ""
-    return f"The largest gain of geometry-aware steps over AdamW is {name}: {interval_text(gain)}{beside}."
+    if decided := [item for item in beyond_fp32 if item.decided]:
+        texts.append(f"Against the same steps over float32 weights (decided): {_effects(decided)}.")
+    elif beyond_fp32:
+        texts.append("Against the same steps over float32 weights nothing is decided.")
+    if disagreeing := [item for item in tested if item.disagrees]:
+        texts.append(
+            f"The distribution-free test disagrees on {listed(map(_name, disagreeing))} "
+            f"(p = {', '.join(f'{item.p_free:.2g}' for item in disagreeing)})."
+        )
+    if skewed := [item for item in tested if item.decided and item.mean * item.median <= 0]:
+        texts.append(f"Few seeds carry the mean of {listed(map(_name, skewed))}: the typical seed shows the opposite.")
+    return texts
 
 
-def _missing_text(results: int, trials: int, unevaluated: int) -> list[str]:
-    parts = [] if results == trials else [f"Incomplete: {results} of {trials} trials have a result."]
+def _open_text(study: Study, tested: Sequence[Contrast]) -> str:
+    """What these seeds could show, and what would decide the largest open difference."""
+    open_ = [item for item in tested if item.status == "measured" and not item.decided]
+    if not open_:
+        return ""
+    seeds = min(item.n for item in open_)
+    finite = sorted(item.detectable for item in open_ if math.isfinite(item.detectable))
+    if not finite:
+        return f"{counted(seeds, 'seed')} cannot show any difference."
+    middle = finite[len(finite) // 2]
+    text = f"{counted(seeds, 'seed')} can show differences from about {size(middle)} {study.unit} (power 80 %)"
+    leader = max(open_, key=lambda item: abs(item.mean))
+    needed = leader.seeds_needed
+    return f"{text}; for {_name(leader)} ({signed(leader.mean)}) {_needed(needed)}."
+
+
+def _rescues(study: Study) -> list[str]:
+    """Of each gain with stopped seeds: who stops less, whether that is decided, and whether the survivor trains."""
+    texts = []
+    for item in study.gains:
+        if item.status != "stopped" or item.cell.policy != study.policy or item.cell not in study.judged:
+            continue
+        own, plain = item.cell, item.other
+        counts = (
+            f"{own.format}: {own.arm} stopped in {len(own.stops)} of {own.n} seeds, {plain.arm} in "
+            f"{len(plain.stops)} of {plain.n}"
+        )
+        if len(own.stops) / own.n < len(plain.stops) / plain.n and item.decided:
+            verdict = study.verdicts.get(own.key)
+            if verdict is not None and verdict.word == "trains":
+                texts.append(f"{own.arm} rescues {own.format}, decided (p = {item.p_stop:.2g}; {counts}).")
+            else:
+                texts.append(f"{counts}: decided (p = {item.p_stop:.2g}), but that {own.arm} trains there is not.")
+        else:
+            word = "decided" if item.decided else "not decided"
+            texts.append(f"{counts}: {word} (p = {item.p_stop:.2g}).")
+    return texts
+
+
+def _why_no_interaction(study: Study, pairs: Sequence[Contrast]) -> str:
+    geometry = [cell for cell in study.judged if cell.geometry]
+    if not geometry:
+        return "Not measured: no geometry-aware arm was run in an 8-bit format."
+    if not any(item.cell.policy == study.policy and item.cell in study.judged for item in study.gains):
+        plain = listed(dict.fromkeys(cell.plain for cell in geometry), "or")
+        return (
+            f"Not measured: the plain arm of the same residence was not run ({plain}), and against any other the gain "
+            "would hold what the residence costs."
+        )
+    if not pairs:
+        return "Not measured: the same arms were not run in BF16, so the step rule's own gain is not known."
+    counts: dict[str, int] = {}
+    for item in pairs:
+        counts[item.status] = counts.get(item.status, 0) + 1
+    words = {
+        "stopped": "with stopped seeds",
+        "one seed": "with one seed",
+        "exploratory": "without a shared learning rate",
+        "no result": "without result",
+    }
+    found = [f"{count} {words[status]}" for status, count in counts.items() if status in words]
+    return f"Not decided: of {counted(len(pairs), 'format–arm pair')} {listed(found)}."
+
+
+def _beyond(study: Study, item: Contrast) -> str:
+    in_bf16 = study.gain_in("BF16", item.cell)
+    beside = f" beyond its gain of {signed(in_bf16.mean)} in BF16" if in_bf16 is not None else " beyond BF16"
+    verdict = study.verdicts.get(item.cell.key)
+    fails = "; it fails to train there all the same" if verdict is not None and verdict.word == "fails" else ""
+    return f"{signed(item.mean)} {study.unit} {_interval(item)}{beside}{fails}"
+
+
+def _effects(items: Sequence[Contrast]) -> str:
+    ordered = sorted(items, key=lambda item: -abs(item.mean))
+    shown = [f"{_name(item)} {signed(item.mean)} {_interval(item)}" for item in ordered[:MOST_NAMED]]
+    more = len(ordered) - len(shown)
+    return ", ".join(shown) + (f" and {counted(more, 'other')}" if more else "")
+
+
+def _interval(item: Contrast) -> str:
+    return "(identical in every seed)" if item.status == "identical" else f"[{signed(item.low)}, {signed(item.high)}]"
+
+
+def _name(item: Contrast) -> str:
+    return f"{item.cell.format} {item.cell.arm}"
+
+
+def _pair(group: Sequence[Contrast]) -> str:
+    return f"{' = '.join(dict.fromkeys(item.cell.format for item in group))} with {group[0].cell.arm}"
+
+
+def _notes(study: Study, results: int, trials: int, unevaluated: int) -> Iterable[str]:
+    if results < trials:
+        yield f"Incomplete: {results} of {trials} trials have a result."
     if unevaluated:
         who = "1 trial was" if unevaluated == 1 else f"{unevaluated} trials were"
-        parts.append(
-            f"{who} trained past the steps asked for without an evaluation there, so nothing is known of "
-            "them at this length: ask for the length they were trained to, or start afresh."
+        yield (
+            f"{who} trained past the steps asked for without an evaluation there, so nothing is known of them at this "
+            "length: ask for the length they were trained to, or start afresh."
         )
-    return parts
-
-
-def _why_nothing_is_decided(study: Study, cells: Sequence[Cell], is_incomplete: bool) -> str:
-    if study.reference is not None and not study.is_sound:
-        return "Nothing is decided: without a reference that learned there is no measure of any format."
-    if not cells and not is_incomplete:
-        return "All trials have a result, but there was nothing to decide: that takes an 8-bit format beside BF16."
-    if study.reference is not None:
-        return "Nothing is decided: no 8-bit format was run."
-    return "Nothing is decided: there is no BF16 AdamW reference to compare with."
-
-
-def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Comparison | None) -> list[str]:
-    parts = []
-    seeds = min((cell.n for cell in study.cells if cell.n), default=0)
-    count = f"{seeds} seed{'s' if seeds != 1 else ''}"
-    decided = [
-        f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}"
-        for verdict in ("trains", "fails")
-        if (names := [item.format for item in verdicts if item.decided and item.verdict == verdict])
-    ]
-    if decided:
-        parts.append(f"Decided ({count}): {_listed(decided)}.")
-    if open_ := [item.format for item in verdicts if not item.decided]:
-        verb = "trains" if len(open_) == 1 else "train"
-        parts.append(f"Not decided ({count}): whether {_listed(open_)} {verb}.")
-    if gain is not None:
-        parts.append(_gain_certainty(study, gain))
-    if seeds and p_floor(seeds) > ALPHA:
-        parts.append(f"Close pairs are not decided ({count}: p cannot go below {p_floor(seeds):.2g}).")
-    return parts or ["Nothing is decided: no 8-bit format has a result."]
-
-
-def _gain_certainty(study: Study, gain: Comparison) -> str:
-    names = _listed(twins(study, gain))
-    if not gain.decided:
-        reason = "" if gain.paired is None else f" (adjusted p {gain.p_adjusted:.2g})"
-        return f"Whether geometry changes the {study.measure} in {names} is not decided{reason}."
-    largest = "" if is_largest_decided(study, gain) else "; that no other format gains as much is not"
-    return f"The difference that geometry makes in {names} is decided{largest}."
+    if study.reference is not None and (lost := (*study.reference.missing, *study.reference.stops)):
+        yield f"BF16 AdamW has no loss at seed {listed(map(str, sorted(lost)))}: nothing is compared there."
+    cut = [cell for cell in study.cells if not cell.exploratory and cell.settings > len(cell.rates)]
+    if cut:
+        rates = listed(f"{rate:g}" for rate in cut[0].rates)
+        yield (
+            f"Learning-rate grids differ; arms are compared over the rates that all have ({rates}): "
+            f"{listed(dict.fromkeys(f'{cell.arm} ran {cell.settings}' for cell in cut))}."
+        )
+    if loose := list(dict.fromkeys(cell.arm for cell in study.cells if cell.exploratory)):
+        yield (
+            f"{listed(loose)}: settings that no other cell shares, chosen freely; exploratory, and nothing of them is "
+            "decided."
+        )
+    if study.is_sound and study.cells:
+        yield f"Decided: false in at most {share(ALPHA)} of sweeps for each question (see the report's last part)."
 
 
 def _unlearned(reference: Cell) -> str:
     count = sum(not reference.seed_learned(seed) for seed in reference.losses)
     seeds = "" if count == len(reference.losses) else f" in {count} of {len(reference.losses)} seeds"
-    return (
-        f"The reference, BF16 AdamW, did not learn{seeds} ({_course_text(reference)}), so nothing can be said "
-        "of any format."
-    )
+    course = course_text(reference)
+    return f"Nothing can be said of any format: the reference, BF16 AdamW, did not learn{seeds} ({course})."
 
 
-def _course_text(cell: Cell) -> str:
+def course_text(cell: Cell) -> str:
     """From where to where the finished seeds went, means of those whose first step is known, nats."""
-    end = f"ends at {_nats(cell.losses.values())} {cell.unit}"
+    end = f"ends at {plain_number(_mean(cell.losses.values()))} {cell.unit}"
     starts = [start for seed, start in cell.starts.items() if seed in cell.losses and not math.isnan(start)]
     begin = "first step" if cell.unit == UNITS["lm"] else "commonest labels"
-    return f"{end}, {begin} {_nats(starts)}" if starts else f"{end}, its first step is not recorded"
+    return f"{end}, {begin} {plain_number(_mean(starts))}" if starts else f"{end}, its first step is not recorded"
 
 
-def _without_reference(study: Study, cells: Sequence[Cell]) -> str:
-    if not cells and (others := [cell for cell in study.cells if cell.losses and not cell.stops]):
-        best = min(others, key=lambda cell: cell.rank)
-        return (
-            f"No 8-bit format and no BF16 AdamW reference was run; {best.format} with {best.arm} ends at "
-            f"{_nats(best.losses.values())} {best.unit}."
-        )
-    finished = [cell for cell in cells if cell.losses and not cell.stops]
-    stopped = [cell for cell in cells if cell.stops and not cell.losses]
-    parts = ["No BF16 AdamW reference has finished, so no format can be said to train or to fail."]
-    if finished:
+def _without_reference(study: Study) -> str:
+    parts = ["Not known: no BF16 AdamW reference has finished, so no format can be said to train or to fail."]
+    cells = study.judged or study.cells
+    if finished := [cell for cell in cells if cell.losses and not cell.stops]:
         best = min(finished, key=lambda cell: cell.rank)
-        parts.append(f"The lowest 8-bit {study.measure} is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
-    if stopped:
-        parts.append(f"Stopped in every seed: {_listed(f'{cell.format} {cell.arm}' for cell in stopped)}.")
+        parts.append(f"The lowest {study.measure} is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
+    if stopped := [cell for cell in cells if cell.stops and not cell.losses]:
+        parts.append(f"Stopped in every seed: {listed(f'{cell.format} {cell.arm}' for cell in stopped)}.")
     return " ".join(parts)
 
 
-def _reference_loss(study: Study) -> str:
-    assert study.reference is not None
-    return _nats(study.reference.losses.values())
-
-
-def _nats(losses: Iterable[float]) -> str:
-    values = list(losses)
-    mean = math.fsum(values) / len(values)
-    return f"{mean:.3f}" if abs(mean) < 1000 else f"{mean:.2g}"
-
-
-def _seeds_text(cell: Cell) -> str:
-    stopped = f"{len(cell.stops)} of {cell.n} seeds stopped"
-    return f"{cell.arm}: {stopped if cell.stops else 'seeds disagree'}"
-
-
-def _all(number: int) -> str:
-    return "Both" if number == 2 else f"All {_count(number)}"
-
-
-def _count(number: int) -> str:
-    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-    return words[number] if number < len(words) else str(number)
-
-
-def _listed(names: Iterable[str]) -> str:
-    items = list(names)
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found)

@@ -1,0 +1,96 @@
+"""What a planned sweep could decide: the procedures of the report, run on noise before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, Cell, is_eight_bit
+from altgrad.analysis.contrasts import interactions, weights_of
+from altgrad.analysis.inference import LEAST_JOINT, POWER, detectable
+from altgrad.analysis.study import MARGIN
+from altgrad.analysis.verdicts import format_verdicts, verdicts
+from altgrad.analysis.wording import counted, share
+from altgrad.training.config import TrainConfig
+from altgrad.training.residence import control_arm, plain_arm
+
+NOISE = 0.02
+"""Standard deviation of a run's loss, relative to it, that the power of trains and fails is given for."""
+FAILING = 1.3
+STUDIES = 200
+BASE_LOSS, FIRST_LOSS = 2.4, 5.5
+
+
+def planned_power(trials: Iterable[TrainConfig], seeds: int, margin: float = MARGIN) -> list[str]:
+    """A line for each question: what so many seeds of these trials decide with a power of .8."""
+    cells = list({(c.format, c.arm, c.policy): _empty(c) for c in trials}.values())
+    if seeds < 2:
+        return ["power: one seed has no spread, so nothing can be decided; 6 and more are expected of a study"]
+    return [_format_power(cells, seeds, margin), _geometry_power(cells, seeds)]
+
+
+def _empty(config: TrainConfig) -> Cell:
+    return Cell(
+        config.format,
+        config.arm,
+        config.policy,
+        config.optimizer.lr,
+        config.use_manifold_aware,
+        {},
+        family=config.arm,
+        plain=plain_arm(config.optimizer),
+        control=control_arm(config.optimizer),
+    )
+
+
+def _geometry_power(cells: list[Cell], seeds: int) -> str:
+    contrasts = interactions(cells)
+    if not contrasts:
+        return (
+            "power: no gain beyond BF16 can be measured: that takes a geometry-aware arm and the plain arm of its "
+            "residence, both in an 8-bit format and in BF16"
+        )
+    least = detectable(weights_of([item.terms for item in contrasts]), seeds)
+    text = (
+        f"power: {counted(seeds, 'paired seed')} show gains beyond BF16 from {least:.2g} standard deviations of their "
+        f"paired differences ({counted(len(contrasts), 'difference')} together, power {share(POWER)})"
+    )
+    return text + (
+        "" if seeds >= LEAST_JOINT else f"; a distribution-free test stands beside it from {LEAST_JOINT} seeds on"
+    )
+
+
+def _format_power(cells: list[Cell], seeds: int, margin: float) -> str:
+    judged = [cell for cell in cells if is_eight_bit(cell.format)]
+    if not judged or not any((cell.format, cell.family) == (REFERENCE_FORMAT, REFERENCE_ARM) for cell in cells):
+        return "power: no format can be said to train or to fail: that takes an 8-bit format and BF16 AdamW"
+    draw = np.random.default_rng(0)
+    found = {}
+    for word, factor in (("trains", 1.0), ("fails", FAILING)):
+        hits = []
+        for _ in range(STUDIES):
+            own = [_drawn(cell, BASE_LOSS * factor, seeds, draw) for cell in judged]
+            reference = _drawn(judged[0], BASE_LOSS, seeds, draw, "BF16")
+            decided = format_verdicts(own, verdicts(own, reference, margin, 0.0), 0.0)
+            hits.append(np.mean([item.word == word for item in decided]))
+        found[word] = float(np.mean(hits))
+    return (
+        f"power: where losses vary by {share(NOISE)} from run to run, a format as good as BF16 is decided to train "
+        f"with a power of {share(found['trains'])}, one that ends {share(FAILING - 1)} above it in every arm to "
+        f"fail with {share(found['fails'])}"
+    )
+
+
+def _drawn(cell: Cell, mean: float, seeds: int, draw: np.random.Generator, format: str = "") -> Cell:
+    losses = mean * np.exp(NOISE * draw.standard_normal(seeds))
+    return Cell(
+        format or cell.format,
+        cell.arm,
+        cell.policy,
+        cell.lr,
+        cell.geometry,
+        dict(enumerate(map(float, losses))),
+        starts=dict.fromkeys(range(seeds), FIRST_LOSS),
+        family=cell.family,
+    )
