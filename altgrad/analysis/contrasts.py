@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -44,6 +45,19 @@ PRIMARY_FREE = 10
 """Seeds from which the distribution-free test must agree."""
 
 
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What the contrasts of one kind share: `weights` [m, cells] of those tested, and each one's two-sided level."""
+
+    weights: Array
+    level: float
+
+    @cached_property
+    def kappa(self) -> float:
+        """How many independent variances they count as."""
+        return independent(self.weights)[0] if len(self.weights) > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class Contrast:
     """A weighted sum of cells, per seed in `differences`; `mean` ± `half` in the study's unit.
@@ -60,12 +74,9 @@ class Contrast:
     mean: float = math.nan
     half: float = math.inf
     spread: float = math.nan
-    level: float = ALPHA
-    kappa: float = 1.0
+    family: Family | None = None
     p_free: float = math.nan
     p_stop: float = math.nan
-    detectable: float = math.nan
-    """The difference that so many seeds decide with a power of .8."""
 
     @property
     def n(self) -> int:
@@ -116,9 +127,14 @@ class Contrast:
     @property
     def seeds_needed(self) -> int | None:
         """How many seeds more would decide it with a power of .8; None: over 60, or not known."""
-        if self.status != "measured" or self.is_apart:
+        if self.family is None or self.is_apart:
             return None
-        return more_seeds(abs(self.mean), self.spread, self.n, self.level, self.kappa)
+        return more_seeds(abs(self.mean), self.spread, self.n, self.family.level, self.family.kappa)
+
+    @property
+    def detectable(self) -> float:
+        """The difference that so many seeds decide with a power of .8; NaN where nothing was tested."""
+        return math.nan if self.family is None else detectable(self.family.weights, self.n) * self.spread
 
 
 def against_reference(cells: Sequence[Cell], reference: Cell) -> list[Contrast]:
@@ -190,10 +206,8 @@ def measured(
         _test(found, tested, tolerance)
         for i, place in zip(ready, firsts, strict=True):
             twin = found[ready[place]]
-            found[i] = replace(
-                found[i],
-                **{name: getattr(twin, name) for name in ("half", "spread", "level", "kappa", "p_free", "detectable")},
-            )
+            shared = {name: getattr(twin, name) for name in ("half", "spread", "family", "p_free")}
+            found[i] = replace(found[i], **shared)
     return _with_stop_tests(found, reference) if sound else found
 
 
@@ -203,17 +217,14 @@ def _test(found: list[Contrast], tested: Sequence[int], tolerance: float) -> Non
     result = intervals(differences, weights, floor=tolerance)
     seeds = len(differences)
     free = max_t(differences) if seeds >= LEAST_JOINT else np.full(len(columns), np.nan)
-    kappa = independent(weights)[0] if len(columns) > 1 else 1.0
-    least = detectable(weights, int(np.median(result.n)))
+    family = Family(weights, result.level)
     for place, i in enumerate(tested):
         found[i] = replace(
             found[i],
             half=float(result.half[place]),
             spread=float(result.spread[place]),
-            level=result.level,
-            kappa=kappa,
+            family=family,
             p_free=float(free[place]),
-            detectable=least * float(result.spread[place]),
         )
 
 
@@ -242,15 +253,16 @@ def _paired(contrast: Contrast, tolerance: float) -> Contrast:
 
 def without_repeats(columns: Sequence[Mapping[int, float]], tolerance: float) -> list[int]:
     """For each column the place of the first that is the same in every seed: one grid under two names counts once."""
-    firsts: list[int] = []
-    for i, column in enumerate(columns):
-        same = (
-            j
-            for j in dict.fromkeys(firsts)
-            if columns[j].keys() == column.keys()
-            and all(abs(column[seed] - columns[j][seed]) <= tolerance for seed in column)
-        )
-        firsts.append(next(same, i))
+    firsts = list(range(len(columns)))
+    starts = [column[min(column)] if column else math.nan for column in columns]
+    order = sorted((i for i in firsts if columns[i]), key=lambda i: (starts[i], i))
+    for place, i in enumerate(order):
+        for j in reversed(order[:place]):
+            if starts[i] - starts[j] > tolerance:
+                break
+            same = columns[j].keys() == columns[i].keys()
+            if same and all(abs(columns[i][seed] - columns[j][seed]) <= tolerance for seed in columns[i]):
+                firsts[i] = firsts[j] = min(firsts[i], firsts[j])
     return firsts
 
 

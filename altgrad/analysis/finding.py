@@ -230,7 +230,9 @@ def _rescues(study: Study) -> list[str]:
             if verdict is not None and verdict.word == "trains":
                 texts.append(f"{own.arm} rescues {own.format}, decided (p = {item.p_stop:.2g}; {counts}).")
             else:
-                texts.append(f"{counts}: decided (p = {item.p_stop:.2g}), but that {own.arm} trains there is not.")
+                is_failing = verdict is not None and verdict.word == "fails"
+                end = f"{own.arm} fails to train there" if is_failing else f"that {own.arm} trains there is not"
+                texts.append(f"{counts}: decided (p = {item.p_stop:.2g}), but {end}.")
         else:
             word = "decided" if item.decided else "not decided"
             texts.append(f"{counts}: {word} (p = {item.p_stop:.2g}).")

@@ -81,9 +81,15 @@ def intervals(
     if m:
         own_df = (n[usable] - 1).astype(float)
         squares = np.where(known, (values - mean) ** 2, 0.0).sum(0)[usable]
-        own = np.maximum(squares / own_df, max(floor, np.finfo(float).tiny) ** 2)
-        weight, prior, total = _prior(own, own_df, np.asarray(weights, dtype=float)[usable])
+        least = max(floor, 1e-150) ** 2
+        own = np.maximum(squares / own_df, least)
+        # The same in every seed, as scores of few documents may be by chance: that says nothing of the spread.
+        constant = own <= least
+        spread_ones = ~constant if not constant.all() else constant
+        weight, prior, total = _prior(own, own_df, np.asarray(weights, dtype=float)[usable], spread_ones)
         moderated = (weight * prior + own_df * own) / (weight + own_df)
+        if not constant.all():
+            moderated[constant] = (own * own_df)[~constant].sum() / own_df[~constant].sum()
         root = np.sqrt(n[usable])
         borrowed = special.stdtrit(total, 1 - level / 2) * np.sqrt(moderated) / root
         half[usable] = np.maximum(borrowed, special.stdtrit(own_df, 1 - gate / 2) * np.sqrt(own) / root)
@@ -91,10 +97,15 @@ def intervals(
     return Intervals(mean, half, n, spread, df, level)
 
 
-def _prior(own: Array, own_df: Array, weights: Array) -> tuple[float, float, Array]:
-    """The weight of the prior variance, that variance, and the degrees of freedom of each moderated one."""
+def _prior(own: Array, own_df: Array, weights: Array, used: NDArray[np.bool_]) -> tuple[float, float, Array]:
+    """The weight of the prior variance, that variance, and the degrees of freedom of each moderated one.
+
+    `used`: the differences that the prior is fitted to.
+    """
+    all_df = own_df
+    own, own_df, weights = own[used], own_df[used], weights[used]
     if len(own) < LEAST_TO_BORROW:
-        return 0.0, 0.0, own_df
+        return 0.0, 0.0, all_df
     kappa, shared = independent(weights)
     logs = np.log(own) - special.digamma(own_df / 2) + np.log(own_df / 2)
     excess = float(logs.var(ddof=1) - (1 - shared) * special.polygamma(1, own_df / 2).mean())
@@ -104,7 +115,7 @@ def _prior(own: Array, own_df: Array, weights: Array) -> tuple[float, float, Arr
     else:
         prior_df, prior = math.inf, float((own * own_df).sum() / own_df.sum())
     weight = min(prior_df / 2, 10 * float(own_df.mean()))
-    return weight, prior, np.minimum(weight + own_df, kappa * own_df.mean())
+    return weight, prior, np.minimum(weight + all_df, kappa * own_df.mean())
 
 
 def independent(weights: Array) -> tuple[float, float]:
@@ -158,9 +169,9 @@ def stop_test(a: Sequence[float], b: Sequence[float]) -> float:
     stopped = np.isinf(scores)
     keys = np.where(stopped, 1e4, 0.0)
     keys[~stopped] = stats.rankdata(scores[~stopped]) - ((~stopped).sum() + 1) / 2
-    if not len(a) or not len(b):
+    if min(len(a), len(b)) < 2:
         return 1.0
-    # Equal keys make equal sums: without the shift scipy's relative tolerance would lose them at 0.
+    # Rounded: sums in another order must not be told apart.
     found = stats.permutation_test(
         (keys[: len(a)], keys[len(a) :]),
         lambda x, y, axis: np.round(x.sum(axis=axis), 6),

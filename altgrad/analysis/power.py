@@ -9,7 +9,7 @@ import numpy as np
 from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, Cell, is_eight_bit
 from altgrad.analysis.contrasts import interactions, weights_of
 from altgrad.analysis.inference import LEAST_JOINT, POWER, detectable
-from altgrad.analysis.study import MARGIN
+from altgrad.analysis.study import MARGIN, main_policy
 from altgrad.analysis.verdicts import format_verdicts, verdicts
 from altgrad.analysis.wording import counted, share
 from altgrad.training.config import TrainConfig
@@ -18,7 +18,8 @@ from altgrad.training.residence import control_arm, plain_arm
 NOISE = 0.02
 """Standard deviation of a run's loss, relative to it, that the power of trains and fails is given for."""
 FAILING = 1.3
-STUDIES = 200
+STUDIES = 100
+"""Of small plans; of large ones fewer, since their formats average."""
 BASE_LOSS, FIRST_LOSS = 2.4, 5.5
 
 
@@ -62,14 +63,15 @@ def _geometry_power(cells: list[Cell], seeds: int) -> str:
 
 
 def _format_power(cells: list[Cell], seeds: int, margin: float) -> str:
-    judged = [cell for cell in cells if is_eight_bit(cell.format)]
+    policy = main_policy(cells)
+    judged = [cell for cell in cells if is_eight_bit(cell.format) and cell.policy == policy]
     if not judged or not any((cell.format, cell.family) == (REFERENCE_FORMAT, REFERENCE_ARM) for cell in cells):
         return "power: no format can be said to train or to fail: that takes an 8-bit format and BF16 AdamW"
     draw = np.random.default_rng(0)
     found = {}
     for word, factor in (("trains", 1.0), ("fails", FAILING)):
         hits = []
-        for _ in range(STUDIES):
+        for _ in range(max(20, min(STUDIES, 2000 // len(judged)))):
             own = [_drawn(cell, BASE_LOSS * factor, seeds, draw) for cell in judged]
             reference = _drawn(judged[0], BASE_LOSS, seeds, draw, "BF16")
             decided = format_verdicts(own, verdicts(own, reference, margin, 0.0), 0.0)

@@ -55,9 +55,8 @@ class Study:
 
     @cached_property
     def policy(self) -> str:
-        """The policy that the finding speaks of: uniform where it was run, else the first by name."""
-        policies = sorted({cell.policy for cell in self.cells if is_eight_bit(cell.format)})
-        return MAIN_POLICY if MAIN_POLICY in policies or not policies else policies[0]
+        """The policy that the finding speaks of."""
+        return main_policy(self.cells)
 
     @property
     def judged(self) -> list[Cell]:
@@ -86,6 +85,12 @@ class Study:
             return self.equal_within
         in_bf16 = self.gain_in("BF16", item.cell)
         return EQUAL_SHARE * abs(in_bf16.mean) if in_bf16 is not None and math.isfinite(in_bf16.mean) else 0.0
+
+
+def main_policy(cells: Sequence[Cell]) -> str:
+    """The policy that a finding speaks of: uniform where it was run, else the first by name."""
+    policies = sorted({cell.policy for cell in cells if is_eight_bit(cell.format)})
+    return MAIN_POLICY if MAIN_POLICY in policies or not policies else policies[0]
 
 
 def build_study(trials: pd.DataFrame, *, margin: float = MARGIN, equal_within: float | None = None) -> Study:

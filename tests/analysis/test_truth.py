@@ -1,0 +1,321 @@
+"""The report against planted truth: what it must say, what it must never say, and how often it is wrong.
+
+A case is a sweep with known effects, written to a ledger and read back by `altgrad report`. The simulations hold the
+rates of false statements against 5 %, within three standard errors of their own; the table over all scenarios is
+docs/bench/decisions.md.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simulation
+from planted import BASE
+from synthetic import Plan, explode, stall, write_ledger
+
+from altgrad.cli import main
+from altgrad.sweep.ledger import Ledger
+from altgrad.training.outcome import Outcome, OutcomeKind
+
+Effects = dict[tuple[str, str], object]
+PLAIN = ["adamw", "manifold"]
+OOM = Outcome(OutcomeKind.OOM, 3, message="out of memory")
+PRUNED = Outcome(OutcomeKind.PRUNED, 50)
+
+
+def offsets(effects: Effects, spread: float = 0.003) -> Callable[..., object]:
+    """Offsets by (format, arm), each run with noise of its own; E1M6 is E0M7 under another name."""
+
+    def offset(name: str, arm: str, seed: int) -> object:
+        name = "E0M7" if name == "E1M6" else name
+        value = effects.get((name, arm), 0.0)
+        noise = float(np.random.default_rng([seed, *map(ord, name + arm)]).normal(0, spread))
+        return value + noise if isinstance(value, float) else value
+
+    return offset
+
+
+def said(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    """The three answers that `altgrad report` prints, and the rest."""
+    assert main(["report", str(out), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    page = (out / "report" / "report.md").read_text()
+    assert all(line[2:].split("? ", 1)[1] in page for line in lines[:3]), "the page says what the terminal says"
+    return [*(line.split("? ", 1)[1] for line in lines[:3]), "\n".join(lines[3:])]
+
+
+CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]], list[str]]] = {
+    "the step rule gives more than the format": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("BF16", "manifold"): -0.20, ("E4M3", "manifold"): -0.12},
+        [
+            (1, "Neither of the 2 format–arm pairs is decided to gain more than in BF16."),
+            (1, "Decided to gain less than in BF16: E5M2 manifold −0.20"),
+            (1, "E4M3 manifold −0.0"),
+        ],
+        ["benefits most", "Decided to gain more"],
+    ),
+    "one format benefits": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.2},
+        [(1, "E4M3 with manifold benefits most (decided): +0."), (1, "beyond its gain of")],
+        ["Not measured"],
+    ),
+    "two benefit alike": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.1, ("E5M2", "manifold"): -0.1},
+        [(1, "Which one is not decided: it may be E"), (1, "Decided to gain more than in BF16: E")],
+        ["benefits most", "it may be E3M4"],
+    ),
+    "one grid under two names": (
+        ["BF16", "E0M7", "E1M6", "E5M2"],
+        PLAIN,
+        6,
+        {("E0M7", "manifold"): -0.1},
+        [(1, "E0M7 = E1M6 with manifold benefits most (decided)"), (0, "E0M7, E1M6 and E5M2 train (decided)")],
+        [],
+    ),
+    "nothing differs": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        4,
+        {},
+        [
+            (0, "E4M3 and E5M2 train (decided)"),
+            (1, "Neither of the 2 format–arm pairs is decided to gain more"),
+            (1, "4 seeds can show differences from about 0.0"),
+            (2, "No format or arm is decided to fail, and no run was stopped."),
+        ],
+        ["benefits most", "Decided to gain"],
+    ),
+    "two seeds, close to the margin": (
+        ["BF16", "E4M3", "E7M0"],
+        ["adamw"],
+        2,
+        {("E4M3", "adamw"): 0.30, ("E7M0", "adamw"): 3.0},
+        [
+            (0, "E7M0 fails in every arm (decided)"),
+            (0, "Not decided: E4M3 (its best arm, adamw, +1"),
+            (0, "would decide it"),
+        ],
+        ["E4M3 fails", "E4M3 trains"],
+    ),
+    "out of memory in an unrelated cell": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.03, ("E3M4", "manifold"): OOM},
+        [(1, "E4M3 with manifold benefits most (decided): +0.0"), (0, "E3M4, E4M3 and E5M2 train (decided)")],
+        [],
+    ),
+    "the reference lost a seed": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        5,
+        {("E4M3", "manifold"): -0.1, ("BF16", "adamw", 3): None},
+        [
+            (0, "E4M3 and E5M2 train (decided)"),
+            (1, "E4M3 with manifold benefits most (decided)"),
+            (3, "BF16 AdamW has no loss at seed 3"),
+        ],
+        [],
+    ),
+    "a rescue that trains": (
+        ["BF16", "E4M3", "E7M0"],
+        PLAIN,
+        6,
+        {("E7M0", "adamw"): stall(), ("E7M0", "manifold"): 0.02},
+        [
+            (0, "E4M3 and E7M0 train (decided)"),
+            (
+                1,
+                "manifold rescues E7M0, decided (p = 0.0022; E7M0: manifold stopped in 0 of 6 seeds, adamw in 6 of 6).",
+            ),
+            (2, "adamw fails in E7M0 (stopped in 6 of 6 seeds by flip_yield in lm_head (step 30, median 30; 0 % to 46"),
+        ],
+        [],
+    ),
+    "a rescue that does not train": (
+        ["BF16", "E4M3", "E7M0"],
+        PLAIN,
+        6,
+        {("E7M0", "adamw"): stall(), ("E7M0", "manifold"): 1.0},
+        [(1, "decided (p = 0.0022), but manifold fails to train there."), (0, "E7M0 fails in every arm (decided)")],
+        ["rescues"],
+    ),
+    "too few seeds for a rescue": (
+        ["BF16", "E4M3", "E7M0"],
+        PLAIN,
+        3,
+        {("E7M0", "adamw"): stall()},
+        [(1, "E7M0: manifold stopped in 0 of 3 seeds, adamw in 3 of 3: not decided (p = 0.1).")],
+        ["rescues"],
+    ),
+    "all runs of a format were pruned": (
+        ["BF16", "E5M2", "E6M1"],
+        ["adamw"],
+        3,
+        {("E6M1", "adamw"): PRUNED},
+        [(0, "Without result: E6M1 (all of their runs were pruned or lost)."), (0, "E5M2 trains (decided)")],
+        ["E6M1 fail"],
+    ),
+    "arms on the grid against the plain arm on the grid": (
+        ["BF16", "E4M3", "E5M2"],
+        ["adamw", "adamw_sr", "grid"],
+        6,
+        {("E4M3", "adamw_sr"): 0.1, ("E4M3", "grid"): 0.1, ("E5M2", "grid"): -0.05},
+        [(1, "E5M2 with grid benefits most (decided): +0.0")],
+        ["E4M3 with grid benefits"],
+    ),
+    "everything explodes": (
+        ["BF16", "E4M3", "E5M2"],
+        ["adamw"],
+        3,
+        {("E4M3", "adamw"): explode(), ("E5M2", "adamw"): explode()},
+        [(0, "E4M3 and E5M2 fail in every arm (decided)."), (2, "stopped in 3 of 3 seeds by train_loss (step 12")],
+        ["train (decided)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_report_says_what_was_planted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    formats, arms, seeds, effects, expected, forbidden = CASES[name]
+    base = offsets({key: value for key, value in effects.items() if len(key) == 2})
+
+    def offset(*at: object) -> object:
+        return effects[at] if at in effects else base(*at)  # type: ignore[index]
+
+    answers = said(write_ledger(tmp_path, Plan(formats, arms, seeds, offset=offset)), capsys)  # type: ignore[arg-type]
+    for place, text in expected:
+        assert text in answers[place]
+    for text in forbidden:
+        assert text not in "\n".join(answers), text
+
+
+@pytest.mark.parametrize(
+    ("reference", "own", "expected"),
+    [
+        ((1e-3, 3e-3), (1e-3, 3e-3), "E5M2 trains (decided)"),
+        ((3e-3,), (1e-3, 3e-3), "arms are compared over the rates that all have (0.003): adamw ran 2."),
+        ((3e-3,), (1e-3, 2e-3), "settings that no other cell shares, chosen freely; exploratory"),
+    ],
+)
+def test_learning_rates_are_compared_over_equal_grids(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reference: tuple[float, ...],
+    own: tuple[float, ...],
+    expected: str,
+) -> None:
+    write_ledger(tmp_path, Plan(["BF16"], ["adamw"], 4, lrs=reference, offset=offsets({})))
+    write_ledger(tmp_path, Plan(["E5M2"], ["adamw"], 4, lrs=own, offset=offsets({})))
+    answers = said(tmp_path, capsys)
+    assert expected in "\n".join(answers)
+    assert ("E5M2 trains (decided)" in answers[0]) is ("exploratory" not in expected)
+
+
+def test_a_torn_and_growing_ledger_is_reported_as_far_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A driver that died, or still runs: trials without an end, rows without an outcome."""
+    write_ledger(tmp_path, Plan(["BF16", "E4M3", "E5M2"], PLAIN, 4, offset=offsets({("E4M3", "manifold"): -0.1})))
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as connection, connection:
+        connection.execute(
+            "DELETE FROM outcomes WHERE trial_id IN (SELECT trial_id FROM trials WHERE seed = 3 AND format != 'BF16')"
+        )
+        connection.execute(
+            "DELETE FROM rows WHERE step > 40 AND trial_id IN (SELECT trial_id FROM trials WHERE seed = 3)"
+        )
+    with Ledger(tmp_path / "ledger.sqlite") as running:
+        answers = said(tmp_path, capsys)
+        assert running.trials()
+    assert "E4M3 with manifold benefits most (decided)" in answers[1]
+    assert "Incomplete: 18 of 24 trials have a result." in answers[3]
+
+
+def assert_rare(tally: simulation.Tally, event: str, limit: float = 0.05) -> None:
+    rate, margin = tally.rate(event), 3 * math.sqrt(limit * (1 - limit) / tally.studies)
+    assert rate <= limit + margin, f"{event}: {rate:.3f} of {tally.studies} studies"
+
+
+QUICK = [scenario for scenario in simulation.NULL if scenario.name in ("normal", "bad runs", "one format × 4")]
+
+
+@pytest.mark.parametrize("scenario", QUICK, ids=lambda scenario: scenario.name)
+def test_little_is_decided_where_nothing_differs(scenario: simulation.Scenario) -> None:
+    tally = simulation.simulate(scenario, 4, 60, key=11)
+    for event in ("false", "uncovered", "headline uncovered"):
+        assert_rare(tally, event)
+
+
+def test_at_the_margin_little_is_decided_with_two_seeds() -> None:
+    tally = simulation.simulate(simulation.AT_MARGIN[0], 2, 60, key=12)
+    for event in ("false trains", "false fails"):
+        assert_rare(tally, event)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 4, 6, 10])
+@pytest.mark.parametrize("scenario", simulation.NULL, ids=lambda scenario: scenario.name)
+def test_what_is_called_decided_is_rarely_false(scenario: simulation.Scenario, seeds: int) -> None:
+    tally = simulation.simulate(scenario, seeds, 120, key=13)
+    for event in ("false", "uncovered", "headline uncovered"):
+        assert_rare(tally, event)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 4, 6, 10])
+@pytest.mark.parametrize("scenario", simulation.AT_MARGIN, ids=lambda scenario: scenario.name)
+def test_at_the_margin_little_is_decided(scenario: simulation.Scenario, seeds: int) -> None:
+    tally = simulation.simulate(scenario, seeds, 120, key=14)
+    for event in ("false trains", "false fails"):
+        assert_rare(tally, event)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 4, 6, 10])
+@pytest.mark.parametrize("scenario", simulation.TRUE, ids=lambda scenario: scenario.name)
+def test_true_effects_are_covered_and_the_best_is_in_the_set(scenario: simulation.Scenario, seeds: int) -> None:
+    tally = simulation.simulate(scenario, seeds, 120, key=15)
+    for event in ("false", "uncovered", "headline uncovered", "best left out"):
+        assert_rare(tally, event)
+
+
+@pytest.mark.slow
+def test_planted_losses_of_real_trials_are_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """36 trials of 20 steps, trained by a sweep on Ray; then only their final losses are written over."""
+    out = tmp_path / "sweep"
+    words = "--formats BF16,E4M3,E5M2 --optimizers adamw,manifold --seeds 6 --steps 20 --wandb off --max-concurrent 2"
+    assert main(["run", *words.split(), "--out", str(out)]) == 0
+    last = capsys.readouterr().out
+    assert "Which 8-bit formats train?" in last and "36 trials: 36 done" in last
+    effects: Effects = {("BF16", "manifold"): -0.20, ("E4M3", "manifold"): -0.12, ("E5M2", "adamw"): 0.9}
+    offset = offsets(effects | {("E5M2", "manifold"): 0.9})
+    with closing(sqlite3.connect(out / "ledger.sqlite")) as connection, connection:
+        trials = connection.execute("SELECT trial_id, format, arm, seed FROM trials").fetchall()
+        assert len(trials) == 36
+        for trial_id, *at in trials:
+            loss = BASE + offset(*at)  # type: ignore[operator]
+            connection.execute("UPDATE outcomes SET val_loss = ? WHERE trial_id = ?", (loss, trial_id))
+            connection.execute("UPDATE rows SET val_loss = ? WHERE trial_id = ? AND step = 20", (loss, trial_id))
+    answers = said(out, capsys)
+    assert "E4M3 trains (decided)" in answers[0] and "E5M2 fails in every arm (decided)" in answers[0]
+    assert "benefits most" not in answers[1]
+    assert "Decided to gain less than in BF16: E5M2 manifold −0." in answers[1] and "E4M3 manifold −0.0" in answers[1]
+    assert "E5M2: adamw and manifold end" in answers[2]
+    assert "E5M2 trains (decided)" in said(out, capsys, "--margin", "0.6")[0].replace(
+        "E4M3 and E5M2 train", "E5M2 trains"
+    )
