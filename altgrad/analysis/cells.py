@@ -87,6 +87,13 @@ class Cell:
     """Whether its grid has no rate in common with those it is compared with."""
     plain: str = ""
     control: str = ""
+    quantized: bool = True
+    """False for an arm whose layers round nothing, whatever the format."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it trains in 8 bits, so that it trains or fails for its format."""
+        return self.quantized and is_eight_bit(self.format)
 
     @property
     def key(self) -> Key:
@@ -275,6 +282,7 @@ def _cell(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[str
         chosen_by=_chosen_by(finished),
         family=first["optimizer"],
         knobs=knobs,
+        quantized=bool(first["quantized"]),
         plain=first["plain_arm"],
         control=first["control_arm"],
     )

@@ -144,46 +144,55 @@ def against_reference(cells: Sequence[Cell], reference: Cell) -> list[Contrast]:
 
 def gains(cells: Sequence[Cell]) -> list[Contrast]:
     """What each geometry-aware arm gains over the plain arm of its residence, in its format and policy."""
-    found = []
+    found, by_arm = [], _by_arm(cells)
     for cell in cells:
-        if cell.geometry and (plain := _plain_of(cell, cells)) is not None:
+        if cell.geometry and (plain := _plain_of(cell, by_arm)) is not None:
             found.append(Contrast("gain", cell, ((plain, 1), (cell, -1))))
     return found
 
 
 def interactions(cells: Sequence[Cell]) -> list[Contrast]:
     """What each geometry-aware arm gains in an 8-bit format beyond its gain in BF16, and beyond its FP32 control's."""
-    found = []
+    found, by_arm = [], _by_arm(cells)
     for cell in cells:
-        if not (cell.geometry and is_eight_bit(cell.format)):
+        if not (cell.geometry and cell.is_judged):
             continue
-        plain = _plain_of(cell, cells)
+        plain = _plain_of(cell, by_arm)
         if plain is None:
             continue
         own = ((plain, 1), (cell, -1))
-        same = _twin_of(cell, cells, REFERENCE_FORMAT, cell.family)
-        same_plain = None if same is None else _plain_of(same, cells)
+        same = _twin_of(cell, by_arm, REFERENCE_FORMAT, cell.family)
+        same_plain = None if same is None else _plain_of(same, by_arm)
         if same is not None and same_plain is not None:
             found.append(Contrast("beyond BF16", cell, (*own, (same_plain, -1), (same, 1))))
-        control = _twin_of(cell, cells, cell.format, cell.control) if cell.control else None
-        unquantized = _twin_of(plain, cells, UNQUANTIZED, REFERENCE_ARM)
+        control = _twin_of(cell, by_arm, cell.format, cell.control) if cell.control else None
+        unquantized = _twin_of(plain, by_arm, UNQUANTIZED, REFERENCE_ARM)
         if control is not None and unquantized is not None:
             found.append(Contrast("beyond FP32", cell, (*own, (unquantized, -1), (control, 1))))
     return found
 
 
-def _plain_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
-    format = UNQUANTIZED if cell.plain and cell.family == cell.control else cell.format
-    return _twin_of(cell, cells, format, cell.plain)
+ByArm = Mapping[tuple[str, str], Sequence[Cell]]
+"""Cells by format and arm, whatever its parameters."""
 
 
-def _twin_of(cell: Cell, cells: Iterable[Cell], format: str, family: str) -> Cell | None:
+def _by_arm(cells: Iterable[Cell]) -> ByArm:
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.format, cell.family), []).append(cell)
+    return found
+
+
+def _plain_of(cell: Cell, cells: ByArm) -> Cell | None:
+    return _twin_of(cell, cells, cell.format if cell.quantized else UNQUANTIZED, cell.plain)
+
+
+def _twin_of(cell: Cell, cells: ByArm, format: str, family: str) -> Cell | None:
     """The cell of that format and arm which shares the parameters that both have; its own policy first."""
     rivals = [
         other
-        for other in cells
-        if (other.format, other.family) == (format, family)
-        and all(cell.knobs[name] == other.knobs[name] for name in cell.knobs.keys() & other.knobs.keys())
+        for other in cells.get((format, family), ())
+        if all(cell.knobs[name] == other.knobs[name] for name in cell.knobs.keys() & other.knobs.keys())
         and (other.policy == cell.policy or not is_eight_bit(format))
     ]
     own = [other for other in rivals if other.policy == cell.policy] or rivals

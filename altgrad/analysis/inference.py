@@ -39,6 +39,8 @@ LEAST_TO_BORROW = 6
 """Of fewer differences each has its own variance only."""
 POWER = 0.8
 MOST_SEEDS = 60
+MOST_PAIRED = 64
+"""Candidates whose differences borrow from each other."""
 LEAST_JOINT, MOST_EXACT = 6, 16
 """Seeds from which flips of signs can reach .05, and up to which all of them are looked at."""
 FLIPS = 20_000
@@ -57,18 +59,28 @@ class Intervals:
     level: float
 
 
+_COLUMNS = ("mean", "half", "n", "spread", "df")
+
+
 def family_level(m: int) -> float:
     """The two-sided level of each of m differences of which, 19 times in 20, none is found by chance."""
     return float(1 - (1 - (ALPHA if m < LEAST_TO_BORROW else BORROWED_ALPHA)) ** (1 / max(m, 1)))
 
 
 def intervals(
-    differences: Array, weights: Array, level: float | None = None, *, gate: float = ALPHA, floor: float = 0.0
+    differences: Array,
+    weights: Array,
+    level: float | None = None,
+    *,
+    gate: float = ALPHA,
+    floor: float = 0.0,
+    counts: tuple[float, float] | None = None,
 ) -> Intervals:
     """Intervals of a family of differences: [seeds, m], NaN where a seed is lost.
 
     `weights` [m, cells]: each difference as a sum of cells, from which their correlation follows. `level`: two-sided,
-    of each; None: `family_level(m)`. `floor`: the least standard deviation, for differences at float noise.
+    of each; None: `family_level(m)`. `floor`: the least standard deviation, for differences at float noise. `counts`:
+    `independent(weights)`, where it is known.
     """
     values = np.asarray(differences, dtype=float)
     known = np.isfinite(values)
@@ -85,8 +97,10 @@ def intervals(
         own = np.maximum(squares / own_df, least)
         # The same in every seed, as scores of few documents may be by chance: that says nothing of the spread.
         constant = own <= least
-        spread_ones = ~constant if not constant.all() else constant
-        weight, prior, total = _prior(own, own_df, np.asarray(weights, dtype=float)[usable], spread_ones)
+        fitted = ~constant if not constant.all() else constant
+        if counts is None or m < len(n) or not fitted.all():
+            counts = independent(np.asarray(weights, dtype=float)[usable][fitted])
+        weight, prior, total = _prior(own, own_df, fitted, counts)
         moderated = (weight * prior + own_df * own) / (weight + own_df)
         if not constant.all():
             moderated[constant] = (own * own_df)[~constant].sum() / own_df[~constant].sum()
@@ -97,16 +111,17 @@ def intervals(
     return Intervals(mean, half, n, spread, df, level)
 
 
-def _prior(own: Array, own_df: Array, weights: Array, used: NDArray[np.bool_]) -> tuple[float, float, Array]:
+def _prior(
+    own: Array, own_df: Array, fitted: NDArray[np.bool_], counts: tuple[float, float]
+) -> tuple[float, float, Array]:
     """The weight of the prior variance, that variance, and the degrees of freedom of each moderated one.
 
-    `used`: the differences that the prior is fitted to.
+    `fitted`: the differences that the prior is fitted to; `counts`: `independent` of their weights.
     """
-    all_df = own_df
-    own, own_df, weights = own[used], own_df[used], weights[used]
+    all_df, (kappa, shared) = own_df, counts
+    own, own_df = own[fitted], own_df[fitted]
     if len(own) < LEAST_TO_BORROW:
         return 0.0, 0.0, all_df
-    kappa, shared = independent(weights)
     logs = np.log(own) - special.digamma(own_df / 2) + np.log(own_df / 2)
     excess = float(logs.var(ddof=1) - (1 - shared) * special.polygamma(1, own_df / 2).mean())
     if excess > 1e-3:
@@ -140,21 +155,28 @@ def best_set(gains: Array, weights: Array, *, floor: float = 0.0) -> list[bool]:
     if not pairs:
         return stays
     first, second = (list(side) for side in zip(*pairs, strict=True))
-    found = _without_ties(
-        gains[:, first] - gains[:, second], weights[first] - weights[second], 2 * ALPHA / (k - 1), floor
-    )
+    # The correlations of thousands of pairs are not worth their gigabytes: each has its own variance then.
+    contrasts = weights[first] - weights[second] if k <= MOST_PAIRED else None
+    found = _without_ties(gains[:, first] - gains[:, second], contrasts, 2 * ALPHA / (k - 1), floor)
     for (a, b), mean, half in zip(pairs, found.mean, found.half, strict=True):
         if abs(mean) > half:
             stays[b if mean > 0 else a] = False
     return stays
 
 
-def _without_ties(differences: Array, weights: Array, level: float, floor: float) -> Intervals:
-    """`intervals`, with differences that are tied in every seed as 0 ± 0: their variance would wreck the prior."""
+def _without_ties(differences: Array, weights: Array | None, level: float, floor: float) -> Intervals:
+    """`intervals`, with differences that are tied in every seed as 0 ± 0: their variance would wreck the prior.
+
+    Without `weights` no variance is borrowed.
+    """
     known = np.isfinite(differences)
     tied = known.any(0) & np.where(known, np.abs(differences) <= floor, True).all(0)
     masked = np.where(tied, np.nan, differences)
-    found = intervals(masked, weights, level, floor=floor)
+    if weights is None:
+        apart = [intervals(column[:, None], np.ones((1, 1)), level, floor=floor) for column in masked.T]
+        found = Intervals(*(np.concatenate([getattr(one, name) for one in apart]) for name in _COLUMNS), level)
+    else:
+        found = intervals(masked, weights, level, floor=floor)
     found.mean[tied], found.half[tied] = 0.0, 0.0
     return found
 
@@ -261,9 +283,9 @@ def _detectable(data: bytes, shape: tuple[int, int], seeds: int, studies: int) -
     weights = np.frombuffer(data).reshape(shape)
     unit = weights / np.sqrt((weights**2).sum(1, keepdims=True))
     draw = np.random.default_rng(0)
-    needed = []
+    needed, counts = [], independent(unit)
     for _ in range(studies):
-        found = intervals(draw.standard_normal((seeds, shape[1])) @ unit.T, unit)
+        found = intervals(draw.standard_normal((seeds, shape[1])) @ unit.T, unit, counts=counts)
         # A true difference δ is decided, on its own side, where mean + δ > half.
         needed.append(found.half - found.mean)
     return float(np.quantile(np.concatenate(needed), POWER))

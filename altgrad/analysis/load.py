@@ -34,7 +34,7 @@ import pandas as pd
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked, is_current
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
-from altgrad.training.config import TrainConfig, has_own_lr_unit
+from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain
 from altgrad.training.residence import control_arm, plain_arm
@@ -227,6 +227,7 @@ def _trial(
         "state": _state(outcome),
         "options": config.optimizer.model_dump_json(),
         "geometry": config.use_manifold_aware,
+        "quantized": config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
         "plain_arm": plain_arm(config.optimizer),
         "control_arm": control_arm(config.optimizer),
         "lr_unit": config.arm if has_own_lr_unit(config.optimizer) else "weight",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, Cell, is_eight_bit
+from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, Cell
 from altgrad.analysis.contrasts import interactions, weights_of
 from altgrad.analysis.inference import LEAST_JOINT, POWER, detectable
 from altgrad.analysis.study import MARGIN, main_policy
@@ -42,6 +42,7 @@ def _empty(config: TrainConfig) -> Cell:
         family=config.arm,
         plain=plain_arm(config.optimizer),
         control=control_arm(config.optimizer),
+        quantized=getattr(config.optimizer, "quantized", True),
     )
 
 
@@ -64,7 +65,7 @@ def _geometry_power(cells: list[Cell], seeds: int) -> str:
 
 def _format_power(cells: list[Cell], seeds: int, margin: float) -> str:
     policy = main_policy(cells)
-    judged = [cell for cell in cells if is_eight_bit(cell.format) and cell.policy == policy]
+    judged = [cell for cell in cells if cell.is_judged and cell.policy == policy]
     if not judged or not any((cell.format, cell.family) == (REFERENCE_FORMAT, REFERENCE_ARM) for cell in cells):
         return "power: no format can be said to train or to fail: that takes an 8-bit format and BF16 AdamW"
     draw = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from altgrad.analysis import contrasts, verdicts
-from altgrad.analysis.cells import MAIN_POLICY, MEASURES, UNITS, Cell, Key, build_cells, find_reference, is_eight_bit
+from altgrad.analysis.cells import MAIN_POLICY, MEASURES, UNITS, Cell, Key, build_cells, find_reference
 from altgrad.analysis.contrasts import Contrast, table, weights_of, without_repeats
 from altgrad.analysis.inference import best_set
 from altgrad.analysis.verdicts import FormatVerdict, Verdict
@@ -61,7 +61,7 @@ class Study:
     @property
     def judged(self) -> list[Cell]:
         """The 8-bit cells of the main policy."""
-        return [cell for cell in self.cells if cell.policy == self.policy and is_eight_bit(cell.format)]
+        return [cell for cell in self.cells if cell.policy == self.policy and cell.is_judged]
 
     @property
     def seeds(self) -> int:
@@ -89,7 +89,7 @@ class Study:
 
 def main_policy(cells: Sequence[Cell]) -> str:
     """The policy that a finding speaks of: uniform where it was run, else the first by name."""
-    policies = sorted({cell.policy for cell in cells if is_eight_bit(cell.format)})
+    policies = sorted({cell.policy for cell in cells if cell.is_judged})
     return MAIN_POLICY if MAIN_POLICY in policies or not policies else policies[0]
 
 

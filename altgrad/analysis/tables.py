@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from altgrad.analysis.cells import UNITS, Cell, is_eight_bit
+from altgrad.analysis.cells import UNITS, Cell
 from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.failures import reason
 from altgrad.analysis.load import FAILED
@@ -255,7 +255,7 @@ def _verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
     if cell is study.reference:
         return _reference_text(cell)
     if verdict is None or verdict.word == "no result":
-        return DASH if not is_eight_bit(cell.format) else "pruned" if cell.pruned else "no result"
+        return DASH if not cell.is_judged else "pruned" if cell.pruned else "no result"
     return "not decided" if verdict.word == "open" else verdict.word
 
 

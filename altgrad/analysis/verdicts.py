@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from altgrad.analysis.cells import Cell, Key, is_eight_bit, mean_of_known
+from altgrad.analysis.cells import Cell, Key, mean_of_known
 from altgrad.analysis.contrasts import table, weights_of, without_repeats
 from altgrad.analysis.inference import ALPHA, independent, intervals, more_seeds
 
@@ -59,7 +59,7 @@ class FormatVerdict:
 
 def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, tolerance: float) -> dict[Key, Verdict]:
     """On every 8-bit cell, by its key; `tolerance`: what two losses differ by as float noise."""
-    judged = [cell for cell in cells if is_eight_bit(cell.format)]
+    judged = [cell for cell in cells if cell.is_judged]
     usable = [cell for cell in judged if cell.has_result and not cell.exploratory]
     names = list(dict.fromkeys(cell.format for cell in usable))
     firsts = {name: group[0] for group in twin_groups(usable, names, tolerance) for name in group}
@@ -97,10 +97,10 @@ def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, tolerance: f
 
 def format_verdicts(cells: Sequence[Cell], found: dict[Key, Verdict], tolerance: float) -> list[FormatVerdict]:
     """One for each 8-bit format among the cells, in their order; formats that are one grid together."""
-    names = list(dict.fromkeys(cell.format for cell in cells if is_eight_bit(cell.format)))
+    names = list(dict.fromkeys(cell.format for cell in cells if cell.is_judged))
     judged = []
     for group in twin_groups(cells, names, tolerance):
-        own = [cell for cell in cells if cell.format == group[0]]
+        own = [cell for cell in cells if cell.format == group[0] and cell.is_judged]
         arms = tuple(found[cell.key] for cell in sorted(own, key=lambda cell: cell.rank))
         words = [arm.word for arm in arms]
         word: Word = "open"

@@ -22,6 +22,7 @@ def cell(losses: dict[int, float], stops: tuple[int, ...] = (), **changes: Any) 
     fields.setdefault("geometry", ARMS[family].kind in ("manifold", "grid"))
     fields.setdefault("plain", plain_arm(ARMS[family]))
     fields.setdefault("control", control_arm(ARMS[family]))
+    fields.setdefault("quantized", fields["format"] != UNQUANTIZED and getattr(ARMS[family], "quantized", True))
     fields.setdefault("starts", dict.fromkeys((*losses, *stops), START))
     return Cell(losses=losses, stops={seed: Stop("flip_yield", "lm_head", 30.0) for seed in stops}, **fields)
 

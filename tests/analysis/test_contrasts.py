@@ -45,6 +45,10 @@ def test_the_fp32_control_is_the_same_steps_over_weights_that_nothing_rounds() -
     study = study_of(cells_of(names, noisy(effects), 4))
     assert beyond(study, "E4M3", "manifold", "beyond FP32").mean == pytest.approx(0.12 - 0.10, abs=0.01)
     assert beyond(study, "E4M3", "manifold").mean == pytest.approx(0.12, abs=0.01)
+    gain = next(item for item in study.gains if item.cell.arm == "manifold_fp32")
+    assert gain.other.format == "FP32" and gain.mean == pytest.approx(0.10, abs=0.01)
+    assert not any(item.cell.arm == "manifold_fp32" for item in study.beyond)
+    assert ("E4M3", "manifold_fp32", "uniform") not in study.verdicts, "it rounds nothing: it is no E4M3"
 
 
 def test_arms_of_one_parameter_are_compared_with_each_other() -> None:
