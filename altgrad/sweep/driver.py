@@ -165,13 +165,14 @@ def drive(
     *,
     against: dict[str, str],
     options: RunOptions,
+    text_sha256: str = "",
     growth: Growth | None = None,
     meter: Meter | None = None,
 ) -> str | None:
     """Runs the trials on the Ray at `address`; returns the error that ended the sweep early, if one did.
 
     `against`: each trial's reference, which may be among the trials or have ended before. Both grow with what `growth`
-    adds.
+    adds. `text_sha256`: of the text that all trials are about.
     """
     scratch = recorder.folder.parent.absolute() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -196,6 +197,7 @@ def drive(
                     own_guards=options.worker_guards,
                     interval_timeout=options.interval_timeout,
                     gpus=options.gpus,
+                    text_sha256=text_sha256,
                 )
                 for trial_id, config in new.items()
             }

@@ -55,12 +55,13 @@ def run_request(
     own_guards: bool = True,
     interval_timeout: float = 0.0,
     gpus: float = 0.0,
+    text_sha256: str = "",
 ) -> dict[str, str]:
     """What an executor needs to run a trial; plain strings, so that Ray has nothing to interpret.
 
     `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. Where a log
     interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. `gpus`: what each of its
-    processes asks Ray for. A key `until` may be added: the step at which the trial pauses, with a checkpoint.
+    processes asks Ray for. `text_sha256`: of the text that the trial's id stands for. A key `until` may be added: the step at which the trial pauses, with a checkpoint.
     """
     return {
         "trial_id": trial_id,
@@ -70,6 +71,7 @@ def run_request(
         "own_guards": "yes" if own_guards else "",
         "interval_timeout": str(interval_timeout),
         "gpus": str(gpus),
+        "text_sha256": text_sha256,
     }
 
 
@@ -133,6 +135,7 @@ class TrialRun:
                 guarded=self._own_guards,
                 workers=self._workers,
                 device=own_device(self._gpus),
+                text_sha256=self._request.get("text_sha256") or None,
             )
             self._rows = self._trainer.intervals()
         row = next(self._rows, None)

@@ -139,7 +139,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         meter = Meter(options.budget, ledger, options.gpus * options.workers_per_trial)
         broken = None
         if left and not meter.exceeded:
-            broken = _drive(anchored, options, trials, left, recorder, growth, meter)
+            broken = _drive(anchored, options, trials, left, recorder, corpus.text_sha256, growth, meter)
         unfinished = ledger.remaining(trials)
         over_budget = meter.exceeded if unfinished else None
         if over_budget:
@@ -191,6 +191,7 @@ def _drive(
     trials: Mapping[str, TrainConfig],
     left: dict[str, TrainConfig],
     recorder: Recorder,
+    text_sha256: str,
     growth: Growth | None,
     meter: Meter,
 ) -> str | None:
@@ -205,7 +206,15 @@ def _drive(
 
         try:
             return drive(
-                left, recorder, progress, race, against=references(trials), options=options, growth=growth, meter=meter
+                left,
+                recorder,
+                progress,
+                race,
+                against=references(trials),
+                options=options,
+                text_sha256=text_sha256,
+                growth=growth,
+                meter=meter,
             )
         finally:
             if growth is not None:

@@ -75,9 +75,22 @@ class Task(Protocol):
         """What a checkpoint's weights are tied to, by name."""
 
 
-def build_task(config: TrainConfig) -> Task:
-    """The configuration's task with its data loaded; ValueError where the data are unusable."""
-    return Classification(config) if config.task == "classify" else LanguageModelling(config)
+class DataChanged(ValueError):
+    """The data at hand are not those that the trial's id stands for."""
+
+
+def build_task(config: TrainConfig, text_sha256: str | None = None) -> Task:
+    """The configuration's task with its data loaded; ValueError where the data are unusable.
+
+    `text_sha256`: what the text must be; DataChanged where it is another.
+    """
+    task: Task = Classification(config) if config.task == "classify" else LanguageModelling(config)
+    if text_sha256 not in (None, task.data.text_sha256):
+        raise DataChanged(
+            f"data {config.data.source}: not those of this trial's id: sha256 {task.data.text_sha256} here, "
+            f"{text_sha256} in the sweep. Restore the files, or start the sweep again: it then has other trials"
+        )
+    return task
 
 
 def save_vocabulary(task: Task, folder: Path) -> None:

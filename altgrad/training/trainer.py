@@ -69,6 +69,7 @@ class Trainer:
     the signals that are held against one; without it they are not measured. With `guarded=False` the run leaves its
     guards to whoever listens. `workers`: this process's place among those that share the training; only the first
     observes and writes, and a folder is given to all of them. `device` holds the model; the record says which it was.
+    `text_sha256`: of the text it must be trained on (DataChanged where the source holds another).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Trainer:
         guarded: bool = True,
         workers: Workers = ALONE,
         device: Device | torch.device | str = "cpu",
+        text_sha256: str | None = None,
     ) -> None:
         workers.check(config.data.batch)
         observe = observe and workers.is_first
@@ -94,7 +96,7 @@ class Trainer:
         self.device = device if isinstance(device, Device) else device_of(device)
         self.devices: list[dict[str, str]] = []
         """on which the steps so far were trained, of this attempt and earlier ones"""
-        self.task = build_task(config)
+        self.task = build_task(config, text_sha256)
         self.model = self.task.build().to(self.device.torch_device)
         if config.format != UNQUANTIZED:
             self.conversion = quantize_model(

@@ -18,6 +18,7 @@ from altgrad.sweep.progress import Progress
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.schedulers import HealthScheduler
 from altgrad.training.config import TrainConfig
+from altgrad.training.data.corpus import _load, load_corpus
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
 
@@ -232,3 +233,24 @@ def test_equal_errors_break_the_sweep_and_different_ones_do_not(tmp_path: Path, 
             follower.on_trial_complete(0, [], SimpleNamespace(config={"trial": {"trial_id": trial_id}}, last_result={}))
     assert breaker.stop_all() is (reason is not None)
     assert reason is None or (breaker.reason or "").startswith(f"3 trials failed alike: {reason}")
+
+
+def test_a_trial_refuses_data_that_are_not_those_of_its_id(tmp_path: Path) -> None:
+    """The files changed under the sweep, on this node or since the trial began."""
+    source = tmp_path / "text.txt"
+    source.write_text("abcdefgh " * 400)
+    config = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"source": str(source)})})
+    promised = load_corpus(config.data).text_sha256
+    folder = tmp_path / "trial"
+    actor = TrialActor(config={"trial": run_request("trial", config, folder, text_sha256=promised)})
+    assert actor.step()["step"] == 5
+    actor.cleanup()
+    source.write_text("ijklmnop " * 400)
+    _load.cache_clear()
+    actor.reset_config({"trial": run_request("trial", config, folder, text_sha256=promised)})
+    assert actor.step()["done"]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    found = load_corpus(config.data).text_sha256
+    assert outcome["kind"] == "bug" and found != promised
+    assert f"sha256 {found} here, {promised} in the sweep" in outcome["message"]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5, "nothing is recorded under a wrong id"

@@ -36,7 +36,7 @@ PIECE_BYTES = 1 << 16
 class Corpus:
     """Tokenized text: `train` and `val` are read-only arrays of ids; `sha256` identifies content, split and tokens.
 
-    `bytes_per_token` is that of the validation text; `provenance` says where hub data came from.
+    `text_sha256` identifies content and split, whatever the tokens. `bytes_per_token` is that of the validation text; `provenance` says where hub data came from.
     """
 
     source: str
@@ -44,6 +44,7 @@ class Corpus:
     train: np.ndarray
     val: np.ndarray
     sha256: str
+    text_sha256: str
     notes: tuple[str, ...] = ()
     tokenizer: Tokenizer = field(default_factory=tokenizers.ByteTokenizer)
     bytes_per_token: float = 1.0
@@ -78,8 +79,9 @@ def _load(source: str, revision: str | None, text_field: str, val_fraction: floa
         notes += (f"no file is named dev or validation: {val_fraction:.0%} of the training documents are held out",)
     if tokenizer == "bytes":
         train, val = (_mapped(plain, split, np.dtype(np.uint8)) for split in SPLITS)
+        digest = plain.meta["sha256"]
         return Corpus(
-            source, plain.meta["documents"], train, val, plain.meta["sha256"], notes, provenance=opened.provenance
+            source, plain.meta["documents"], train, val, digest, digest, notes, provenance=opened.provenance
         )
     parts = {"text": plain.meta["sha256"], "tokenizer": tokenizer}
     entry = cached(parts, lambda folder: _write_tokens(folder, plain, tokenizer))
@@ -92,6 +94,7 @@ def _load(source: str, revision: str | None, text_field: str, val_fraction: floa
         train,
         val,
         entry.meta["sha256"],
+        plain.meta["sha256"],
         notes,
         learned,
         bytes_in_val / len(val),

@@ -73,7 +73,10 @@ def _start(ends: np.ndarray, row: int) -> int:
 
 @dataclass(frozen=True)
 class Documents:
-    """Three labelled splits; `labels` is the vocabulary, `unseen` are labels outside it, with ids behind it."""
+    """Three labelled splits; `labels` is the vocabulary, `unseen` are labels outside it, with ids behind it.
+
+    `sha256` identifies content, splits and tokens, `text_sha256` all but the tokens.
+    """
 
     source: str
     train: LabelledSplit
@@ -83,6 +86,7 @@ class Documents:
     unseen: tuple[str, ...]
     tokenizer: Tokenizer
     sha256: str
+    text_sha256: str
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -130,6 +134,7 @@ def _load(data: DataConfig, encoder: str | None, block: int) -> Documents:
         tuple(texts.meta["unseen"]),
         own,
         entry.meta["sha256"],
+        texts.meta["sha256"],
         (*opened.notes, *texts.meta["notes"]),
         opened.provenance,
     )
