@@ -61,7 +61,8 @@ def run_request(
 
     `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. Where a log
     interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. `gpus`: what each of its
-    processes asks Ray for. `text_sha256`: of the text that the trial's id stands for. A key `until` may be added: the step at which the trial pauses, with a checkpoint.
+    processes asks Ray for. `text_sha256`: of the text that the trial's id stands for. A key `until` may be added: the
+    step at which the trial pauses, with a checkpoint.
     """
     return {
         "trial_id": trial_id,

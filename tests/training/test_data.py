@@ -1,5 +1,6 @@
 """Equal seeds mean equal batches; the split is by document; bad sources meet clear errors."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from altgrad.training.config import DataConfig
 from altgrad.training.data import load_corpus, train_batch, val_batches
+from altgrad.training.data.corpus import _load
 
 DOCUMENTS = [f"document {i}: " + "words and more words " * 20 for i in range(30)]
 
@@ -93,7 +95,7 @@ def test_a_single_text_is_cut_near_its_end(tmp_path: Path):
         ("empty.txt", "", "holds no text"),
         ("bad.jsonl", '{"text": "a"}\n{oops\n', "bad.jsonl:2"),
         ("field.jsonl", '{"body": "a"}\n', "it has: body"),
-        (".", None, "no text, JSONL, parquet or CSV"),
+        (".", None, "no file of a kind that is read"),
     ],
 )
 def test_a_bad_source_is_refused_with_what_is_wrong(tmp_path: Path, name, content, message):
@@ -181,3 +183,104 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"data '': an empty name; allowed: 'pydoc'"):
         load_corpus(DataConfig(source=""))
+
+
+TEXT = [f"Text number {i}, an é and a ü" for i in range(40)]
+
+
+def save_arrow(folder: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_dict({"text": TEXT}),
+            "validation": datasets.Dataset.from_dict({"text": TEXT[:4]}),
+        }
+    ).save_to_disk(folder)
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def csv_text(texts: list[str]) -> bytes:
+    return ("text\r\n" + "".join(f'"{text}"\r\n' for text in texts)).encode("utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", jsonl(TEXT)),
+        ("a.jsonl.gz", gzip.compress(jsonl(TEXT))),
+        ("a.csv", csv_text(TEXT)),
+        ("a.csv.gz", gzip.compress(csv_text(TEXT))),
+        ("a.ndjson.gz", gzip.compress(b"\xef\xbb\xbf" + jsonl(TEXT))),
+    ],
+)
+def test_packed_files_and_byte_order_marks_give_the_same_corpus(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / "plain.jsonl").write_bytes(jsonl(TEXT))
+    (tmp_path / name).write_bytes(content)
+    found = [load_corpus(DataConfig(source=str(tmp_path / each))).sha256 for each in ("plain.jsonl", name)]
+    assert found[0] == found[1]
+
+
+def test_texts_may_be_packed_and_have_a_byte_order_mark(tmp_path: Path):
+    body = "\r\n".join(TEXT)
+    (tmp_path / "a.txt").write_bytes(body.replace("\r\n", "\n").encode())
+    (tmp_path / "b.txt").write_bytes(body.encode("utf-8-sig"))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(body.encode()))
+    found = {load_corpus(DataConfig(source=str(path))).sha256 for path in tmp_path.iterdir()}
+    assert len(found) == 1
+
+
+def test_folders_that_datasets_saved_are_read_by_their_splits(tmp_path: Path):
+    save_arrow(tmp_path / "saved")
+    corpus = load_corpus(DataConfig(source=str(tmp_path / "saved")))
+    (tmp_path / "train.jsonl").write_bytes(jsonl(TEXT))
+    (tmp_path / "dev.jsonl").write_bytes(jsonl(TEXT[:4]))
+    assert corpus.sha256 == load_corpus(DataConfig(source=str(tmp_path / "*.jsonl"))).sha256
+    assert corpus.documents == 44 and not corpus.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"version": "1.0"}'),
+        ("weights.npy", b"\x93NUMPY" + bytes(200)),
+        ("ids.bin", bytes(range(256))),
+        ("picture.png", b"\x89PNG\r\n"),
+        ("archive.tar.gz", gzip.compress(b"text" * 100)),
+        ("packed.parquet.gz", gzip.compress(b"PAR1")),
+        ("wide.txt", "text in two bytes".encode("utf-16")),
+        ("zeros.md", b"text\0text"),
+        ("cut.txt.gz", gzip.compress(b"text " * 10_000)[:60]),
+        ("none.jsonl.gz", b"no gzip"),
+        ("broken.arrow", b"no arrow"),
+    ],
+)
+def test_what_is_no_text_is_refused_and_named(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name) as refused:
+        load_corpus(DataConfig(source=str(tmp_path / name)))
+    assert any(word in str(refused.value) for word in ("allowed:", "is expected", "can't be read", "not readable"))
+
+
+def test_a_folder_says_what_of_it_is_read(tmp_path: Path):
+    (tmp_path / "data.jsonl").write_bytes(jsonl(TEXT))
+    alone = load_corpus(DataConfig(source=str(tmp_path))).sha256
+    for name in ("README.md", "logo.png", ".hidden.jsonl", "LICENSE", ".ipynb_checkpoints/dev.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(jsonl(["a text that must not be read"] * 9))
+    _load.cache_clear()
+    corpus = load_corpus(DataConfig(source=str(tmp_path)))
+    assert corpus.sha256 == alone
+    (note,) = corpus.notes
+    assert note.startswith("read: data.jsonl; not read: ") and "README.md" in note and "logo.png" in note
+    assert load_corpus(DataConfig(source=str(tmp_path / "**" / "*"))).sha256 == alone
+
+
+def test_a_folder_of_texts_alone_is_read(tmp_path: Path):
+    for name in ("a.txt", "README.md"):
+        (tmp_path / name).write_text(" ".join(TEXT))
+    assert load_corpus(DataConfig(source=str(tmp_path))).documents == 2

@@ -36,7 +36,8 @@ PIECE_BYTES = 1 << 16
 class Corpus:
     """Tokenized text: `train` and `val` are read-only arrays of ids; `sha256` identifies content, split and tokens.
 
-    `text_sha256` identifies content and split, whatever the tokens. `bytes_per_token` is that of the validation text; `provenance` says where hub data came from.
+    `text_sha256` identifies content and split, whatever the tokens. `bytes_per_token` is that of the validation text;
+    `provenance` says where hub data came from.
     """
 
     source: str
@@ -80,9 +81,7 @@ def _load(source: str, revision: str | None, text_field: str, val_fraction: floa
     if tokenizer == "bytes":
         train, val = (_mapped(plain, split, np.dtype(np.uint8)) for split in SPLITS)
         digest = plain.meta["sha256"]
-        return Corpus(
-            source, plain.meta["documents"], train, val, digest, digest, notes, provenance=opened.provenance
-        )
+        return Corpus(source, plain.meta["documents"], train, val, digest, digest, notes, provenance=opened.provenance)
     parts = {"text": plain.meta["sha256"], "tokenizer": tokenizer}
     entry = cached(parts, lambda folder: _write_tokens(folder, plain, tokenizer))
     train, val = (_mapped(entry, split, np.dtype(entry.meta["dtype"])) for split in SPLITS)

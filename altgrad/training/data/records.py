@@ -1,4 +1,7 @@
-"""One file, its documents: JSONL, parquet, CSV, or plain text, with labels where they are asked for.
+"""One file, its documents: JSONL, parquet, Arrow, CSV, or plain text, with labels where they are asked for.
+
+JSONL, CSV and text may be packed by gzip; Arrow files are those that `Dataset.save_to_disk` leaves. Any other kind is
+refused: a picture, a tokenizer's JSON or UTF-16 text would be trained on as noise.
 
 A document comes in pieces, since a plain text file is one document of any size and must not be held whole. Records
 are small and come in one piece. What can't be read is an error that names the file and, where there is one, the line:
@@ -12,17 +15,25 @@ Where parquet was written by `datasets`, the names that a ClassLabel declares ar
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
+import gzip
+import io
 import json
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 JSONL = (".jsonl", ".ndjson")
-RECORDS = (*JSONL, ".parquet", ".csv")
+TABLES = (".parquet", ".arrow")
+RECORDS = (*JSONL, *TABLES, ".csv")
 TEXTS = (".txt", ".md", ".rst", ".html", ".py", "")
+PACKED = ".gz"
+KINDS = "text (.txt, .md, .rst, .html, .py), JSONL (.jsonl, .ndjson), CSV, each also as .gz, parquet or Arrow"
 OTHER_LABEL_FIELDS = ("eurovoc_concepts",)
 """What stands for `labels` in data that has no field of that name: EURLEX57K's own."""
 
@@ -47,35 +58,46 @@ class Fields(NamedTuple):
     label: str | None = None
 
 
+def kind_of(path: Path) -> str | None:
+    """The ending that says how a file is read, '.gz' included; None for a kind that is not read."""
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower() if suffix == PACKED else suffix
+    allowed = (*JSONL, ".csv", *TEXTS[:-1]) if suffix == PACKED else (*RECORDS, *TEXTS)
+    return (inner + PACKED if suffix == PACKED else inner) if inner in allowed else None
+
+
 def pieces(path: Path, fields: Fields) -> Iterator[Piece]:
     """The documents of one file; ValueError names the file, the line and what is wrong with it."""
-    suffix = path.suffix.lower()
+    kind = kind_of(path)
+    if kind is None:
+        raise ValueError(f"data {path}: files of this kind are not read; allowed: {KINDS}")
+    suffix = kind.removesuffix(PACKED)
     try:
         if suffix in JSONL:
             yield from _checked(_jsonl(path), path, fields)
         elif suffix == ".csv":
             yield from _checked(_csv(path), path, fields)
-        elif suffix == ".parquet":
-            yield from _parquet(path, fields)
+        elif suffix in TABLES:
+            yield from _table(path, fields)
         elif fields.label is not None:
             raise ValueError(f"data {path}: plain text has no labels; JSONL, parquet or CSV records are expected")
         else:
             yield from _plain(path)
-    except OSError as error:
-        raise ValueError(f"data {path}: can't be read ({error.strerror or error})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"data {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked."""
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == PACKED else path.open("rb")
 
 
 def declared_labels(path: Path, field: str) -> tuple[str, ...] | None:
-    """The names that a ClassLabel declares in parquet written by `datasets`; None where nothing is declared."""
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.suffix.lower() != ".parquet":
+    """The names that a ClassLabel declares in tables written by `datasets`; None where nothing is declared."""
+    if kind_of(path) not in TABLES:
         return None
-    try:
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"data {path}: not readable as parquet ({_one_line(error)})") from None
+    with _batches(path) as (schema, _):
+        metadata = schema.metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     feature = features.get(present_label_field(field, features) or "", {})
     inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
@@ -90,9 +112,16 @@ def present_label_field(field: str, names: Any) -> str | None:
 
 
 def _plain(path: Path) -> Iterator[Piece]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        while text := file.read(CHUNK):
-            yield Piece(text, ends=False)
+    with _opened(path) as file:
+        begin = file.read(CHUNK)
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin:
+            raise ValueError(f"data {path}: no UTF-8 text (UTF-16, or no text at all); UTF-8 is expected")
+        decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
+        while begin:
+            yield Piece(newlines.decode(begin), ends=False)
+            begin = file.read(CHUNK)
+        yield Piece(newlines.decode(b"", final=True), ends=False)
     yield Piece("")
 
 
@@ -117,7 +146,7 @@ def _checked(records: Iterator[tuple[Any, str]], path: Path, fields: Fields) -> 
 
 
 def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -132,7 +161,7 @@ def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _csv(path: Path) -> Iterator[tuple[Any, str]]:
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         while True:
             try:
@@ -197,30 +226,43 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parquet(path: Path, fields: Fields) -> Iterator[Piece]:
+def _table(path: Path, fields: Fields) -> Iterator[Piece]:
+    with _batches(path) as (schema, batches):
+        names = schema.names
+        _check_text_column(schema, path, fields.text)
+        label = None if fields.label is None else present_label_field(fields.label, names)
+        if fields.label is not None and label is None:
+            raise ValueError(
+                f"data {path}: no column {fields.label!r} for labels; it has: {', '.join(names)}"
+                f"{_nearest(fields.label, names)}"
+            )
+        columns = [fields.text] if label is None else [fields.text, label]
+        row = 0
+        for batch in batches(columns):
+            for record in batch.to_pylist():
+                where = f"data {path}: row {row}"
+                labels = None if label is None else labels_of(record[label], label, where)
+                yield Piece(record[fields.text] or "", True, labels, where)
+                row += 1
+
+
+@contextmanager
+def _batches(path: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[Any]]]]:
+    """The schema of a table and what reads the named columns of it, some rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
+    kind = "parquet" if path.suffix.lower() == ".parquet" else "Arrow"
     try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            names = file.schema_arrow.names
-            _check_text_column(file.schema_arrow, path, fields.text)
-            label = None if fields.label is None else present_label_field(fields.label, names)
-            if fields.label is not None and label is None:
-                raise ValueError(
-                    f"data {path}: no column {fields.label!r} for labels; it has: {', '.join(names)}"
-                    f"{_nearest(fields.label, names)}"
-                )
-            columns = [fields.text] if label is None else [fields.text, label]
-            row = 0
-            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=columns):
-                for record in batch.to_pylist():
-                    where = f"data {path}: row {row}"
-                    labels = None if label is None else labels_of(record[label], label, where)
-                    yield Piece(record[fields.text] or "", True, labels, where)
-                    row += 1
+        if kind == "parquet":
+            with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+                yield file.schema_arrow, lambda columns: file.iter_batches(ROWS_AT_A_TIME, columns=columns)
+        else:
+            with pyarrow.memory_map(str(path)) as source:
+                reader = pyarrow.ipc.open_stream(source)
+                yield reader.schema, lambda columns: (batch.select(columns) for batch in reader)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"data {path}: not readable as parquet ({_one_line(error)})") from None
+        raise ValueError(f"data {path}: not readable as {kind} ({_one_line(error)})") from None
 
 
 def _check_text_column(schema: Any, path: Path, field: str) -> None:

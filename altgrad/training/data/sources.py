@@ -16,7 +16,7 @@ from typing import Any
 from altgrad.training.config import DataConfig
 from altgrad.training.data import hub, synthetic
 from altgrad.training.data.cache import file_sha256
-from altgrad.training.data.records import Fields, Piece, declared_labels, pieces
+from altgrad.training.data.records import Fields, Piece, declared_labels, kind_of, pieces
 from altgrad.training.data.splits import find_files
 
 NAMED = ("pydoc", "synthetic", *hub.REPOSITORIES)
@@ -88,9 +88,7 @@ def _local(source: str, fields: Fields) -> Source:
     groups = {"train": files.train, "val": files.val, "test": files.test if is_labelled else ()}
     groups = {split: paths for split, paths in groups.items() if paths}
     try:
-        content = {
-            split: [[path.suffix.lower(), file_sha256([path])] for path in paths] for split, paths in groups.items()
-        }
+        content = {split: [[kind_of(path), file_sha256([path])] for path in paths] for split, paths in groups.items()}
     except OSError as error:
         raise ValueError(f"data {error.filename}: can't be read ({error.strerror})") from None
     readers = {split: partial(_read_all, paths, fields) for split, paths in groups.items()}
