@@ -7,7 +7,6 @@ file and path that a person wrote, the value, what is allowed and the nearest ma
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 import zlib
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.presets import for_task
 from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.strict_yaml import read_json, read_yaml
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -31,13 +31,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: allowed are {', '.join(SUFFIXES)} files")
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        found = read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
     except FileNotFoundError:
         beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
         raise SpecError(f"{path}: no such file{nearest(path.name, beside)}") from None
     except yaml.MarkedYAMLError as error:
         raise SpecError(f"{path}: {_place(error, text)}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise SpecError(f"{path}: not readable as {path.suffix[1:]}: {_one_line(error)}") from None
     if not isinstance(found, dict):
         raise SpecError(f"{path}: a mapping of keys is expected, found {type(found).__name__}")

@@ -212,6 +212,11 @@ def test_yaml_on_and_off_are_booleans_and_still_mean_guards(tmp_path: Path) -> N
         ("steps: -4", ["steps", "-4", "greater than or equal to 1"]),
         ("- a", ["a mapping of keys is expected, found list"]),
         ("a: [", ["not readable as yaml"]),
+        ("steps: 10\nseeds: 2\nsteps: 20", ["line 3", "'steps' stands there twice, first in line 1"]),
+        ("data:\n  batch: 4\n  batch: 8", ["line 3", "'batch' stands there twice"]),
+        ("steps: 0100", ["line 1", "0100 would be read as 64"]),
+        ("seeds: 2\nsteps: 1:40", ["line 2", "1:40 would be read as 100"]),
+        ("lrs: [1:30.5]", ["line 1", "1:30.5 would be read as 90.5"]),
     ],
 )
 def test_an_error_in_a_file_names_path_value_allowed_and_nearest(
@@ -223,6 +228,13 @@ def test_an_error_in_a_file_names_path_value_allowed_and_nearest(
         resolve(SweepSpec(), {}, path)
     for part in [str(path), *expected]:
         assert part in str(caught.value)
+
+
+def test_equal_keys_in_json_are_an_error_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"steps": 1, "steps": 2}')
+    with pytest.raises(SpecError, match="'steps' stands there twice"):
+        resolve(SweepSpec(), {}, path)
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
