@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from altgrad.analysis.cells import UNITS, Cell
+from altgrad.analysis.cells import UNITS, Cell, mean_of_known
 from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.failures import reason
 from altgrad.analysis.load import FAILED
@@ -68,7 +68,8 @@ def cells_table(study: Study) -> Table:
             )
         )
     table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
-    return slim(table, ("policy", "lr", "of settings", "p, distribution-free"))
+    chosen = () if any(cell.settings > 1 for cell in study.cells) else ("lr", "of settings")
+    return slim(table, ("policy", "p, distribution-free", *chosen))
 
 
 def geometry_table(study: Study) -> Table:
@@ -157,7 +158,8 @@ def choices_table(study: Study) -> Table:
     lines = []
     for cell in study.cells:
         for item in sorted(cell.tried, key=lambda item: item.lr):
-            distance = item.mean - cell.mean
+            common = item.losses.keys() & cell.losses.keys() if not (item.stops or cell.stops) else ()
+            distance = mean_of_known(item.losses[seed] - cell.losses[seed] for seed in common)
             chosen = "chosen" if item.trial_ids == cell.trial_ids else ""
             outside = "" if item.lr in cell.rates else "not compared"
             lines.append(
