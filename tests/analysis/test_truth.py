@@ -179,6 +179,96 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         [(1, "E5M2 with grid benefits most (decided): +0.0")],
         ["E4M3 with grid benefits"],
     ),
+    "one run diverges to a finite number": (
+        ["BF16", "E2M5", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E2M5", "adamw", 0): 3e5, ("E4M3", "manifold"): -0.1, ("E3M4", "manifold"): -0.05},
+        [
+            (1, "it may be E2M5 with manifold or E4M3 with manifold"),
+            (1, "Decided to gain more than in BF16: E4M3 manifold +0."),
+        ],
+        ["As in BF16 in every seed"],
+    ),
+    "a rival with a stopped seed": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.1, ("E5M2", "manifold"): -0.4, ("E5M2", "manifold", 2): stall()},
+        [(1, "Of 2 pairs compared"), (1, "Not compared: E5M2 manifold (stopped runs of E5M2 manifold).")],
+        [],
+    ),
+    "a rival that was lost, and one without its plain arm": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        [*PLAIN, "grid"],
+        6,
+        {("E4M3", "manifold"): -0.1, ("E5M2", "manifold"): OOM},
+        [
+            (1, "Of 2 pairs compared E4M3 with manifold benefits most (decided)"),
+            (1, "E3M4 grid, E4M3 grid and E5M2 grid (its plain arm, adamw_sr, was not run"),
+            (1, "E5M2 manifold (no result of E5M2 manifold)"),
+        ],
+        [],
+    ),
+    "stops of the plain arm in BF16 too": (
+        ["BF16", "E4M3", "E5M2"],
+        ["adamw", "adamw_sr", "grid"],
+        6,
+        {(name, "adamw_sr"): stall() for name in ("BF16", "E4M3", "E5M2")},
+        [
+            (1, "but runs stop in BF16 too, so that the format is not the reason"),
+            (2, "Stopped elsewhere: BF16 adamw_sr"),
+        ],
+        ["rescues", "No run was stopped"],
+    ),
+    "an arm that stops more": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): stall()},
+        [(1, "manifold stopped in 6 of 6 seeds, adamw in 0 of 6: manifold stops more, decided (p = 0.0043)")],
+        ["rescues"],
+    ),
+    "a twin that lost a seed": (
+        ["BF16", "E0M7", "E1M6", "E5M2"],
+        PLAIN,
+        6,
+        {("E0M7", "manifold"): -0.1, ("E1M6", "manifold", 2): None},
+        [(1, "Of 2 pairs compared E0M7 = E1M6 with manifold benefits most (decided)")],
+        ["E0M7 with manifold or"],
+    ),
+    "a twin whose other name lost the arm that trains": (
+        ["BF16", "E0M7", "E1M6"],
+        PLAIN,
+        4,
+        {("E0M7", "adamw"): 0.5, **{("E0M7", "manifold", seed): OOM for seed in range(4)}},
+        [(0, "E0M7 and E1M6 train (decided)")],
+        [],
+    ),
+    "runs that explode in the first step": (
+        ["BF16", "E4M3", "E5M2"],
+        ["adamw"],
+        3,
+        {("E4M3", "adamw"): explode(1)},
+        [(0, "E4M3 fails in every arm (decided)"), (2, "stopped in 3 of 3 seeds by train_loss (step 1")],
+        [],
+    ),
+    "losses beyond all measure": (
+        ["BF16", "E2M5", "E4M3", "E5M2", "E6M1"],
+        ["adamw"],
+        2,
+        {("E2M5", "adamw", 0): 1e30, ("E4M3", "adamw", 0): 1e30},
+        [(0, "E2M5 (its best arm")],
+        ["00000000000"],
+    ),
+    "an arm that ends low and has not learned": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.1, **{("E4M3", "adamw", seed): OOM for seed in range(6)}},
+        [(1, "Not compared: E4M3 manifold (no result of E4M3 adamw)")],
+        ["E4M3 with manifold benefits"],
+    ),
     "everything explodes": (
         ["BF16", "E4M3", "E5M2"],
         ["adamw"],
@@ -229,6 +319,29 @@ def test_learning_rates_are_compared_over_equal_grids(
     answers = said(tmp_path, capsys)
     assert expected in "\n".join(answers)
     assert ("E5M2 trains (decided)" in answers[0]) is ("Exploratory" not in expected)
+
+
+def test_a_lost_seed_costs_its_seed_and_changes_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The better rate lost a seed: it is still the better one."""
+    rates = {1e-3: -0.05, 3e-3: -0.10}
+    for rate, gain in rates.items():
+        base = offsets({("E4M3", "manifold"): gain})
+
+        def offset(name: str, arm: str, seed: int, rate: float = rate, base: Callable[..., object] = base) -> object:
+            return OOM if (name, arm, seed, rate) == ("E4M3", "manifold", 1, 3e-3) else base(name, arm, seed)
+
+        write_ledger(tmp_path, Plan(["BF16", "E4M3", "E5M2"], PLAIN, 6, lrs=(rate,), offset=offset))  # type: ignore[arg-type]
+    answers = said(tmp_path, capsys)
+    assert "E4M3 with manifold benefits most (decided): +0.10" in answers[1] or "(decided): +0.09" in answers[1]
+
+
+def test_other_policies_are_named_and_their_failures_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ledger(tmp_path, Plan(["BF16", "E4M3", "E5M2"], PLAIN, 4, offset=offsets({})))
+    effects: Effects = {("E4M3", "adamw"): stall(), ("E5M2", "adamw"): 2.0}
+    write_ledger(tmp_path, Plan(["E4M3", "E5M2"], PLAIN, 4, policy="head_bf16", offset=offsets(effects)))
+    answers = said(tmp_path, capsys)
+    assert "Stopped elsewhere: E4M3 adamw (head_bf16), 4 of 4 seeds." in answers[2]
+    assert "The answers are for policy uniform; the tables hold head_bf16: 2 train, 2 fail." in answers[3]
 
 
 def test_a_torn_and_growing_ledger_is_reported_as_far_as_it_is(
