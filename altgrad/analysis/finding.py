@@ -23,7 +23,7 @@ from altgrad.analysis.wording import counted, listed, needed, of_seeds, percent,
 
 TRAINS = "Which 8-bit formats train?"
 BENEFITS = "Which benefits most from geometry-aware steps, beyond what the step rule gives anyway?"
-FAILS = "Why do the others fail?"
+FAILS = "Which fail, and why?"
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def _training_answer(study: Study, scope: str) -> str:
         names = [name for item in trains for name in item.formats]
         best = min((item.best for item in trains), key=lambda arm: arm.high)
         parts.append(
-            f"{listed(names)} {'trains' if len(names) == 1 else 'train'} (decided); the lowest bound is "
-            f"{best.cell.format} with {best.cell.arm}, {_excess(best)}; {counted(best.cell.n, 'clean seed')} leave a "
-            f"stop rate of up to {share(open_stop_rate(best.cell.n))} open"
+            f"{listed(names)} {'trains' if len(names) == 1 else 'train'} (decided), most safely "
+            f"{best.cell.format} with {best.cell.arm}, {_excess(best)}; {counted(best.cell.n, 'clean seed')} of an arm "
+            f"leave it a stop rate of up to {share(open_stop_rate(best.cell.n))}"
         )
     if fails := [item for item in study.formats if item.word == "fails"]:
         names = [name for item in fails for name in item.formats]
@@ -156,6 +156,12 @@ def _notes(study: Study, results: int, trials: int, unevaluated: int) -> Iterabl
         yield (
             f"Arms were chosen from unequal numbers of learning rates ({numbers}): gains hold the advantage of the "
             "larger number; differences from BF16 do not, for it had the same."
+        )
+    edge = [cell for cell in study.cells if len(cell.rates) > 1 and cell.lr in (min(cell.rates), max(cell.rates))]
+    if edge:
+        yield (
+            f"Each arm stands at its own best learning rate; in {len(edge)} of {len(study.cells)} cells that is the "
+            "least or the greatest of the grid, so that a wider one might change them."
         )
     if loose := [f"{cell.format} {cell.arm}" for cell in study.cells if cell.exploratory]:
         yield (

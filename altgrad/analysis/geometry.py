@@ -34,7 +34,8 @@ def _leader_text(study: Study, tested: Sequence[Contrast]) -> str:
     if not others:
         return f"The largest estimate is that of {_pair(first)}: {_beyond(study, first[0])}."
     among = several([_pair(group) for group in study.best], "or")
-    return f"Which one is not decided: it may be {among}; the largest estimate is {_beyond(study, first[0])}."
+    estimate = f"the largest estimate is that of {_name(first[0])}, {_beyond(study, first[0])}"
+    return f"Which one is not decided: it may be {among}; {estimate}."
 
 
 def _untested_text(study: Study, tested: Sequence[Contrast]) -> str:
@@ -123,9 +124,9 @@ def _open_text(tested: Sequence[Contrast]) -> str:
         return ""
     middle = finite[len(finite) // 2]
     seeds = counted(min(item.n for item in open_), "seed")
-    text = f"{seeds} can show differences from about {size(middle)} {open_[0].cell.unit} (power 80 %)"
+    text = f"{seeds} can show differences from BF16's gain of about {size(middle)} {open_[0].cell.unit} (power 80 %)"
     leader = max(open_, key=lambda item: abs(item.mean))
-    return f"{text}; for {_name(leader)} ({signed(leader.mean)}) {needed(leader.seeds_needed)}."
+    return f"{text}; if {signed(leader.mean)} is true of {_name(leader)}, {needed(leader.seeds_needed)}."
 
 
 def _rescues(study: Study) -> list[str]:

@@ -40,7 +40,13 @@ class Verdict:
     high: float = math.inf
     fails_as_format: bool = False
     """Whether it is above the margin by the level of a format, which takes all of its arms."""
-    seeds_needed: int | None = None
+    bounds: Bounds | None = None
+    limit: float = 0.0
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """How many seeds more would decide on which side of the margin it lies; None: over 60."""
+        return None if self.bounds is None else self.bounds.needed(self.limit)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, twins: Mappi
             _relative(shown.low),
             _relative(shown.high),
             as_format.low > limit,
-            shown.needed(limit) if word == "open" else None,
+            shown,
+            limit,
         )
     return found
 
@@ -143,7 +150,9 @@ def open_stop_rate(n: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Bounds:
+class Bounds:
+    """An interval of log(loss / BF16's), and what it follows from."""
+
     mean: float
     low: float
     high: float
@@ -157,9 +166,7 @@ class _Bounds:
         return more_seeds(distance, self.spread, self.n, self.level, self.kappa) if self.spread > 0 else None
 
 
-def _bounds(
-    cells: Sequence[Cell], reference: Cell, level: float, twins: Mapping[str, str]
-) -> dict[Key, _Bounds | None]:
+def _bounds(cells: Sequence[Cell], reference: Cell, level: float, twins: Mapping[str, str]) -> dict[Key, Bounds | None]:
     """Intervals of log(loss / reference's) at this two-sided level; None where a cell has fewer than 2 seeds."""
     columns = [_ratios(cell, reference) for cell in cells]
     if not any(columns):
@@ -174,13 +181,13 @@ def _bounds(
     masked = np.where(tied | (np.array(places) != np.arange(len(cells))), np.nan, values)
     result = intervals(masked, weights, level, floor=floor)
     kappa = independent(weights)[0] if len(cells) > 1 else 1.0
-    found: dict[Key, _Bounds | None] = {}
+    found: dict[Key, Bounds | None] = {}
     for cell, place in zip(cells, places, strict=True):
         n, mean, half = int(known[:, place].sum()), float(result.mean[place]), float(result.half[place])
         if tied[place]:
-            found[cell.key] = _Bounds(0.0, 0.0, 0.0, 0.0, n, level, kappa) if n > 1 else None
+            found[cell.key] = Bounds(0.0, 0.0, 0.0, 0.0, n, level, kappa) if n > 1 else None
         elif n > 1:
-            found[cell.key] = _Bounds(mean, mean - half, mean + half, float(result.spread[place]), n, level, kappa)
+            found[cell.key] = Bounds(mean, mean - half, mean + half, float(result.spread[place]), n, level, kappa)
         else:
             found[cell.key] = None
     return found

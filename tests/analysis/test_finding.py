@@ -43,9 +43,11 @@ def test_the_first_answer_states_its_scope_and_margin(tmp_path: Path) -> None:
     assert trains.question == "Which 8-bit formats train?"
     assert trains.text.startswith(
         "Within 10 % of BF16 AdamW's loss (2.430 nats; lm on pydoc, GPT 2 × 64, 100 steps of 8 × 128 tokens; 3 seeds): "
-        "E4M3 and E5M2 train (decided); the lowest bound is E"
+        "E4M3 and E5M2 train (decided), most safely E"
     )
-    assert "3 clean seeds leave a stop rate of up to 63 % open. E7M0 fails in every arm (decided)." in trains.text
+    assert (
+        "3 clean seeds of an arm leave it a stop rate of up to 63 %. E7M0 fails in every arm (decided)." in trains.text
+    )
     assert fails.text.startswith("E7M0: adamw and manifold end +41 % to +49 % from BF16")
 
 
@@ -54,7 +56,7 @@ def test_no_difference_says_what_the_seeds_can_show_and_what_is_equal(tmp_path: 
     text = finding_of(tmp_path, plan, equal_within=0.05).answers[1].text
     assert "Neither of the 2 format–arm pairs is decided to gain more" in text
     assert "Equal to BF16's gain within 0.05 nats: E4M3 manifold and E5M2 manifold." in text
-    assert "4 seeds can show differences from about 0.0" in text and "(power 80 %)" in text
+    assert "4 seeds can show differences from BF16's gain of about 0.0" in text and "(power 80 %)" in text
 
 
 def test_stops_are_told_with_when_and_how_many_finish(tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
-"""The report against planted truth: what it must say, what it must never say, and how often it is wrong.
+"""The report against planted truth: what it must say, and what it must never say.
 
-A case is a sweep with known effects, written to a ledger and read back by `altgrad report`. The simulations hold the
-rates of false statements against 5 %, within three standard errors of their own; the table over all scenarios is
-docs/bench/decisions.md.
+A case is a sweep with known effects, written to a ledger and read back by `altgrad report`; how often decisions are
+false is in test_decisions.
 """
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simulation
 from planted import BASE
 from synthetic import Plan, explode, stall, write_ledger
 
@@ -95,7 +92,7 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         [
             (0, "E4M3 and E5M2 train (decided)"),
             (1, "Neither of the 2 format–arm pairs is decided to gain more"),
-            (1, "4 seeds can show differences from about 0.0"),
+            (1, "4 seeds can show differences from BF16's gain of about 0.0"),
             (2, "No 8-bit format or arm is decided to fail. No run was stopped."),
         ],
         ["benefits most", "Decided to gain"],
@@ -361,54 +358,6 @@ def test_a_torn_and_growing_ledger_is_reported_as_far_as_it_is(
         assert running.trials()
     assert "E4M3 with manifold benefits most (decided)" in answers[1]
     assert "Incomplete: 18 of 24 trials have a result." in answers[3]
-
-
-def assert_rare(tally: simulation.Tally, event: str, limit: float = 0.05) -> None:
-    rate, margin = tally.rate(event), 3 * math.sqrt(limit * (1 - limit) / tally.studies)
-    assert rate <= limit + margin, f"{event}: {rate:.3f} of {tally.studies} studies"
-
-
-QUICK = [scenario for scenario in simulation.NULL if scenario.name in ("normal", "bad runs", "one format × 4")]
-
-
-@pytest.mark.parametrize("scenario", QUICK, ids=lambda scenario: scenario.name)
-def test_little_is_decided_where_nothing_differs(scenario: simulation.Scenario) -> None:
-    tally = simulation.simulate(scenario, 4, 60, key=11)
-    for event in ("false", "uncovered", "headline uncovered"):
-        assert_rare(tally, event)
-
-
-def test_at_the_margin_little_is_decided_with_two_seeds() -> None:
-    tally = simulation.simulate(simulation.AT_MARGIN[0], 2, 60, key=12)
-    for event in ("false trains", "false fails"):
-        assert_rare(tally, event)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 4, 6, 10])
-@pytest.mark.parametrize("scenario", simulation.NULL, ids=lambda scenario: scenario.name)
-def test_what_is_called_decided_is_rarely_false(scenario: simulation.Scenario, seeds: int) -> None:
-    tally = simulation.simulate(scenario, seeds, 120, key=13)
-    for event in ("false", "uncovered", "headline uncovered"):
-        assert_rare(tally, event)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 4, 6, 10])
-@pytest.mark.parametrize("scenario", simulation.AT_MARGIN, ids=lambda scenario: scenario.name)
-def test_at_the_margin_little_is_decided(scenario: simulation.Scenario, seeds: int) -> None:
-    tally = simulation.simulate(scenario, seeds, 120, key=14)
-    for event in ("false trains", "false fails"):
-        assert_rare(tally, event)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 4, 6, 10])
-@pytest.mark.parametrize("scenario", simulation.TRUE, ids=lambda scenario: scenario.name)
-def test_true_effects_are_covered_and_the_best_is_in_the_set(scenario: simulation.Scenario, seeds: int) -> None:
-    tally = simulation.simulate(scenario, seeds, 120, key=15)
-    for event in ("false", "uncovered", "headline uncovered", "best left out"):
-        assert_rare(tally, event)
 
 
 @pytest.mark.slow
