@@ -128,13 +128,21 @@ def _parser(words: Sequence[str]) -> Parser:
             metavar="PATH",
             help="a file or folder that the sweep needs there too, like a module that FILE.py imports; may be repeated",
         )
-    for name, help in (("status", "how far a sweep is"), ("report", "write a sweep's report from its ledger")):
-        command(name, f"ledgers.{name}", help).add_argument("out", type=Path, help="the sweep's folder")
+    command("status", "ledgers.status", "how far a sweep is").add_argument("out", type=Path, help="the sweep's folder")
+    report = command("report", "ledgers.report", "write a sweep's report from its ledger")
+    report.add_argument("out", type=Path, help="the sweep's folder")
+    compare = command("compare", "ledgers.compare", "what changed between two sweeps, cell by cell")
+    compare.add_argument("out", type=Path, metavar="OUT1", help="a sweep's folder")
+    compare.add_argument("other", type=Path, metavar="OUT2", help="another's")
+    for added in (report, compare):
+        added.add_argument("--margin", metavar="X", help="how far above BF16's loss a format still trains; .1 is 10 %%")
+        added.add_argument("--equal-within", metavar="NATS", help="within which two gains count as equal")
     why = command("why", "ledgers.why", "why trials stopped")
     why.add_argument("out", type=Path, help="the sweep's folder")
     why.add_argument("trial", nargs="?", help="a trial's id, or how it begins")
     best = command("best", "specs.show_best", "the configuration that a sweep found best, by its mean over seeds")
     best.add_argument("out", type=Path, help="the sweep's folder")
+    best.add_argument("--per", metavar="FIELDS", help="the best of each: format, arm, policy, or several by commas")
     best.add_argument("--export", type=Path, metavar="FILE", help="write it as a sweep of one, YAML or JSON")
     sync = command("wandb-sync", "mirror.wandb_sync", "make a sweep's W&B runs again from its trials' records")
     sync.add_argument("out", type=Path, help="the sweep's folder")

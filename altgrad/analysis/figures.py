@@ -11,6 +11,7 @@ show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from altgrad.analysis.cells import UNITS, Cell, Study, arm_order, format_order
+from altgrad.analysis.cells import UNITS, Cell, arm_order, format_order
 from altgrad.analysis.load import FAILED, UNRESOLVED
-from altgrad.analysis.stats import signed
+from altgrad.analysis.study import Study
+from altgrad.analysis.wording import signed
 
 DPI = 130
 WIDTH = 9.0
@@ -77,9 +79,9 @@ def heat_map(study: Study, policy: str, path: Path) -> bool:
     names = sorted({name for name, _ in cells}, key=format_order)
     arms = sorted({arm for _, arm in cells}, key=arm_order)
     shown = {
-        key: item.paired
+        key: item
         for key, cell in cells.items()
-        if (item := study.comparison(cell)) is not None and item.paired is not None
+        if (item := study.comparison(cell)) is not None and not math.isnan(item.mean)
     }
     largest = max((abs(value.mean) for value in shown.values()), default=0.1)
     norm = SymLogNorm(linthresh=LINEAR, vmin=-max(largest, 0.1), vmax=max(largest, 0.1), base=10)
@@ -153,15 +155,14 @@ def _cell_text(study: Study, cell: Cell | None) -> str:
     if cell is None:
         return ""
     if cell.stops:
-        return f"{cell.main_stop()[0]}\n{len(cell.stops)} of {cell.n} stopped"
+        return f"{cell.main_stop().signal}\n{len(cell.stops)} of {cell.n} stopped"
     if cell is study.reference:
         return f"reference\n{cell.mean:.3f}"
     item = study.comparison(cell)
-    if item is None or item.paired is None:
+    if item is None or math.isnan(item.mean):
         return "no result"
-    half = (item.paired.high - item.paired.low) / 2
-    spread = f"\n±{half:.3f}" if item.paired.n > 1 else "\n1 seed"
-    return signed(item.paired.mean) + spread
+    spread = f"±{item.half:.3f}" if math.isfinite(item.half) else item.status
+    return f"{signed(item.mean)}\n{spread}"
 
 
 def _measured(study: Study) -> str:

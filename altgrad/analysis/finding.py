@@ -1,390 +1,213 @@
-"""The finding: what the sweep says, in a sentence or two, and how sure that is.
+"""The finding: three questions, an answer to each, and how surely it is known.
 
-Three questions are answered in the order in which a reader asks them: which 8-bit formats train (within 10 %
-of BF16's loss, or a classifier's error, in their best arm), which fail and by which signal, and which format
-gains most from geometry-aware steps. The second line is the certainty. It separates what the seeds decide (gross
-failures, at 2 seeds) from what they can't (close pairs: with n seeds an exact test cannot give a p below 2 / 2^n), and
-says when trials are missing. Where BF16 itself was not run, or did not learn, there is no measure and the
-finding says only that.
+Which 8-bit formats train; which benefits most from geometry-aware steps beyond what the step rule gives anyway; why
+the others fail. Of each answer the decided part stands first, then what these seeds leave open and what it would take
+to decide it. Nothing is called decided but what the tests of `contrasts` and `verdicts` decide. Where BF16 was not run,
+or did not learn, there is no measure, and the answers say only that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.analysis.cells import (
-    ALPHA,
-    MAIN_POLICY,
-    MARGIN,
-    REFERENCE_ARM,
-    UNITS,
-    Cell,
-    Comparison,
-    Study,
-    is_eight_bit,
-)
-from altgrad.analysis.stats import p_floor, paired, signed
+from altgrad.analysis.cells import MAIN_POLICY, REFERENCE_ARM, UNITS, Cell
+from altgrad.analysis.failures import failure_answer
+from altgrad.analysis.geometry import geometry_answer
+from altgrad.analysis.inference import ALPHA
+from altgrad.analysis.study import Study
+from altgrad.analysis.verdicts import FormatVerdict, Verdict, open_stop_rate
+from altgrad.analysis.wording import counted, listed, needed, of_seeds, percent, plain_number, several, share
+
+TRAINS = "Which 8-bit formats train?"
+BENEFITS = "Which benefits most from geometry-aware steps, beyond what the step rule gives anyway?"
+FAILS = "Which fail, and why?"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what the sweep says to it."""
+
+    question: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"• {self.question} {self.text}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding, how sure it is, how many of the trials have a result, and the report's `path`."""
+    """Three answers, what has to be known beside them, how many of the trials have a result, the report's `path`."""
 
-    headline: str
-    certainty: str
+    answers: tuple[Answer, ...]
+    notes: tuple[str, ...]
     results: int
     trials: int
     path: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.headline}\n{self.certainty}"
+        return "\n".join(map(str, (*self.answers, *self.notes)))
 
 
-@dataclass(frozen=True)
-class _FormatVerdict:
-    format: str
-    verdict: str
-    decided: bool
-    best: Cell
-
-
-def find(study: Study, results: int, trials: int, unevaluated: int = 0) -> Finding:
+def find(study: Study, results: int, trials: int, *, unevaluated: int = 0, scope: str = "") -> Finding:
     """The finding of a study of which `results` of `trials` trials have a result.
 
-    `unevaluated` of the others were trained through the last step asked for, but not evaluated at it.
+    `unevaluated` of the others were trained through the last step asked for, but not evaluated at it. `scope`: what
+    was trained on what, for how long.
     """
-    missing = _missing_text(results, trials, unevaluated)
-    policy = main_policy(study.cells)
-    cells = [cell for cell in study.cells if cell.policy == policy and is_eight_bit(cell.format)]
-    if not study.is_sound:
-        headline = _unlearned(study.reference) if study.reference else _without_reference(study, cells)
-        certainty = " ".join([*missing, _why_nothing_is_decided(study, cells, bool(missing))])
-        return Finding(headline, certainty, results, trials)
-    verdicts = _format_verdicts(study, cells)
-    gain = best_gain(study, policy)
-    parts = [
-        _training_part(study, cells, verdicts),
-        _failing_part(study, verdicts),
-        _failing_arms_part(study, cells, verdicts),
-        _gain_part(gain, study, policy),
-    ]
-    if policy != MAIN_POLICY:
-        parts[0] = f"Under policy {policy}: {parts[0]}"
-    headline = " ".join(part for part in parts if part)
-    decided = _certainty(study, verdicts, gain) if cells else [_why_nothing_is_decided(study, cells, bool(missing))]
-    return Finding(headline, " ".join([*missing, *decided]), results, trials)
+    if study.is_sound:
+        texts = (_training_answer(study, scope), geometry_answer(study), failure_answer(study))
+    else:
+        reason = _unlearned(study.reference) if study.reference else _without_reference(study)
+        texts = (reason, *(("Not known: there is no measure of any format.",) * 2))
+    answers = tuple(Answer(*pair) for pair in zip((TRAINS, BENEFITS, FAILS), texts, strict=True))
+    return Finding(answers, tuple(_notes(study, results, trials, unevaluated)), results, trials)
 
 
-def main_policy(cells: Sequence[Cell]) -> str:
-    """The policy that the finding speaks of: uniform where it was run, else the first by name."""
-    policies = sorted({cell.policy for cell in cells if is_eight_bit(cell.format)})
-    return MAIN_POLICY if MAIN_POLICY in policies or not policies else policies[0]
-
-
-def best_gain(study: Study, policy: str) -> Comparison | None:
-    """The largest gain of a geometry-aware arm over AdamW in 8 bits: a rescue, else the least difference."""
-    found = [item for item in _gains(study, policy) if item.kind in ("measured", "rescued")]
-    if not found:
-        return None
-    return min(found, key=_order)
-
-
-def twins(study: Study, gain: Comparison) -> list[str]:
-    """The formats in which the same arm gains exactly the same: E0M7 and E1M6 are one grid up to a scale."""
-    return [
-        item.cell.format
-        for item in _gains(study, gain.cell.policy)
-        if item.cell.arm == gain.cell.arm
-        and item.kind == gain.kind
-        and (item is gain or (item.paired and dict(item.differences) == dict(gain.differences)))
-    ]
-
-
-def is_largest_decided(study: Study, gain: Comparison) -> bool:
-    """Whether the gain differs from the best of every other format, pair by pair; False where there is no
-    other.
-
-    A rescue is the largest if it is the only one.
-    """
-    others: dict[str, Comparison] = {}
-    same = twins(study, gain)
-    for item in _gains(study, gain.cell.policy):
-        name = item.cell.format
-        if name in same or item.kind not in ("measured", "rescued"):
-            continue
-        if name not in others or _order(item) < _order(others[name]):
-            others[name] = item
-    if gain.kind == "rescued":
-        return all(rival.kind != "rescued" for rival in others.values())
-    return bool(others) and all(_smaller(gain, rival, len(others)) for rival in others.values())
-
-
-def _gains(study: Study, policy: str) -> list[Comparison]:
-    return [
-        item
-        for item in study.geometry
-        if item.other.arm == REFERENCE_ARM
-        and item.cell.policy == policy
-        and is_eight_bit(item.cell.format)
-        and item.cell.learned
-    ]
-
-
-def _order(item: Comparison) -> tuple[bool, float]:
-    return item.kind != "rescued", item.paired.mean if item.paired else item.cell.mean
-
-
-def interval_text(item: Comparison) -> str:
-    """The mean difference and its 95 % interval, nats; one seed has no interval."""
-    assert item.paired is not None
-    if item.paired.n < 2:
-        return f"{signed(item.paired.mean)} {item.cell.unit} (1 seed)"
-    return f"{signed(item.paired.mean)} {item.cell.unit} [{signed(item.paired.low)}, {signed(item.paired.high)}]"
-
-
-def stop_text(cell: Cell) -> str:
-    """Why the cell's seeds were stopped, by their commonest signal and layer."""
-    signal, layer = cell.main_stop()
-    return signal + (f" in {layer}" if layer else "")
-
-
-def _smaller(gain: Comparison, rival: Comparison, rivals: int) -> bool:
-    common = sorted(set(gain.differences) & set(rival.differences))
-    if not common:
-        return False
-    pair = paired([gain.differences[seed] - rival.differences[seed] for seed in common])
-    return pair.mean < 0 and pair.p * rivals <= ALPHA
-
-
-def _format_verdicts(study: Study, cells: Sequence[Cell]) -> list[_FormatVerdict]:
-    found = []
-    for name in dict.fromkeys(cell.format for cell in cells):
-        arms = [cell for cell in cells if cell.format == name and cell.n]
-        if not arms:
-            continue
-        judged = [(study.judgement(cell), cell) for cell in sorted(arms, key=lambda cell: cell.rank)]
-        trains = [(judgement.decided, cell) for judgement, cell in judged if judgement.verdict == "trains"]
-        best = judged[0][1]
-        if trains:
-            found.append(_FormatVerdict(name, "trains", any(decided for decided, _ in trains), trains[0][1]))
-        elif all(judgement.verdict == "fails" for judgement, _ in judged):
-            found.append(_FormatVerdict(name, "fails", all(item.decided for item, _ in judged), best))
-        else:
-            found.append(_FormatVerdict(name, "unclear", False, best))
-    return found
-
-
-def _training_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
+def _training_answer(study: Study, scope: str) -> str:
     assert study.reference is not None
-    if not verdicts:
-        others = [
-            f", {cell.format} at {_nats(cell.losses.values())}"
-            for cell in study.cells
-            if cell is not study.reference and cell.arm == REFERENCE_ARM and cell.losses and not cell.stops
-        ]
-        return (
-            f"No 8-bit format {'has a result' if cells else 'was run'}; BF16 ends at {_reference_loss(study)} "
-            f"{study.unit}{''.join(others)}."
-        )
-    trains = [item for item in verdicts if item.verdict == "trains"]
-    within = f"within {MARGIN:.0%} of BF16's {study.measure} ({_reference_loss(study)} {study.unit})"
-    if not trains:
-        return (
-            f"None of the {_count(len(verdicts))} 8-bit formats trains {within}."
-            if len(verdicts) > 1
-            else f"{verdicts[0].format}, the only 8-bit format run, does not train {within}."
-        )
-    best = min(trains, key=lambda item: item.best.rank)
-    names = _listed(item.format for item in trains)
-    verb = "trains" if len(trains) == 1 else "train"
-    subject = (
-        f"{_all(len(verdicts))} 8-bit formats train {within}"
-        if len(trains) == len(verdicts) > 1
-        else f"{names} {verb} {within}"
+    measure = (
+        f"Within {share(study.margin)} of BF16 AdamW's {study.measure} "
+        f"({plain_number(_mean(study.reference.losses.values()))} {study.unit}"
+        f"{'; ' if scope else ''}{scope}; {counted(study.pairs, 'seed')})"
     )
-    comparison = study.comparison(best.best)
-    # A classifier is chosen on other documents than its distance is measured on.
-    chosen, at = ("on validation documents", " on test documents") if best.best.chosen_by else ("measured", "")
-    distance = f": {interval_text(comparison)} from BF16{at}" if comparison and comparison.paired else ""
-    leader = f"best {chosen} {f'is {best.format} ' if len(trains) > 1 else ''}with {best.best.arm}"
-    return f"{subject}; {leader}{distance}."
-
-
-def _failing_part(study: Study, verdicts: Sequence[_FormatVerdict]) -> str:
-    pieces = []
-    for item in verdicts:
-        if item.verdict == "unclear":
-            pieces.append(f"{item.format} is unclear ({_seeds_text(item.best)})")
-        elif item.verdict == "fails" and item.best.losses:
-            reason = _failure_text(study, item.best)
-            pieces.append(f"{item.format} fails ({item.best.arm}, its best arm, {reason})")
-        elif item.verdict == "fails":
-            pieces.append(f"{item.format} fails in every arm ({_failure_text(study, item.best)})")
-    return "; ".join(pieces) + "." if pieces else ""
-
-
-def _failing_arms_part(study: Study, cells: Sequence[Cell], verdicts: Sequence[_FormatVerdict]) -> str:
-    """Arms that fail in formats that train with another arm, and how."""
-    trains = {item.format for item in verdicts if item.verdict == "trains"}
-    failing: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.format in trains and study.judgement(cell).verdict == "fails":
-            failing.setdefault(cell.arm, []).append(f"{cell.format} ({_failure_text(study, cell)})")
-    return "; ".join(f"{arm} fails in {_listed(names)}" for arm, names in failing.items()) + "." if failing else ""
-
-
-def _failure_text(study: Study, cell: Cell) -> str:
-    """Why a failing cell fails: what stopped it, that it did not learn, or how far above BF16 it ends."""
-    if not cell.losses:
-        return f"stopped by {stop_text(cell)}"
-    if not any(map(cell.seed_learned, cell.losses)):
-        return f"did not learn: {_course_text(cell)}"
-    return f"ends {study.judgement(cell).excess:.0%} above BF16"
-
-
-def _gain_part(gain: Comparison | None, study: Study, policy: str) -> str:
-    if gain is None:
-        return ""
-    if gain.kind == "rescued":
-        rescued = [item for item in _gains(study, policy) if item.kind == "rescued"]
-        names = _listed(dict.fromkeys(item.cell.format for item in rescued))
-        arms = _listed(dict.fromkeys(item.cell.arm for item in rescued))
-        verb = "finishes" if len({item.cell.arm for item in rescued}) == 1 else "finish"
-        return (
-            f"Geometry-aware steps gain most in {names}, where AdamW is stopped by "
-            f"{stop_text(gain.other)} and {arms} {verb}."
+    if study.policy != MAIN_POLICY:
+        measure += f" under policy {study.policy}"
+    if not study.formats:
+        others = [
+            f"{cell.format} {cell.arm} ends at {plain_number(_mean(cell.losses.values()))}"
+            for cell in study.cells
+            if cell is not study.reference and cell.family == REFERENCE_ARM and cell.losses and not cell.stops
+        ]
+        return f"{measure}: no 8-bit format was run{'; ' if others else ''}{'; '.join(others)}."
+    parts = []
+    if trains := [item for item in study.formats if item.word == "trains"]:
+        names = [name for item in trains for name in item.formats]
+        best = min((item.best for item in trains), key=lambda arm: arm.high)
+        parts.append(
+            f"{listed(names)} {'trains' if len(names) == 1 else 'train'} (decided), most safely "
+            f"{best.cell.format} with {best.cell.arm}, {_excess(best)}; {counted(best.cell.n, 'clean seed')} of an arm "
+            f"leave it a stop rate of up to {share(open_stop_rate(best.cell.n))}"
         )
-    assert gain.paired is not None
-    name = f"{_listed(twins(study, gain))} with {gain.cell.arm}"
-    if gain.paired.mean >= 0:
-        return (
-            f"Geometry-aware steps gain nothing over AdamW in any 8-bit format (at best {name}: {interval_text(gain)})."
-        )
-    control = [
-        item.paired.mean
-        for item in study.geometry
-        if item.paired
-        and item.cell.format == "BF16"
-        and (item.cell.arm, item.other.arm) == (gain.cell.arm, REFERENCE_ARM)
-    ]
-    beside = f"; the same arm in BF16: {signed(control[0])}" if control else ""
-    return f"The largest gain of geometry-aware steps over AdamW is {name}: {interval_text(gain)}{beside}."
+    if fails := [item for item in study.formats if item.word == "fails"]:
+        names = [name for item in fails for name in item.formats]
+        parts.append(f"{listed(names)} {'fails' if len(names) == 1 else 'fail'} in every arm (decided)")
+    if open_ := [item for item in study.formats if item.word == "open"]:
+        parts.append("not decided: " + "; ".join(map(_open_format, open_)))
+    if nothing := [name for item in study.formats if item.word == "no result" for name in item.formats]:
+        empty = [arm.cell for item in study.formats if item.word == "no result" for arm in item.arms]
+        whole = not any(cell.n for cell in empty)
+        why = "all runs were pruned or lost" if whole else "seeds of every arm were pruned"
+        parts.append(f"without result: {listed(nothing)} ({why})")
+    return f"{measure}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
 
-def _missing_text(results: int, trials: int, unevaluated: int) -> list[str]:
-    parts = [] if results == trials else [f"Incomplete: {results} of {trials} trials have a result."]
+def _open_format(item: FormatVerdict) -> str:
+    arm, names = item.best, listed(item.formats)
+    if item.lacking:
+        lacking = listed(verdict.cell.arm for verdict in item.lacking)
+        return f"{names} (every arm that ended fails, {lacking} {_has(len(item.lacking))} no result)"
+    if arm.cell.exploratory:
+        return f"{names} (no shared learning rate)"
+    if arm.cell.stops:
+        return f"{names} ({arm.cell.arm}, its best arm, stopped in {of_seeds(len(arm.cell.stops), arm.cell.n)})"
+    if math.isnan(arm.excess):
+        return f"{names} ({counted(arm.cell.n, 'seed')})"
+    if not arm.cell.learned:
+        return f"{names} (its best arm, {arm.cell.arm}, {_excess(arm)}, has not learned)"
+    return f"{names} (its best arm, {arm.cell.arm}, {_excess(arm)}; {needed(arm.seeds_needed)})"
+
+
+def _has(number: int) -> str:
+    return "has" if number == 1 else "have"
+
+
+def _excess(arm: Verdict) -> str:
+    if math.isinf(arm.high):
+        return percent(arm.excess)
+    return f"{percent(arm.excess)} [{percent(arm.low)}, {percent(arm.high)}]"
+
+
+def _notes(study: Study, results: int, trials: int, unevaluated: int) -> Iterable[str]:
+    if results < trials:
+        yield f"Incomplete: {results} of {trials} trials have a result."
     if unevaluated:
         who = "1 trial was" if unevaluated == 1 else f"{unevaluated} trials were"
-        parts.append(
-            f"{who} trained past the steps asked for without an evaluation there, so nothing is known of "
-            "them at this length: ask for the length they were trained to, or start afresh."
+        yield (
+            f"{who} trained past the steps asked for without an evaluation there, so nothing is known of them at this "
+            "length: ask for the length they were trained to, or start afresh."
         )
-    return parts
+    if study.reference is not None and (lost := (*study.reference.missing, *study.reference.stops)):
+        yield f"BF16 AdamW has no loss at seed {listed(map(str, sorted(lost)))}: nothing is compared there."
+    cut: dict[str, list[str]] = {}
+    for cell in study.cells:
+        if not cell.exploratory and cell.settings > len(cell.rates):
+            cut.setdefault(", ".join(f"{rate:g}" for rate in cell.rates), []).append(f"{cell.arm} ran {cell.settings}")
+    for rates, names in cut.items():
+        yield (
+            f"Learning-rate grids differ; arms are compared over the rates that all have ({rates}): "
+            f"{listed(dict.fromkeys(names))}."
+        )
+    counts = {cell.arm: len(cell.rates) for cell in study.cells if not cell.exploratory}
+    if len(set(counts.values())) > 1:
+        numbers = listed(f"{arm} {number}" for arm, number in counts.items())
+        yield (
+            f"Arms were chosen from unequal numbers of learning rates ({numbers}): gains hold the advantage of the "
+            "larger number; differences from BF16 do not, for it had the same."
+        )
+    edge = [cell for cell in study.cells if len(cell.rates) > 1 and cell.lr in (min(cell.rates), max(cell.rates))]
+    if edge:
+        yield (
+            f"Each arm stands at its own best learning rate; in {len(edge)} of {len(study.cells)} cells that is the "
+            "least or the greatest of the grid, so that a wider one might change them."
+        )
+    if loose := [f"{cell.format} {cell.arm}" for cell in study.cells if cell.exploratory]:
+        yield (
+            f"Exploratory, for no other cell of the arm shares their settings: {several(loose)}. Nothing of them is "
+            "decided."
+        )
+    if others := sorted({cell.policy for cell in study.cells if cell.is_judged} - {study.policy}):
+        words = [f"{policy}: {_policy_text(study, policy)}" for policy in others]
+        yield f"The answers are for policy {study.policy}; the tables hold {'; '.join(words)}."
+    if study.is_sound and study.cells:
+        yield f"Decided: false in at most {share(ALPHA)} of sweeps for each question (see the report's last part)."
 
 
-def _why_nothing_is_decided(study: Study, cells: Sequence[Cell], is_incomplete: bool) -> str:
-    if study.reference is not None and not study.is_sound:
-        return "Nothing is decided: without a reference that learned there is no measure of any format."
-    if not cells and not is_incomplete:
-        return "All trials have a result, but there was nothing to decide: that takes an 8-bit format beside BF16."
-    if study.reference is not None:
-        return "Nothing is decided: no 8-bit format was run."
-    return "Nothing is decided: there is no BF16 AdamW reference to compare with."
-
-
-def _certainty(study: Study, verdicts: Sequence[_FormatVerdict], gain: Comparison | None) -> list[str]:
-    parts = []
-    seeds = min((cell.n for cell in study.cells if cell.n), default=0)
-    count = f"{seeds} seed{'s' if seeds != 1 else ''}"
-    decided = [
-        f"{_listed(names)} {verdict if len(names) == 1 else verdict[:-1]}"
-        for verdict in ("trains", "fails")
-        if (names := [item.format for item in verdicts if item.decided and item.verdict == verdict])
-    ]
-    if decided:
-        parts.append(f"Decided ({count}): {_listed(decided)}.")
-    if open_ := [item.format for item in verdicts if not item.decided]:
-        verb = "trains" if len(open_) == 1 else "train"
-        parts.append(f"Not decided ({count}): whether {_listed(open_)} {verb}.")
-    if gain is not None:
-        parts.append(_gain_certainty(study, gain))
-    if seeds and p_floor(seeds) > ALPHA:
-        parts.append(f"Close pairs are not decided ({count}: p cannot go below {p_floor(seeds):.2g}).")
-    return parts or ["Nothing is decided: no 8-bit format has a result."]
-
-
-def _gain_certainty(study: Study, gain: Comparison) -> str:
-    names = _listed(twins(study, gain))
-    if not gain.decided:
-        reason = "" if gain.paired is None else f" (adjusted p {gain.p_adjusted:.2g})"
-        return f"Whether geometry changes the {study.measure} in {names} is not decided{reason}."
-    largest = "" if is_largest_decided(study, gain) else "; that no other format gains as much is not"
-    return f"The difference that geometry makes in {names} is decided{largest}."
+def _policy_text(study: Study, policy: str) -> str:
+    """How many arms of another policy train, fail or are not decided."""
+    own = [item.word for key, item in study.verdicts.items() if key[2] == policy]
+    words = {"trains": "train", "fails": "fail", "open": "are not decided", "no result": "have no result"}
+    return ", ".join(f"{own.count(word)} {text}" for word, text in words.items() if word in own) or "no verdict"
 
 
 def _unlearned(reference: Cell) -> str:
     count = sum(not reference.seed_learned(seed) for seed in reference.losses)
     seeds = "" if count == len(reference.losses) else f" in {count} of {len(reference.losses)} seeds"
-    return (
-        f"The reference, BF16 AdamW, did not learn{seeds} ({_course_text(reference)}), so nothing can be said "
-        "of any format."
-    )
+    course = course_text(reference)
+    return f"Nothing can be said of any format: the reference, BF16 AdamW, did not learn{seeds} ({course})."
 
 
-def _course_text(cell: Cell) -> str:
+def course_text(cell: Cell) -> str:
     """From where to where the finished seeds went, means of those whose first step is known, nats."""
-    end = f"ends at {_nats(cell.losses.values())} {cell.unit}"
+    end = f"ends at {plain_number(_mean(cell.losses.values()))} {cell.unit}"
     starts = [start for seed, start in cell.starts.items() if seed in cell.losses and not math.isnan(start)]
     begin = "first step" if cell.unit == UNITS["lm"] else "commonest labels"
-    return f"{end}, {begin} {_nats(starts)}" if starts else f"{end}, its first step is not recorded"
+    return f"{end}, {begin} {plain_number(_mean(starts))}" if starts else f"{end}, its first step is not recorded"
 
 
-def _without_reference(study: Study, cells: Sequence[Cell]) -> str:
-    if not cells and (others := [cell for cell in study.cells if cell.losses and not cell.stops]):
-        best = min(others, key=lambda cell: cell.rank)
-        return (
-            f"No 8-bit format and no BF16 AdamW reference was run; {best.format} with {best.arm} ends at "
-            f"{_nats(best.losses.values())} {best.unit}."
-        )
-    finished = [cell for cell in cells if cell.losses and not cell.stops]
-    stopped = [cell for cell in cells if cell.stops and not cell.losses]
-    parts = ["No BF16 AdamW reference has finished, so no format can be said to train or to fail."]
-    if finished:
+def _without_reference(study: Study) -> str:
+    parts = ["Not known: no BF16 AdamW reference has finished, so no format can be said to train or to fail."]
+    cells = study.judged or study.cells
+    if finished := [cell for cell in cells if cell.losses and not cell.stops]:
         best = min(finished, key=lambda cell: cell.rank)
-        parts.append(f"The lowest 8-bit {study.measure} is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
-    if stopped:
-        parts.append(f"Stopped in every seed: {_listed(f'{cell.format} {cell.arm}' for cell in stopped)}.")
+        parts.append(f"The lowest {study.measure} is {best.mean:.3f} {best.unit}, {best.format} with {best.arm}.")
+    if stopped := [cell for cell in cells if cell.stops and not cell.losses]:
+        parts.append(f"Stopped in every seed: {listed(f'{cell.format} {cell.arm}' for cell in stopped)}.")
     return " ".join(parts)
 
 
-def _reference_loss(study: Study) -> str:
-    assert study.reference is not None
-    return _nats(study.reference.losses.values())
-
-
-def _nats(losses: Iterable[float]) -> str:
-    values = list(losses)
-    mean = math.fsum(values) / len(values)
-    return f"{mean:.3f}" if abs(mean) < 1000 else f"{mean:.2g}"
-
-
-def _seeds_text(cell: Cell) -> str:
-    stopped = f"{len(cell.stops)} of {cell.n} seeds stopped"
-    return f"{cell.arm}: {stopped if cell.stops else 'seeds disagree'}"
-
-
-def _all(number: int) -> str:
-    return "Both" if number == 2 else f"All {_count(number)}"
-
-
-def _count(number: int) -> str:
-    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-    return words[number] if number < len(words) else str(number)
-
-
-def _listed(names: Iterable[str]) -> str:
-    items = list(names)
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found)

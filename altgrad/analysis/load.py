@@ -34,9 +34,10 @@ import pandas as pd
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked, is_current
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain
+from altgrad.training.residence import control_arm, plain_arm
 
 PENDING = "pending"
 FINISHED, FAILED, UNRESOLVED = "finished", "failed", "unresolved"
@@ -119,7 +120,7 @@ def of_sweep(records: Records, trial_ids: Sequence[str]) -> Records:
 def by_setting(records: Records) -> dict[str, Records]:
     """The records of each setting, in their order, under what tells it from the others ('' for a single one)."""
     trials = records.trials
-    values = {setting: _flat(json.loads(setting)) for setting in dict.fromkeys(trials["setting"])}
+    values = {setting: flat(json.loads(setting)) for setting in dict.fromkeys(trials["setting"])}
     names = dict.fromkeys(name for value in values.values() for name in value)
     varied = [name for name in names if len({value.get(name) for value in values.values()}) > 1]
     found = {}
@@ -129,11 +130,11 @@ def by_setting(records: Records) -> dict[str, Records]:
     return found
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted names and texts."""
     found: dict[str, str] = {}
     for name, item in value.items():
-        found |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": str(item)}
+        found |= flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": str(item)}
     return found
 
 
@@ -226,7 +227,12 @@ def _trial(
         "state": _state(outcome),
         "options": config.optimizer.model_dump_json(),
         "geometry": config.use_manifold_aware,
+        "quantized": config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
+        "plain_arm": plain_arm(config.optimizer),
+        "control_arm": control_arm(config.optimizer),
+        "lr_unit": config.arm if has_own_lr_unit(config.optimizer) else "weight",
         "setting": _setting(config, entry["data_sha256"], numerics),
+        "scope": _scope(config),
         "steps": config.steps,
         "created": entry["created"],
         "numerics": numerics,
@@ -263,6 +269,15 @@ def _setting(config: TrainConfig, data_sha256: str, numerics: int) -> str:
     identity = config.identity(data_sha256) | {"steps": config.steps, "numerics": numerics}
     varied = ("format", "policy", "optimizer", "seed")
     return json.dumps({key: value for key, value in identity.items() if key not in varied}, sort_keys=True)
+
+
+def _scope(config: TrainConfig) -> str:
+    """What is trained on what, for how long: what a finding holds for."""
+    model, data = config.model, config.data
+    size = f"{model.layers} × {model.width}"
+    name = f"encoder {model.encoder or size}" if config.task == "classify" else f"GPT {size}"
+    unit = f"{data.batch} documents" if config.task == "classify" else f"{data.batch} × {model.block} tokens"
+    return f"{config.task} on {Path(data.source).name}, {name}, {config.steps} steps of {unit}"
 
 
 def _with_row_signals(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

@@ -24,23 +24,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
-from altgrad.analysis.cells import ALPHA, LEARNED_NATS, LEARNED_SHARE, MARGIN, UNITS, Study, build_study, twin_control
 from altgrad.analysis.finding import Finding, find
-from altgrad.analysis.load import (
-    FINISHED,
-    UNRESOLVED,
-    Records,
-    by_setting,
-    load,
-    mutations,
-    newest_setting,
-    of_sweep,
-    results_table,
-    unevaluated,
-)
+from altgrad.analysis.load import FINISHED, UNRESOLVED, Records, mutations, results_table, unevaluated
+from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
-from altgrad.analysis.stats import p_floor
-from altgrad.analysis.tables import DASH, cells_table, choices_table, geometry_table, mutations_table, stops_table
+from altgrad.analysis.study import Study, build_study
+from altgrad.analysis.sweeps import read_sweep
+from altgrad.analysis.tables import cells_table, choices_table, geometry_table, mutations_table, stops_table
+from altgrad.analysis.twins import twin_control
 from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
 
@@ -64,8 +55,16 @@ class Picture:
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Finding:
+def write_report(
+    out_dir: Path,
+    trial_ids: Sequence[str] | None = None,
+    *,
+    margin: float | None = None,
+    equal_within: float | None = None,
+) -> Finding:
     """Writes report/ into the sweep's folder and returns its finding.
+
+    `margin` (.1: 10 % above BF16's loss is as good) and `equal_within` (nats) default to those of the sweep's spec.
 
     It is of the trials named, else of those under `trials` in sweep.json, else (a folder that does not say) of
     all in the ledger that share the newest setting. Where a sweep has several settings, trials compare within one
@@ -73,30 +72,22 @@ def write_report(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Findi
     the folder has no ledger; ValueError where the ledger holds none of the trials.
     """
     out_dir = Path(out_dir)
-    recorded = load(out_dir)
-    manifest = _manifest(out_dir)
-    named = manifest.pop("trials", None) if manifest else None
-    asked = named if trial_ids is None else trial_ids
-    selected = recorded if asked is None else of_sweep(recorded, asked)
-    if selected.trials.empty:
-        lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
-        raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
-    settings = {"": newest_setting(selected)} if asked is None else by_setting(selected)
+    sweep = read_sweep(out_dir, trial_ids)
+    manifest, selected, settings = sweep.manifest, sweep.selected, sweep.settings
     folder = out_dir / "report"
     shutil.rmtree(folder / "settings", ignore_errors=True)
     labels = list(settings)[:MOST_SETTINGS]
     folders = {label: folder / "settings" / str(place) if place else folder for place, label in enumerate(labels)}
     exchanged = mutations(out_dir, list(selected.trials["trial_id"]))
+    margin, equal_within = sweep.margin(margin), sweep.equal_within(equal_within)
     findings = []
     for label in labels:
         others = {name: path / "report.html" for name, path in folders.items() if name != label}
         shown = Shown(_sweep_name(manifest, out_dir), manifest, label, others, len(settings) - len(labels), exchanged)
         records = settings[label]
-        if asked is not None:
-            elsewhere = len(selected.trials) - len(records.trials)
-            records = replace(records, outside=records.outside - elsewhere)
-        findings.append(_write(folders[label], records, shown))
-    results_table(recorded.trials).to_csv(folder / "results.csv", index=False)
+        study = build_study(judged(records.trials), margin=margin, equal_within=equal_within)
+        findings.append(_write(folders[label], records, study, shown))
+    results_table(sweep.recorded.trials).to_csv(folder / "results.csv", index=False)
     return findings[0]
 
 
@@ -113,14 +104,18 @@ class Shown:
     mutations: list[tuple[str, int, str, float, float, str]]
 
 
-def _write(folder: Path, records: Records, shown: Shown) -> Finding:
+def _write(folder: Path, records: Records, study: Study, shown: Shown) -> Finding:
     """Writes the report of one setting."""
-    measured = judged(records.trials)
-    study = build_study(measured)
     is_pruned = records.trials["outcome"] == OutcomeKind.PRUNED
     results = int(((records.trials["state"] != UNRESOLVED) | is_pruned).sum())
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    finding = find(study, results, len(records.trials), unevaluated(records.trials))
+    finding = find(
+        study,
+        results,
+        len(records.trials),
+        unevaluated=unevaluated(records.trials),
+        scope=str(records.trials["scope"].iloc[0]),
+    )
     finding = replace(finding, path=folder / "report.html")
     context = _context(shown.name, shown.manifest, records, study, finding)
     context |= {"setting": shown.label, "unreported": shown.unreported}
@@ -128,7 +123,7 @@ def _write(folder: Path, records: Records, shown: Shown) -> Finding:
     ours = set(records.trials["trial_id"])
     exchanged = [item for item in shown.mutations if item[0] in ours]
     context["mutations"] = mutations_table(exchanged) if exchanged else None
-    context["learning_rates"] = choices_table(measured, study) if any(c.choices > 1 for c in study.cells) else None
+    context["learning_rates"] = choices_table(study) if any(cell.settings > 1 for cell in study.cells) else None
     context |= {
         "scores": scores_table(records.trials, study),
         "geometry_scores": geometry_scores_table(records.trials, study),
@@ -164,50 +159,24 @@ def _plain(value: object) -> str:
     return re.sub(r"(?i)([|`\\]|\](?=[(\[:])|:(?=//)|(?<=www)\.)", r"\\\1", " ".join(str(value).split()))
 
 
-def _manifest(out_dir: Path) -> dict[str, Any] | None:
-    path = out_dir / "sweep.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
 def _context(
     name: str, manifest: Mapping[str, Any] | None, records: Records, study: Study, finding: Finding
 ) -> dict[str, Any]:
     trials = records.trials
-    seeds = max((cell.n for cell in study.cells), default=0)
     return {
         "name": name,
         "finding": finding,
-        "margin": f"{MARGIN:.0%}",
-        **_words(study),
+        **words(study),
+        "gain": GAIN.format(measure=study.measure),
+        "reading": how_to_read(study),
         "outside": _outside_text(records),
         "cells": cells_table(study),
         "geometry": geometry_table(study),
         "stops": stops_table(trials),
         "counts": trials["outcome"].value_counts().to_dict(),
-        "seeds": seeds,
-        "p_floor": f"{p_floor(seeds):.2g}" if seeds else DASH,
-        "alpha": ALPHA,
-        "correction": study.correction,
-        "geometry_correction": study.geometry_correction,
         "control": twin_control(study.cells),
         "hours": trials["seconds"].sum() / 3600,
         "provenance": None if manifest is None else _flat(manifest),
-    }
-
-
-def _words(study: Study) -> dict[str, str]:
-    """What the prose calls the number that cells are judged by, and how a run has learned and a choice is made."""
-    found = {"measure": study.measure, "unit": study.unit}
-    if study.unit == UNITS["lm"]:
-        return found | {
-            "mean": "Mean validation loss",
-            "choice": "least mean validation loss",
-            "learned": f"{LEARNED_SHARE:.0%} or {LEARNED_NATS:g} nats below the training loss of its first step",
-        }
-    return found | {
-        "mean": "Mean error on test documents, 1 − F1 micro,",
-        "choice": "greatest mean F1 micro on validation documents",
-        "learned": f"{LEARNED_SHARE:.0%} below the error of giving every document the commonest labels",
     }
 
 
@@ -272,7 +241,7 @@ def _policy_pictures(
     return [
         Picture(
             f"Distance from BF16{title}",
-            "What formats are judged by, minus BF16 AdamW's at the same seed, mean and half the 95 % interval. "
+            "What formats are judged by, minus BF16 AdamW's at the same seed, mean and half the simultaneous interval. "
             "Purple is lower than BF16, orange higher; hatched cells had runs stopped and have no mean.",
             "There is no BF16 AdamW reference to measure from.",
             drawn("heat_map", lambda path: figures.heat_map(study, policy, path)),

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from altgrad.analysis.cells import Comparison, Study, geometry_comparisons
+from altgrad.analysis.contrasts import Contrast
+from altgrad.analysis.inference import t_interval
 from altgrad.analysis.load import FINISHED
-from altgrad.analysis.stats import paired, signed, t_interval
+from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, number, slim
+from altgrad.analysis.wording import signed
 
 SHOWN = {
     "f1_micro": "F1 micro",
@@ -60,12 +62,12 @@ def scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
 
 
 def geometry_scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
-    """F1 of every geometry-aware arm minus that of the plain arms of its format, paired by seed, 95 % intervals."""
+    """F1 of every geometry-aware arm minus that of the plain arm of its residence, paired by seed, 95 % intervals."""
     if not (trials["task"] == "classify").any():
         return None
     by_id = trials[trials["state"] == FINISHED].set_index("trial_id")
     lines = []
-    for item in geometry_comparisons(study.cells):
+    for item in study.gains:
         texts = [_difference_text(by_id, item, name) for name in COMPARED]
         lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
     columns = ("format", "policy", "arm", "against", *(f"{SHOWN[name]}, difference" for name in COMPARED))
@@ -81,14 +83,15 @@ def _mean_text(values: pd.Series, *, with_interval: bool) -> str:
     return mean + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
 
 
-def _difference_text(by_id: pd.DataFrame, item: Comparison, name: str) -> str:
+def _difference_text(by_id: pd.DataFrame, item: Contrast, name: str) -> str:
     own, other = (_by_seed(by_id, cell.trial_ids, name) for cell in (item.cell, item.other))
     common = own.index.intersection(other.index)
     if not len(common):
         return DASH
-    pair = paired(list(own[common] - other[common]))
-    spread = " (1 seed)" if pair.n < 2 else f" [{signed(pair.low)}, {signed(pair.high)}]"
-    return signed(pair.mean) + spread
+    differences = list(own[common] - other[common])
+    low, high = t_interval(differences)
+    spread = " (1 seed)" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
+    return signed(math.fsum(differences) / len(differences)) + spread
 
 
 def _by_seed(by_id: pd.DataFrame, trial_ids: Sequence[str], name: str) -> pd.Series:

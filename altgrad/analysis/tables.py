@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
-from altgrad.analysis.cells import UNITS, Cell, Comparison, Study, mean_of_known
-from altgrad.analysis.finding import stop_text
-from altgrad.analysis.load import FAILED, FINISHED
-from altgrad.analysis.stats import signed
+from altgrad.analysis.cells import UNITS, Cell, mean_of_known
+from altgrad.analysis.contrasts import Contrast
+from altgrad.analysis.failures import reason
+from altgrad.analysis.load import FAILED
+from altgrad.analysis.study import Study
+from altgrad.analysis.verdicts import Verdict
+from altgrad.analysis.wording import percent, signed
 
 DASH = "–"
 
@@ -33,12 +35,12 @@ def cells_table(study: Study) -> Table:
         "arm",
         "policy",
         "lr",
-        "rung clip",
+        "of settings",
         "seeds",
         _measure(study),
         f"minus BF16, {study.unit}",
-        "p",
-        "p adj.",
+        "p, distribution-free",
+        "excess over BF16",
         "verdict",
         "flip yield",
         "stall ratio",
@@ -46,45 +48,70 @@ def cells_table(study: Study) -> Table:
     )
     lines = []
     for cell in study.cells:
-        comparison, judgement = study.comparison(cell), study.judgement(cell)
-        open_ = not judgement.decided and judgement.verdict in ("trains", "fails", "unclear")
-        verdict = judgement.verdict + (" (not decided)" if open_ else "")
+        comparison, verdict = study.comparison(cell), study.verdicts.get(cell.key)
         lines.append(
             (
                 cell.format,
                 cell.arm,
                 cell.policy,
                 number(cell.lr, "g"),
-                number(cell.rung_clip, "g"),
+                _settings_text(cell),
                 str(cell.n),
-                _loss_text(cell),
-                *_difference_texts(comparison),
-                _reference_text(cell) if cell is study.reference else verdict,
+                loss_text(cell),
+                effect_text(comparison),
+                _free_text(comparison),
+                DASH if verdict is None else excess_text(verdict),
+                _verdict_text(study, cell, verdict),
                 number(cell.signals["flip_yield"], ".2f"),
                 number(cell.signals["stall_ratio"], ".2f"),
                 _outcomes_text(cell.outcomes),
             )
         )
     table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
-    return slim(table, ("policy", "lr", "rung clip"))
+    chosen = () if any(cell.settings > 1 for cell in study.cells) else ("lr", "of settings")
+    return slim(table, ("policy", "p, distribution-free", *chosen))
 
 
 def geometry_table(study: Study) -> Table:
-    """Every geometry-aware arm against the plain arms of its format."""
-    columns = ("format", "policy", "arm", "against", "pairs", f"difference, {study.unit}", "p", "p adj.", "reading")
-    lines = [
-        (
-            item.cell.format,
-            item.cell.policy,
-            item.cell.arm,
-            item.other.arm,
-            str(item.paired.n if item.paired else 0),
-            *_difference_texts(item),
-            _reading(item),
+    """What every geometry-aware arm gains over the plain arm of its residence, and beyond BF16 and FP32."""
+    columns = (
+        "format",
+        "policy",
+        "arm",
+        "plain arm",
+        "pairs",
+        f"gain, {study.unit}",
+        "median",
+        "beyond BF16",
+        "median beyond",
+        "p, distribution-free",
+        "beyond FP32 control",
+        "beyond BF16, reading",
+        "more seeds to decide",
+    )
+    beyond = {(item.kind, item.cell.key): item for item in study.beyond}
+    lines = []
+    for item in study.gains:
+        more, control = (beyond.get((kind, item.cell.key)) for kind in ("beyond BF16", "beyond FP32"))
+        lines.append(
+            (
+                item.cell.format,
+                item.cell.policy,
+                item.cell.arm,
+                item.other.arm + (" in FP32" if item.other.format != item.cell.format else ""),
+                str(item.n),
+                effect_text(item),
+                number(item.median, ".3f"),
+                effect_text(more),
+                DASH if more is None else number(more.median, ".3f"),
+                _free_text(more),
+                effect_text(control),
+                _reading(study, item, more),
+                _needed_text(more),
+            )
         )
-        for item in study.geometry
-    ]
-    return slim(Table(columns, lines, frozenset({4, 5, 6, 7})), ("policy",))
+    table = Table(columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}))
+    return slim(table, ("policy", "p, distribution-free", "beyond FP32 control"))
 
 
 def stops_table(trials: pd.DataFrame) -> Table:
@@ -126,23 +153,29 @@ def stops_table(trials: pd.DataFrame) -> Table:
     return slim(Table(columns, lines, frozenset({4, 5, 9, 10, 11})), ("policy", "lr"))
 
 
-def choices_table(trials: pd.DataFrame, study: Study) -> Table:
-    """Mean loss of every learning rate and rung clip that was run; a stopped seed shows as such."""
-    groups: dict[tuple[str, ...], list[dict[Hashable, Any]]] = {}
-    for trial in trials.to_dict("records"):
-        key = tuple(trial[name] for name in ("format", "optimizer", "policy", "options"))
-        groups.setdefault(key, []).append(trial)
+def choices_table(study: Study) -> Table:
+    """Sensitivity to the learning rate: every setting's mean loss and its distance from the cell's chosen one."""
     lines = []
-    for (name, arm, policy, _), group in groups.items():
-        first, stopped = group[0], sum(trial["state"] == FAILED for trial in group)
-        finished = [trial["val_loss"] for trial in group if trial["state"] == FINISHED]
-        loss = f"{stopped} of {len(group)} stopped" if stopped else number(mean_of_known(finished), ".3f")
-        lines.append(
-            (name, arm, policy, number(first["lr"], "g"), number(first["rung_clip"], "g"), str(len(finished)), loss)
-        )
-    return Table(
-        ("format", "arm", "policy", "lr", "rung clip", "finished", _measure(study)), lines, frozenset({3, 4, 5, 6})
-    )
+    for cell in study.cells:
+        for item in sorted(cell.tried, key=lambda item: item.lr):
+            common = item.losses.keys() & cell.losses.keys() if not (item.stops or cell.stops) else ()
+            distance = mean_of_known(item.losses[seed] - cell.losses[seed] for seed in common)
+            chosen = "chosen" if item.trial_ids == cell.trial_ids else ""
+            outside = "" if item.lr in cell.rates else "not compared"
+            lines.append(
+                (
+                    cell.format,
+                    cell.arm,
+                    cell.policy,
+                    number(item.lr, "g"),
+                    str(len(item.losses)),
+                    loss_text(item),
+                    DASH if math.isnan(distance) else signed(distance),
+                    chosen or outside or DASH,
+                )
+            )
+    columns = ("format", "arm", "policy", "lr", "finished", _measure(study), "minus the chosen", "")
+    return slim(Table(columns, lines, frozenset({3, 4, 5, 6})), ("policy",))
 
 
 def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) -> Table:
@@ -185,36 +218,74 @@ def _reference_text(cell: Cell) -> str:
     return "reference" if cell.learned else "reference (did not learn)"
 
 
-def _loss_text(cell: Cell) -> str:
+def loss_text(cell: Cell) -> str:
+    """A cell's mean loss ± half its interval, or how many of its seeds failed."""
     if cell.stops:
         return f"failed {len(cell.stops)} of {cell.n}"
     low, high = cell.interval
     return number(cell.mean, ".3f") + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
 
 
-def _difference_texts(item: Comparison | None) -> tuple[str, str, str]:
-    if item is None or item.paired is None:
-        return DASH, DASH, DASH
-    pair = item.paired
-    spread = "" if pair.n < 2 else f" [{signed(pair.low)}, {signed(pair.high)}]"
-    return signed(pair.mean) + spread, f"{pair.p:.3g}", f"{item.p_adjusted:.3g}"
+def effect_text(item: Contrast | None) -> str:
+    """A contrast's mean and interval, or why it has none."""
+    if item is None:
+        return DASH
+    if item.status == "measured" and math.isfinite(item.half):
+        return f"{signed(item.mean)} [{signed(item.low)}, {signed(item.high)}]"
+    return (
+        item.status if math.isnan(item.mean) or item.status == "identical" else f"{signed(item.mean)} ({item.status})"
+    )
 
 
-def _reading(item: Comparison) -> str:
-    if item.kind == "rescued":
-        text = f"{item.other.arm} is stopped ({stop_text(item.other)}), {item.cell.arm} finishes"
-    elif item.kind == "lost":
-        text = f"{item.cell.arm} is stopped ({stop_text(item.cell)}), {item.other.arm} finishes"
-    elif item.kind == "stopped":
-        return (
-            f"stopped: {item.cell.arm} {len(item.cell.stops)} of {item.cell.n}, "
-            f"{item.other.arm} {len(item.other.stops)} of {item.other.n}"
+def excess_text(verdict: Verdict) -> str:
+    """How far above BF16 a cell ends, relative, with its interval."""
+    if math.isnan(verdict.excess):
+        return DASH
+    spread = "" if math.isinf(verdict.high) else f" [{percent(verdict.low)}, {percent(verdict.high)}]"
+    return percent(verdict.excess) + spread
+
+
+def _free_text(item: Contrast | None) -> str:
+    return DASH if item is None or math.isnan(item.p_free) else f"{item.p_free:.3g}"
+
+
+def _settings_text(cell: Cell) -> str:
+    return str(cell.settings) if len(cell.rates) == cell.settings else f"{len(cell.rates)} of {cell.settings}"
+
+
+def _verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
+    if cell is study.reference:
+        return _reference_text(cell)
+    if verdict is None or verdict.word == "no result":
+        return DASH if not cell.is_judged else "pruned" if cell.pruned else "no result"
+    return "not decided" if verdict.word == "open" else verdict.word
+
+
+def _reading(study: Study, gain: Contrast, more: Contrast | None) -> str:
+    """Of an 8-bit format: whether its arm gains more there than in BF16, and whether it may gain most."""
+    if gain.status == "stopped":
+        counts = ", ".join(f"{cell.arm} {reason(study, cell)}" for cell in (gain.cell, gain.other) if cell.stops)
+        word = (
+            "" if math.isnan(gain.p_stop) else f" ({'decided' if gain.decided else 'not decided'}, p {gain.p_stop:.2g})"
         )
-    elif item.paired is None:
-        return "no result"
-    else:
-        text = "gain" if item.paired.mean < 0 else "worse" if item.paired.mean > 0 else "no difference"
-    return text if item.decided else f"{text}, not decided"
+        return counts + word
+    if more is None:
+        return DASH
+    if more.status in ("identical", "no result", "one seed", "exploratory", "stopped"):
+        return more.status
+    may = any(item.cell is more.cell for group in study.best for item in group)
+    tail = "" if not may else "; gains most" if study.leads else "; may gain most"
+    if more.decided:
+        return ("less than in BF16" if more.mean < 0 else "more than in BF16") + tail
+    if more.within(study.equal_limit(more)):
+        return f"as in BF16 within {study.equal_limit(more):.2g}{tail}"
+    return f"not decided{tail}"
+
+
+def _needed_text(item: Contrast | None) -> str:
+    if item is None or item.status != "measured" or item.is_apart:
+        return DASH
+    return "> 60" if item.seeds_needed is None else str(item.seeds_needed)
 
 
 def _outcomes_text(outcomes: Mapping[str, int]) -> str:

@@ -27,6 +27,8 @@ SPEC_FLAGS = {
     "lrs": ("lrs", "1e-3,3e-3: learning rates; left out: each arm's own"),
     "seeds": ("seeds", "paired replicates, at least 1"),
     "steps": ("steps", "training steps of a trial"),
+    "margin": ("margin", "how far above BF16's loss a format still trains; default .1 (10 %%)"),
+    "equal-within": ("equal_within", "nats within which gains are equal; default a quarter of the arm's in BF16"),
     "task": ("task", "lm or classify"),
     "data": ("data.source", f"{', '.join(NAMED)}, or a text, JSONL, parquet or CSV file, a folder or a glob"),
     "label-field": ("data.label_field", "the field that holds the labels, for --task classify; default labels"),

@@ -1,4 +1,4 @@
-"""What a sweep's ledger is asked: status, why, report. Each takes the parsed request and returns the exit code.
+"""What sweeps' ledgers are asked: status, why, report, compare. Each takes the parsed request, returns the exit code.
 
 The first two need neither torch nor Ray, so that asking costs nothing beside a sweep that is running.
 """
@@ -6,8 +6,10 @@ The first two need neither torch nor Ray, so that asking costs nothing beside a 
 from __future__ import annotations
 
 import argparse
+import math
 
 from altgrad.sweep import monitor
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.monitor import print_table
 
 
@@ -31,10 +33,50 @@ def why(request: argparse.Namespace) -> int:
     return 0
 
 
+def margin_of(text: str | None) -> float | None:
+    """The margin that a flag gives; SpecError for what is none."""
+    return _amount("--margin", text, 10.0, "a part of BF16's loss above 0 (.1 is 10 %)")
+
+
+def distance_of(text: str | None) -> float | None:
+    """The distance that --equal-within gives; SpecError for what is none."""
+    return _amount("--equal-within", text, math.inf, "nats above 0")
+
+
+def _amount(flag: str, text: str | None, most: float, allowed: str) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value <= most and value < math.inf):
+        raise SpecError(f"{flag}: {text!r} is not allowed: {allowed} is expected")
+    return value
+
+
+def compare(request: argparse.Namespace) -> int:
+    margin, equal_within = margin_of(request.margin), distance_of(request.equal_within)
+    for out in (request.out, request.other):
+        monitor.open_ledger(out).close()
+    from altgrad.analysis.compare import compare as compared
+
+    try:
+        found = compared(request.out, request.other, margin=margin, equal_within=equal_within)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    for line in found.lines:
+        print(line)
+    if found.table.lines:
+        print_table([tuple(found.table.columns), *map(tuple, found.table.lines)])
+    return 0
+
+
 def report(request: argparse.Namespace) -> int:
+    margin, equal_within = margin_of(request.margin), distance_of(request.equal_within)
     monitor.open_ledger(request.out).close()
     from altgrad.analysis.report import write_report
 
-    finding = write_report(request.out)
-    print(f"{finding.headline}\n{finding.certainty}\nreport: {finding.path}")
+    finding = write_report(request.out, margin=margin, equal_within=equal_within)
+    print(f"{finding}\nreport: {finding.path}")
     return 0

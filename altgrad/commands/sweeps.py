@@ -15,7 +15,7 @@ from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
 from altgrad.sweep.ledger import outdated_text
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.options import GROWING, RunOptions
-from altgrad.sweep.plan import estimate, power_line
+from altgrad.sweep.plan import estimate
 from altgrad.sweep.progress import duration
 from altgrad.sweep.run import SweepResult, preflight, run_sweep
 from altgrad.sweep.sampling import sample_count
@@ -77,8 +77,7 @@ def _conclude(result: SweepResult) -> int:
     from altgrad.analysis.report import write_report
 
     finding = write_report(result.out)
-    print(finding.headline)
-    print(finding.certainty)
+    print(finding)
     endings = ", ".join(f"{count} {name}" for name, count in result.endings.most_common())
     print(f"{result.trials} trials: {endings}" + ("" if result.ran else "; nothing was left to run"))
     if result.outdated:
@@ -121,7 +120,10 @@ def plan(request: argparse.Namespace) -> int:
             if outdated := ledger.outdated():
                 print(f"{options.out}: {outdated_text(len(outdated))}")
     _print_estimate(spec, options, left)
-    print(power_line(spec.seeds))
+    from altgrad.analysis.power import planned_power
+
+    for line in planned_power(trials.values(), spec.seeds, spec.margin):
+        print(line)
     return 0
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,32 @@ class Winner:
         return math.fsum(self.scores.values()) / len(self.scores)
 
 
+GROUPS = ("format", "arm", "policy")
+"""What the best may be asked for each of."""
+
+
 def find_best(ledger: Ledger, asked: list[str] | None = None) -> Winner:
     """The best of the trials asked for, or of all in the ledger; SpecError where none has run to its end."""
+    whole = _whole(ledger, asked)
+    return _best_of([winner for winner in whole if not is_reference(winner.config)] or whole)
+
+
+def find_best_per(ledger: Ledger, fields: Sequence[str], asked: list[str] | None = None) -> list[Winner]:
+    """The best of each group of equal `fields`, of GROUPS, references among them; SpecError as for `find_best`."""
+    groups: dict[tuple[str, ...], list[Winner]] = {}
+    for winner in _whole(ledger, asked):
+        groups.setdefault(tuple(str(getattr(winner.config, name)) for name in fields), []).append(winner)
+    return [_best_of(group) for group in groups.values()]
+
+
+def _best_of(competing: Sequence[Winner]) -> Winner:
+    sign = 1 if OBJECTIVES[competing[0].measure].direction == "minimize" else -1
+    best = min(competing, key=lambda winner: sign * winner.mean)
+    return replace(best, rivals=len(competing))
+
+
+def _whole(ledger: Ledger, asked: list[str] | None) -> list[Winner]:
+    """Every configuration that has run to its end with all its seeds, in their order."""
     trials = ledger.configs(None if asked is None else set(asked))
     groups: dict[str, dict[str, TrainConfig]] = {}
     for trial_id, config in trials.items():
@@ -70,12 +94,9 @@ def find_best(ledger: Ledger, asked: list[str] | None = None) -> Winner:
         key = pooled + config.model_dump_json(exclude={"seed"})
         groups.setdefault(key, {})[trial_id] = config
     whole = [winner for group in groups.values() if (winner := _scored(ledger, group)) is not None]
-    competing = [winner for winner in whole if not is_reference(winner.config)] or whole
-    if not competing:
+    if not whole:
         raise SpecError(f"{ledger.path.parent}: no configuration has run to its end with all its seeds yet")
-    sign = 1 if OBJECTIVES[competing[0].measure].direction == "minimize" else -1
-    best = min(competing, key=lambda winner: sign * winner.mean)
-    return Winner(best.config, best.measure, best.scores, best.trial_ids, len(competing))
+    return whole
 
 
 def _scored(ledger: Ledger, group: Mapping[str, TrainConfig]) -> Winner | None:

@@ -3,8 +3,7 @@
 Time is measured, not guessed: one trial of each class of equal cost is trained for twenty steps, with as many at once
 as will run, since processes that share a memory bus slow each other down. What Ray adds was measured once: a few
 seconds to start, a fraction of a second per trial in a reused actor. Guards end trials early, so an estimate is an
-upper one where formats fail. The power is that of the paired differences between seeds, in units of their own
-standard deviation, which only the sweep can tell.
+upper one where formats fail.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ TRIAL_SECONDS = 0.3
 """What Tune and the ledger add to a trial in a reused actor."""
 REPORT_SECONDS = 5.0
 PROBE_INTERVAL = 10
-SIGNIFICANCE, POWER = 0.05, 0.8
 
 
 @dataclass(frozen=True)
@@ -140,36 +138,3 @@ def estimate(
 def _share(config: TrainConfig, workers: int) -> TrainConfig:
     """What one of the trial's workers does."""
     return config.model_copy(update={"data": config.data.model_copy(update={"batch": config.data.batch // workers})})
-
-
-def detectable(seeds: int) -> float:
-    """The mean paired difference, in standard deviations of the differences, that a paired t test finds.
-
-    Two-sided at 5 %, with a power of 80 % on the right side; infinite for one seed, which has no spread.
-    """
-    if seeds < 2:
-        return math.inf
-    from scipy import optimize, stats
-
-    limit = stats.t.ppf(1 - SIGNIFICANCE / 2, seeds - 1)
-
-    def missing(effect: float) -> float:
-        shifted = stats.nct(seeds - 1, effect * math.sqrt(seeds))
-        return float(shifted.sf(limit)) - POWER
-
-    most = 0.5  # far beyond the answer scipy's noncentral t is NaN
-    while missing(most) < 0:
-        most *= 1.5
-    return float(optimize.brentq(missing, most / 1.5, most) if most > 0.5 else optimize.brentq(missing, 1e-3, most))
-
-
-def power_line(seeds: int) -> str:
-    """What so many paired seeds can decide, in one line."""
-    if seeds < 2:
-        return "power: one seed has no spread, so no difference can be decided; at least 6 are expected of a study"
-    least = 2.0 ** (1 - seeds)
-    tail = "; no test of signs can go below 5 %" if least >= SIGNIFICANCE else ""
-    return (
-        f"power: {seeds} paired seeds find differences from {detectable(seeds):.2g} standard deviations of the "
-        f"paired differences (t test, 5 %, power 80 %); the smallest sign-flip p is {least:.2g}{tail}"
-    )

@@ -138,6 +138,15 @@ class SweepSpec(Frozen):
     search_seed: int = Field(0, ge=0, lt=2**31, description="of what a search draws")
     seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
     steps: int = Field(100, ge=1, description="training steps of a trial")
+    margin: float = Field(
+        0.1, gt=0, le=10, description="a format trains that ends within this part of BF16's loss; .1 is 10 %"
+    )
+    equal_within: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="nats within which two gains count as equal; null: a quarter of the arm's gain in BF16",
+    )
     model: ModelConfig = Field(ModelConfig(), description="a model's name, or its layers, heads, width and block")
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()

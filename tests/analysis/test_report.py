@@ -68,7 +68,9 @@ def test_finding_leads_both_reports(tmp_path: Path) -> None:
     assert finding.path == tmp_path / "report" / "report.html" and finding.path.is_file()
     for name in ("report.html", "report.md"):
         text = (finding.path.parent / name).read_text().replace("&#39;", "'")
-        places = [text.index(part) for part in (finding.headline, finding.certainty, "Distance from BF16")]
+        said = [answer.question for answer in finding.answers] + [answer.text for answer in finding.answers]
+        assert all(part in text.split("Distance from BF16")[0] for part in said)
+        places = [text.index(part) for part in (*(answer.text for answer in finding.answers), "Distance from BF16")]
         assert places == sorted(places)
 
 
@@ -90,7 +92,7 @@ def test_every_stop_is_listed_with_its_evidence(written: Path) -> None:
 def test_a_stopped_cell_shows_no_number(written: Path) -> None:
     cells = (written / "report.md").read_text().split("## Every cell")[1].split("## ")[0]
     rows = [line for line in cells.splitlines() if line.startswith("| E7M0 |")]
-    assert len(rows) == 3 and all("failed 2 of 2 | – | – | – | fails" in row for row in rows)
+    assert len(rows) == 3 and all("failed 2 of 2 | stopped | +" in row for row in rows)
 
 
 def test_without_stops_it_says_so_and_keeps_no_old_picture(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_sizes_from_one_to_many(tmp_path: Path, formats: list[str], arms: list[s
 
 def test_nothing_run_yet_still_gives_a_report(tmp_path: Path) -> None:
     finding = write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], offset=lambda *_: None)))
-    assert "0 of 4" in finding.certainty and not list((tmp_path / "report" / "figures").iterdir())
+    assert "0 of 4" in str(finding) and not list((tmp_path / "report" / "figures").iterdir())
 
 
 def test_policies_have_their_own_pictures(tmp_path: Path) -> None:
@@ -136,7 +138,8 @@ def test_policies_have_their_own_pictures(tmp_path: Path) -> None:
 def test_learning_rates_are_listed_where_there_are_several(tmp_path: Path) -> None:
     write_report(write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw"], lrs=(1e-3, 1e-2), steps=20)))
     text = (tmp_path / "report" / "report.md").read_text()
-    assert text.split("## Every learning rate")[1].count("| E5M2 |") == 2
+    rates = text.split("## Sensitivity to the learning rate")[1].split("## ")[0]
+    assert rates.count("| E5M2 |") == 2 and rates.count("| chosen |") == 2
 
 
 @pytest.mark.parametrize(("shift", "said"), [(0.0, "as they must"), (1e-4, "Fault in the numerics")])
@@ -203,8 +206,8 @@ def test_a_pruned_trial_is_a_result_and_not_a_number(tmp_path: Path) -> None:
         offset=lambda name, arm, seed: pruned if (name, arm) == ("E5M2", "manifold") else 0.0,
     )
     finding = write_report(write_ledger(tmp_path, plan))
-    assert (finding.results, finding.trials) == (8, 8) and "Incomplete" not in finding.certainty
-    assert "E5M2 with manifold" not in finding.headline
+    assert (finding.results, finding.trials) == (8, 8) and "Incomplete" not in str(finding)
+    assert "E5M2 with manifold" not in str(finding)
 
 
 def sweep_of(out_dir: Path, plan: Plan) -> list[str]:
@@ -229,8 +232,8 @@ def test_the_report_is_of_the_sweep_that_ran_last(tmp_path: Path) -> None:
     )
     ids = sweep_of(tmp_path, last)
     finding = write_report(tmp_path)
-    assert (finding.results, finding.trials) == (4, 4) and "Incomplete" not in finding.certainty
-    assert "E4M3" not in finding.headline
+    assert (finding.results, finding.trials) == (4, 4) and "Incomplete" not in str(finding)
+    assert "E4M3" not in str(finding)
     for name in ("report.md", "report.html"):
         text = (tmp_path / "report" / name).read_text()
         assert "5 other trials of earlier sweeps in this folder are left out; results.csv lists every" in text
@@ -249,8 +252,8 @@ def test_trials_of_other_lengths_are_not_mixed_in(tmp_path: Path) -> None:
     sweep_of(tmp_path, short)
     finding = write_report(tmp_path)
     assert (finding.results, finding.trials) == (4, 6), "the rows at step 20 were written over without a loss"
-    assert "Decided (" not in finding.certainty.replace("Not decided (", "")
-    assert "2 trials were trained past the steps asked for" in finding.certainty
+    assert "(decided" not in str(finding)
+    assert "2 trials were trained past the steps asked for" in str(finding)
 
 
 def test_a_sweep_that_the_ledger_does_not_know_is_named(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_a_blown_up_reference_still_gives_a_report(tmp_path: Path) -> None:
     finding = write_report(
         write_ledger(tmp_path, Plan(["BF16", "E5M2"], ["adamw", "grid"], steps=20, offset=lambda *_: 1.2e11))
     )
-    assert "did not learn" in finding.headline
+    assert "did not learn" in finding.answers[0].text
     assert "reference (did not learn)" in (tmp_path / "report" / "report.md").read_text()
 
 

@@ -167,3 +167,20 @@ def test_a_sweep_of_several_settings_has_a_report_for_each(ledger: Ledger, tmp_p
     assert "report of **data.batch=8**" in second and "[data.batch=4](../../report.html)" in second
     assert "5.050" in first and "9.050" in second and "9.050" not in first and "left out" not in first
     assert len((out / "report" / "results.csv").read_text().splitlines()) == 1 + 8
+
+
+def test_the_best_of_each_group(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = SweepSpec(formats=("E5M2", "E4M3"), optimizers=("adamw", "manifold"), lrs=(1e-3, 2e-3), seeds=2)
+    trials = spec.trials(SHA)
+    losses = {
+        name: 2.0 + (config.format == "E5M2") * 0.1 + (config.arm == "manifold") * 0.01 + config.optimizer.lr
+        for name, config in trials.items()
+    }
+    enter(ledger, trials, losses)
+    ledger.close()
+    assert main(["best", str(ledger.path.parent), "--per", "format,arm"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["format", "arm", "val_loss", "seeds", "lr", "policy", "best", "of"]
+    found = {(line[0], line[1]): (line[2], line[4], line[-1]) for line in lines[1:]}
+    assert found["E5M2", "manifold"] == ("2.1110", "0.001", "2") and found["E4M3", "adamw"] == ("2.0010", "0.001", "2")
+    assert ("BF16", "adamw") in found
