@@ -2,9 +2,7 @@
 
 An arm that was run with several values of a parameter other than the learning rate (a rung clip, a beta) is as many
 arms: each is compared under its own name. What is chosen within a cell is the learning rate alone, by the mean
-validation loss over all seeds, and cells are compared over equal grids (`compared_rates`): the best of 12 rates looks
-better than the best of 4 by chance, and with equal grids that flattery cancels. Where grids differ they are cut to the
-rates that all have; where no rate is shared (a random search) what follows is exploratory and nothing of it is decided.
+validation loss over all seeds (see `grids`).
 
 A stopped run has no final loss: it is never averaged in. A run that a race pruned says nothing of its setting but that
 others were better; a lost one (out of memory, not run yet) costs its seed and no other.
@@ -12,14 +10,11 @@ others were better; a lost one (out of memory, not run yet) costs its seed and n
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-import pandas as pd
 
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.load import FAILED, FINISHED
@@ -34,9 +29,6 @@ MEASURES = {UNITS["lm"]: "loss", UNITS["classify"]: "error"}
 """What a report calls them."""
 LEARNED_SHARE, LEARNED_NATS = 0.10, 0.5
 SIGNALS_OF_CELLS = ("flip_yield", "stall_ratio", "stable_rank", "bits_per_byte")
-
-MOST_ARMS = 8
-"""An arm's parameter with more values than these is no axis that somebody wants to compare along."""
 
 Key = tuple[str, str, str]
 """Format, arm, policy."""
@@ -166,95 +158,7 @@ def is_eight_bit(name: str) -> bool:
     return format_order(name)[0] == 8
 
 
-def build_cells(trials: pd.DataFrame) -> list[Cell]:
-    """One cell per format, arm and policy, in the order of formats, each at its best learning rate."""
-    # Plain records: a frame per choice takes most of the time of a large sweep's report.
-    records = trials.to_dict("records")
-    labels = _arm_labels(records)
-    groups: dict[Key, dict[str, list[dict[Hashable, Any]]]] = {}
-    for record, (arm, _) in zip(records, labels, strict=True):
-        choices = groups.setdefault((record["format"], arm, record["policy"]), {})
-        choices.setdefault(record["options"], []).append(record)
-    knobs = dict(labels)
-    found = {
-        key: [
-            _cell(sorted(choice, key=lambda trial: trial["seed"]), key[1], knobs[key[1]]) for choice in choices.values()
-        ]
-        for key, choices in groups.items()
-    }
-    units = {label: record["lr_unit"] for record, (label, _) in zip(records, labels, strict=True)}
-    # Settings of one cell that differ in more than the rate are samples of a search: no other cell has the same.
-    grids = {key: [cell.lr for cell in cells] for key, cells in found.items()}
-    gridded = {key: rates for key, rates in grids.items() if len(set(rates)) == len(rates)}
-    compared = compared_rates(gridded, units)
-    cells = [_chosen(settings, compared.get(key)) for key, settings in found.items()]
-    return sorted(
-        cells,
-        key=lambda cell: (format_order(cell.format), cell.policy != MAIN_POLICY, cell.policy, arm_order(cell.arm)),
-    )
-
-
-def compared_rates(ran: Mapping[Key, Sequence[float]], units: Mapping[str, str]) -> dict[Key, tuple[float, ...]]:
-    """The learning rates over which each cell is chosen; a cell whose grid shares none with its like is left out.
-
-    `ran`: those of each cell; `units`: what each arm's rate is measured in. First the formats of one arm are cut to
-    the rates that all of them ran, then arms of one unit with unequal numbers of rates to what all of them have.
-    """
-    by_arm: dict[str, list[Key]] = {}
-    for key in ran:
-        by_arm.setdefault(key[1], []).append(key)
-    shared = {arm: _common([ran[key] for key in keys]) for arm, keys in by_arm.items()}
-    by_unit: dict[str, list[str]] = {}
-    for arm, rates in shared.items():
-        if rates:
-            by_unit.setdefault(units[arm], []).append(arm)
-    for arms in by_unit.values():
-        if len({len(shared[arm]) for arm in arms}) > 1 and (common := _common([shared[arm] for arm in arms])):
-            shared |= dict.fromkeys(arms, common)
-    return {key: shared[arm] for arm, keys in by_arm.items() for key in keys if shared[arm]}
-
-
-def _common(grids: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(sorted(set(grids[0]).intersection(*grids[1:])))
-
-
-def _chosen(settings: Sequence[Cell], compared: tuple[float, ...] | None) -> Cell:
-    rates = tuple(sorted({cell.lr for cell in settings})) if compared is None else compared
-    best = min((cell for cell in settings if cell.lr in rates), key=lambda cell: cell.rank)
-    return replace(best, rates=rates, tried=tuple(settings), exploratory=compared is None)
-
-
-def _arm_labels(records: Sequence[Mapping[Hashable, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """For each record its arm with the parameters, other than the rate, that vary within it; and these by name.
-
-    A parameter with many values, or whose values the formats do not share, is one that a search has drawn: it makes no
-    arms of its own.
-    """
-    parsed = {text: json.loads(text) for text in {record["options"] for record in records}}
-    values: dict[tuple[str, str], dict[str, set[str]]] = {}
-    for record in records:
-        for name, value in parsed[record["options"]].items():
-            by_format = values.setdefault((record["optimizer"], name), {})
-            by_format.setdefault(record["format"], set()).add(json.dumps(value))
-    varied: dict[str, list[str]] = {}
-    for (arm, name), by_format in values.items():
-        is_axis = bool(set.intersection(*by_format.values())) and 1 < len(set.union(*by_format.values())) <= MOST_ARMS
-        if name != "lr" and is_axis:
-            varied.setdefault(arm, []).append(name)
-    labels = []
-    for record in records:
-        own = {name: parsed[record["options"]][name] for name in varied.get(record["optimizer"], ())}
-        labels.append(
-            (", ".join([record["optimizer"], *(f"{name} {_plain(value)}" for name, value in own.items())]), own)
-        )
-    return labels
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _cell(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[str, Any]) -> Cell:
+def cell_of(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[str, Any]) -> Cell:
     """The cell of trials that differ in nothing but the seed, in its order."""
     finished = [trial for trial in trials if trial["state"] == FINISHED]
     failed = [trial for trial in trials if trial["state"] == FAILED]
@@ -289,8 +193,8 @@ def _cell(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[str
 
 
 def mean_of_known(values: Iterable[float]) -> float:
-    """The mean of those that are numbers; NaN where none is."""
-    known = [value for value in values if not math.isnan(value)]
+    """The mean of those that are finite; NaN where none is."""
+    known = [value for value in values if math.isfinite(value)]
     return math.fsum(known) / len(known) if known else math.nan
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from altgrad.analysis.cells import Cell, Key
 from altgrad.analysis.contrasts import Contrast, measured
-from altgrad.analysis.load import Records, flat, load, newest_setting, of_sweep
+from altgrad.analysis.load import Records, flat
 from altgrad.analysis.scores import judged
-from altgrad.analysis.study import MARGIN, Study, build_study, tolerance_of
+from altgrad.analysis.study import Study, build_study
+from altgrad.analysis.sweeps import read_sweep
 from altgrad.analysis.tables import DASH, Table, effect_text, loss_text
 from altgrad.analysis.wording import counted, listed
-from altgrad.sweep.best import asked_in
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ def compare(first: Path, second: Path, *, margin: float | None = None, equal_wit
     changes = _changes(before, after)
     identical = sum(item.status == "identical" for item in changes)
     decided = [item for item in changes if item.decided]
+    margins = [study.margin for study in (a, b)]
+    if margins[0] != margins[1]:
+        lines.append(f"differs: margin: {margins[0]:g} and {margins[1]:g}")
     lines.append(
         f"{counted(len(changes), 'cell')} in both: {identical} identical in every seed, {len(decided)} decided to "
         "differ" + (f" ({listed(f'{item.cell.format} {item.cell.arm}' for item in decided)})" if decided else "")
@@ -56,11 +59,9 @@ def compare(first: Path, second: Path, *, margin: float | None = None, equal_wit
 
 
 def _side(out: Path, margin: float | None, equal_within: float | None) -> tuple[Records, Study]:
-    recorded, asked = load(out), asked_in(out)
-    records = newest_setting(recorded if asked is None else of_sweep(recorded, asked))
-    if records.trials.empty:
-        raise ValueError(f"{out / 'ledger.sqlite'} holds no trials")
-    margin = MARGIN if margin is None else margin
+    sweep = read_sweep(out)
+    margin, equal_within = sweep.margin(margin), sweep.equal_within(equal_within)
+    records = next(iter(sweep.settings.values()))
     return records, build_study(judged(records.trials), margin=margin, equal_within=equal_within)
 
 
@@ -88,14 +89,15 @@ def _changes(before: Mapping[Key, Cell], after: Mapping[Key, Cell]) -> list[Cont
     contrasts = [
         Contrast("change", cell, ((cell, 1), (replace(old, policy=f"{old.policy}, first"), -1))) for cell, old in pairs
     ]
-    return measured(contrasts, tolerance_of([cell for pair in pairs for cell in pair]))
+    return measured(contrasts, {})
 
 
 def _table(changes: list[Contrast], before: Mapping[Key, Cell], first: Path, second: Path, unit: str) -> Table:
     columns = ("format", "arm", "policy", "pairs", str(first), str(second), f"change, {unit}", "reading")
     lines = []
     for item in changes:
-        word = item.status if item.status != "measured" else "differs" if item.decided else "not decided"
+        open_ = "not decided" if item.status in ("measured", "stopped") else item.status
+        word = "differs" if item.decided else open_
         old = before[item.cell.key]
         lines.append((*item.cell.key[:3], str(item.n), loss_text(old), loss_text(item.cell), effect_text(item), word))
     return Table(columns, lines, frozenset({3, 4, 5, 6}))

@@ -30,6 +30,7 @@ from altgrad.analysis.inference import (
     LEAST_JOINT,
     Array,
     detectable,
+    family_level,
     holm,
     independent,
     intervals,
@@ -37,7 +38,8 @@ from altgrad.analysis.inference import (
     more_seeds,
     stop_test,
 )
-from altgrad.training.config import UNQUANTIZED
+from altgrad.analysis.twins import noise_of
+from altgrad.training.config import ARMS, UNQUANTIZED
 
 Kind = Literal["reference", "gain", "beyond BF16", "beyond FP32", "change"]
 Status = Literal["measured", "identical", "one seed", "stopped", "exploratory", "no result"]
@@ -126,7 +128,7 @@ class Contrast:
 
     @property
     def seeds_needed(self) -> int | None:
-        """How many seeds more would decide it with a power of .8; None: over 60, or not known."""
+        """How many seeds more would bring 0 out of the interval with a power of .8; None: over 60, or it is out."""
         if self.family is None or self.is_apart:
             return None
         return more_seeds(abs(self.mean), self.spread, self.n, self.family.level, self.family.kappa)
@@ -196,37 +198,53 @@ def _twin_of(cell: Cell, cells: ByArm, format: str, family: str) -> Cell | None:
         and (other.policy == cell.policy or not is_eight_bit(format))
     ]
     own = [other for other in rivals if other.policy == cell.policy] or rivals
-    return min(own, key=lambda other: (len(other.knobs), other.rank)) if own else None
+    # Of arms that differ in more, the one with the usual parameters, whatever came out: none is chosen by its result.
+    return min(own, key=lambda other: (_unusual(other), other.arm)) if own else None
+
+
+def _unusual(cell: Cell) -> int:
+    usual = ARMS.get(cell.family)
+    return sum(getattr(usual, name, None) != value for name, value in cell.knobs.items())
 
 
 def measured(
-    contrasts: Sequence[Contrast], tolerance: float, reference: Cell | None = None, *, sound: bool = True
+    contrasts: Sequence[Contrast],
+    twins: Mapping[str, str],
+    reference: Cell | None = None,
+    *,
+    sound: bool = True,
+    share: float = 1.0,
 ) -> list[Contrast]:
-    """The contrasts of one family with their intervals; `tolerance`: what two losses differ by as float noise.
+    """The contrasts of one family with their intervals; `twins`: each format's first twin, which count once.
 
     `reference`: whose losses take each seed's own difficulty out of a test of stops. `sound` False: it did not learn,
-    and nothing is tested.
+    and nothing is tested. `share`: of the error of 5 %, for intervals and for stops alike.
     """
-    found = [_paired(contrast, tolerance) for contrast in contrasts]
-    ready = [i for i, item in enumerate(found) if item.status == "measured"]
-    firsts = without_repeats([found[i].differences for i in ready], tolerance)
-    tested = [ready[place] for place in dict.fromkeys(firsts)]
-    if sound and tested:
-        _test(found, tested, tolerance)
-        for i, place in zip(ready, firsts, strict=True):
-            twin = found[ready[place]]
-            shared = {name: getattr(twin, name) for name in ("half", "spread", "family", "p_free")}
-            found[i] = replace(found[i], **shared)
-    return _with_stop_tests(found, reference) if sound else found
+    found = [_paired(contrast) for contrast in contrasts]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, item in enumerate(found):
+        if item.status == "measured":
+            cell = item.cell
+            groups.setdefault((item.kind, twins.get(cell.format, cell.format), cell.arm, cell.policy), []).append(i)
+    leaders = [max(group, key=lambda i: found[i].n) for group in groups.values()]
+    if sound and leaders:
+        _test(found, leaders, share)
+        for leader, group in zip(leaders, groups.values(), strict=True):
+            names = ("mean", "half", "spread", "family", "p_free")
+            for i in group:
+                found[i] = replace(found[i], **{name: getattr(found[leader], name) for name in names})
+    return _with_stop_tests(found, reference, share) if sound else found
 
 
-def _test(found: list[Contrast], tested: Sequence[int], tolerance: float) -> None:
+def _test(found: list[Contrast], tested: Sequence[int], share: float) -> None:
     columns = [found[i] for i in tested]
     differences, weights = table([item.differences for item in columns]), weights_of([item.terms for item in columns])
-    result = intervals(differences, weights, floor=tolerance)
+    floors = np.array([noise_of(_losses_of(item)) for item in columns])
+    level = family_level(len(columns), share)
+    result = intervals(differences, weights, level, floor=floors)
     seeds = len(differences)
     free = max_t(differences) if seeds >= LEAST_JOINT else np.full(len(columns), np.nan)
-    family = Family(weights, result.level)
+    family = Family(weights, level)
     for place, i in enumerate(tested):
         found[i] = replace(
             found[i],
@@ -237,42 +255,38 @@ def _test(found: list[Contrast], tested: Sequence[int], tolerance: float) -> Non
         )
 
 
-def _paired(contrast: Contrast, tolerance: float) -> Contrast:
+def _losses_of(contrast: Contrast) -> list[float]:
+    return [cell.losses[seed] for cell, _ in contrast.terms for seed in contrast.differences]
+
+
+def _paired(contrast: Contrast) -> Contrast:
+    """The contrast with its differences over the seeds that all of its cells have, and its status.
+
+    The reference's stopped seeds are lost ones where a cell is only measured against it.
+    """
     cells = [cell for cell, _ in contrast.terms]
-    if any(cell.stops for cell in cells) and all(cell.has_result for cell in cells):
-        return replace(contrast, status="stopped")
-    if not all(cell.losses and cell.has_result and not cell.stops for cell in cells):
-        return contrast
-    seeds = sorted(set.intersection(*(set(cell.losses) for cell in cells)))
-    sums = {seed: math.fsum(weight * cell.losses[seed] for cell, weight in contrast.terms) for seed in seeds}
-    differences = {seed: 0.0 if abs(value) <= tolerance else value for seed, value in sums.items()}
-    if not differences:
-        return contrast
-    status: Status = "measured"
     if any(cell.exploratory for cell in cells):
-        status = "exploratory"
-    elif len(differences) == 1:
+        status: Status = "exploratory"
+    elif any(cell.stops for cell in (cells if contrast.kind != "reference" else cells[:1])):
+        status = "stopped" if all(cell.has_result for cell in cells) else "no result"
+    else:
+        status = "measured"
+    usable = all(cell.losses and cell.has_result for cell in cells) and status != "stopped"
+    seeds = sorted(set.intersection(*(set(cell.losses) for cell in cells))) if usable else []
+    differences = {}
+    for seed in seeds:
+        value = math.fsum(weight * cell.losses[seed] for cell, weight in contrast.terms)
+        differences[seed] = 0.0 if abs(value) <= noise_of(cell.losses[seed] for cell in cells) else value
+    if not differences:
+        return replace(contrast, status="stopped" if status == "stopped" else "no result")
+    if status == "measured" and len(differences) == 1:
         status = "one seed"
-    elif not any(differences.values()):
+    elif status == "measured" and not any(differences.values()):
         status = "identical"
     mean = math.fsum(differences.values()) / len(differences)
-    half = 0.0 if status == "identical" else math.inf
-    return replace(contrast, differences=differences, status=status, mean=mean, half=half)
-
-
-def without_repeats(columns: Sequence[Mapping[int, float]], tolerance: float) -> list[int]:
-    """For each column the place of the first that is the same in every seed: one grid under two names counts once."""
-    firsts = list(range(len(columns)))
-    starts = [column[min(column)] if column else math.nan for column in columns]
-    order = sorted((i for i in firsts if columns[i]), key=lambda i: (starts[i], i))
-    for place, i in enumerate(order):
-        for j in reversed(order[:place]):
-            if starts[i] - starts[j] > tolerance:
-                break
-            same = columns[j].keys() == columns[i].keys()
-            if same and all(abs(columns[i][seed] - columns[j][seed]) <= tolerance for seed in columns[i]):
-                firsts[i] = firsts[j] = min(firsts[i], firsts[j])
-    return firsts
+    return replace(
+        contrast, differences=differences, status=status, mean=mean, half=0.0 if status == "identical" else math.inf
+    )
 
 
 def table(columns: Sequence[Mapping[int, float]]) -> Array:
@@ -293,12 +307,13 @@ def weights_of(terms: Sequence[Sequence[tuple[Cell, int]]]) -> Array:
     return found
 
 
-def _with_stop_tests(found: list[Contrast], reference: Cell | None) -> list[Contrast]:
-    """Exact tests of the gains in which a seed was stopped, corrected by Holm over them."""
-    stopped = [i for i, item in enumerate(found) if item.status == "stopped" and item.kind == "gain"]
+def _with_stop_tests(found: list[Contrast], reference: Cell | None, share: float) -> list[Contrast]:
+    """Exact tests of the pairs of cells in which a seed was stopped, corrected by Holm over them."""
+    kinds = ("gain", "change")
+    stopped = [i for i, item in enumerate(found) if item.status == "stopped" and item.kind in kinds]
     p_values = [stop_test(*(_scores(cell, reference) for cell in (found[i].cell, found[i].other))) for i in stopped]
     for i, p in zip(stopped, holm(p_values), strict=True):
-        found[i] = replace(found[i], p_stop=p)
+        found[i] = replace(found[i], p_stop=min(1.0, p / share))
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from altgrad.analysis.cells import Cell, Key
 from altgrad.analysis.study import Study
 from altgrad.analysis.verdicts import survival
-from altgrad.analysis.wording import counted, listed, percent, share
+from altgrad.analysis.wording import counted, listed, percent, several, share
 
 
 def failure_answer(study: Study) -> str:
@@ -29,7 +29,21 @@ def failure_answer(study: Study) -> str:
     if others := [cell for cell in study.judged if cell.stops and cell.key not in told]:
         named = "; ".join(f"{cell.format} {cell.arm}, {reason(study, cell)}" for cell in others)
         parts.append(f"Stopped, not decided to fail: {named}.")
-    return " ".join(parts) or "No format or arm is decided to fail, and no run was stopped."
+    if not parts:
+        parts.append("No 8-bit format or arm is decided to fail.")
+    # Stops that the answers do not speak of: of BF16 and FP32, other policies, rates that were not chosen.
+    elsewhere = [
+        f"{item.format} {item.arm}{'' if item.policy == study.policy else f' ({item.policy})'}, "
+        f"{len(item.stops)} of {counted(item.n, 'seed')}{'' if item.lr == cell.lr else f' at rate {item.lr:g}'}"
+        for cell in study.cells
+        for item in cell.tried or (cell,)
+        if item.stops and (item.lr != cell.lr or cell not in study.judged)
+    ]
+    if elsewhere:
+        parts.append(f"Stopped elsewhere: {several(elsewhere)}.")
+    elif not any(cell.stops for cell in study.cells):
+        parts.append("No run was stopped.")
+    return " ".join(parts)
 
 
 def _reasons(study: Study, cells: Sequence[Cell]) -> str:

@@ -62,9 +62,12 @@ class Intervals:
 _COLUMNS = ("mean", "half", "n", "spread", "df")
 
 
-def family_level(m: int) -> float:
-    """The two-sided level of each of m differences of which, 19 times in 20, none is found by chance."""
-    return float(1 - (1 - (ALPHA if m < LEAST_TO_BORROW else BORROWED_ALPHA)) ** (1 / max(m, 1)))
+def family_level(m: int, share: float = 1.0) -> float:
+    """The two-sided level of each of m differences of which, 19 times in 20, none is found by chance.
+
+    `share`: the part of that error which is theirs.
+    """
+    return float(1 - (1 - share * (ALPHA if m < LEAST_TO_BORROW else BORROWED_ALPHA)) ** (1 / max(m, 1)))
 
 
 def intervals(
@@ -73,14 +76,14 @@ def intervals(
     level: float | None = None,
     *,
     gate: float = ALPHA,
-    floor: float = 0.0,
+    floor: float | Array = 0.0,
     counts: tuple[float, float] | None = None,
 ) -> Intervals:
     """Intervals of a family of differences: [seeds, m], NaN where a seed is lost.
 
     `weights` [m, cells]: each difference as a sum of cells, from which their correlation follows. `level`: two-sided,
-    of each; None: `family_level(m)`. `floor`: the least standard deviation, for differences at float noise. `counts`:
-    `independent(weights)`, where it is known.
+    of each; None: `family_level(m)`. `floor`: the least standard deviations, for differences at float noise.
+    `counts`: `independent(weights)`, where it is known.
     """
     values = np.asarray(differences, dtype=float)
     known = np.isfinite(values)
@@ -93,7 +96,7 @@ def intervals(
     if m:
         own_df = (n[usable] - 1).astype(float)
         squares = np.where(known, (values - mean) ** 2, 0.0).sum(0)[usable]
-        least = max(floor, 1e-150) ** 2
+        least = np.maximum(np.broadcast_to(floor, len(n))[usable], 1e-150) ** 2
         own = np.maximum(squares / own_df, least)
         # The same in every seed, as scores of few documents may be by chance: that says nothing of the spread.
         constant = own <= least
@@ -142,12 +145,12 @@ def independent(weights: Array) -> tuple[float, float]:
     return m**2 / float(squares.sum()), (float(squares.sum()) - m) / max(m * (m - 1), 1)
 
 
-def best_set(gains: Array, weights: Array, *, floor: float = 0.0) -> list[bool]:
+def best_set(gains: Array, weights: Array, *, floor: float = 0.0, alpha: float = ALPHA) -> list[bool]:
     """Of k candidates, which may be the best: gains [seeds, k], `weights` [k, cells].
 
-    The truly best is among them 19 times in 20 (Gupta 1965; Hsu 1984): one leaves only where another is above it by
-    more than their difference's interval. Of these comparisons only those of the true best can err, k - 1 of them. A
-    candidate without a pair in common with the others stays.
+    The truly best is among them but for `alpha`, once in 20 times (Gupta 1965; Hsu 1984): one leaves only where
+    another is above it by more than their difference's interval. Of these comparisons only those of the true best can
+    err, k - 1 of them. A candidate without a pair in common with the others stays.
     """
     k = gains.shape[1]
     stays = [True] * k
@@ -157,7 +160,7 @@ def best_set(gains: Array, weights: Array, *, floor: float = 0.0) -> list[bool]:
     first, second = (list(side) for side in zip(*pairs, strict=True))
     # The correlations of thousands of pairs are not worth their gigabytes: each has its own variance then.
     contrasts = weights[first] - weights[second] if k <= MOST_PAIRED else None
-    found = _without_ties(gains[:, first] - gains[:, second], contrasts, 2 * ALPHA / (k - 1), floor)
+    found = _without_ties(gains[:, first] - gains[:, second], contrasts, 2 * alpha / (k - 1), floor)
     for (a, b), mean, half in zip(pairs, found.mean, found.half, strict=True):
         if abs(mean) > half:
             stays[b if mean > 0 else a] = False
@@ -174,7 +177,8 @@ def _without_ties(differences: Array, weights: Array | None, level: float, floor
     masked = np.where(tied, np.nan, differences)
     if weights is None:
         apart = [intervals(column[:, None], np.ones((1, 1)), level, floor=floor) for column in masked.T]
-        found = Intervals(*(np.concatenate([getattr(one, name) for one in apart]) for name in _COLUMNS), level)
+        joined = {name: np.concatenate([getattr(one, name) for one in apart]) for name in _COLUMNS}
+        found = Intervals(**joined, level=level)
     else:
         found = intervals(masked, weights, level, floor=floor)
     found.mean[tied], found.half[tied] = 0.0, 0.0

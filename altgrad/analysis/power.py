@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, Cell
 from altgrad.analysis.contrasts import interactions, weights_of
+from altgrad.analysis.grids import arm_labels
 from altgrad.analysis.inference import LEAST_JOINT, POWER, detectable
 from altgrad.analysis.study import MARGIN, main_policy
+from altgrad.analysis.twins import ONE_GRID
 from altgrad.analysis.verdicts import format_verdicts, verdicts
 from altgrad.analysis.wording import counted, share
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import UNQUANTIZED, TrainConfig
 from altgrad.training.residence import control_arm, plain_arm
 
 NOISE = 0.02
@@ -25,25 +28,36 @@ BASE_LOSS, FIRST_LOSS = 2.4, 5.5
 
 def planned_power(trials: Iterable[TrainConfig], seeds: int, margin: float = MARGIN) -> list[str]:
     """A line for each question: what so many seeds of these trials decide with a power of .8."""
-    cells = list({(c.format, c.arm, c.policy): _empty(c) for c in trials}.values())
+    cells = _planned_cells(list(trials))
     if seeds < 2:
         return ["power: one seed has no spread, so nothing can be decided; 6 and more are expected of a study"]
     return [_format_power(cells, seeds, margin), _geometry_power(cells, seeds)]
 
 
-def _empty(config: TrainConfig) -> Cell:
-    return Cell(
-        config.format,
-        config.arm,
-        config.policy,
-        config.optimizer.lr,
-        config.use_manifold_aware,
-        {},
-        family=config.arm,
-        plain=plain_arm(config.optimizer),
-        control=control_arm(config.optimizer),
-        quantized=getattr(config.optimizer, "quantized", True),
-    )
+def _planned_cells(trials: Sequence[TrainConfig]) -> list[Cell]:
+    """The cells that the trials make; of formats that are one grid the first."""
+    records: list[dict[Hashable, Any]] = [
+        {"format": c.format, "optimizer": c.arm, "options": c.optimizer.model_dump_json(), "policy": c.policy}
+        for c in trials
+    ]
+    found = {}
+    for config, (label, knobs) in zip(trials, arm_labels(records), strict=True):
+        found[config.format, label, config.policy] = Cell(
+            config.format,
+            label,
+            config.policy,
+            config.optimizer.lr,
+            config.use_manifold_aware,
+            {},
+            family=config.arm,
+            knobs=knobs,
+            plain=plain_arm(config.optimizer),
+            control=control_arm(config.optimizer),
+            quantized=config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
+        )
+    first, second = ONE_GRID
+    has_first = any(key[0] == first for key in found)
+    return [cell for cell in found.values() if not (has_first and cell.format == second)]
 
 
 def _geometry_power(cells: list[Cell], seeds: int) -> str:
@@ -69,13 +83,14 @@ def _format_power(cells: list[Cell], seeds: int, margin: float) -> str:
     if not judged or not any((cell.format, cell.family) == (REFERENCE_FORMAT, REFERENCE_ARM) for cell in cells):
         return "power: no format can be said to train or to fail: that takes an 8-bit format and BF16 AdamW"
     draw = np.random.default_rng(0)
+    apart = {cell.format: cell.format for cell in judged}
     found = {}
     for word, factor in (("trains", 1.0), ("fails", FAILING)):
         hits = []
         for _ in range(max(20, min(STUDIES, 2000 // len(judged)))):
             own = [_drawn(cell, BASE_LOSS * factor, seeds, draw) for cell in judged]
             reference = _drawn(judged[0], BASE_LOSS, seeds, draw, "BF16")
-            decided = format_verdicts(own, verdicts(own, reference, margin, 0.0), 0.0)
+            decided = format_verdicts(own, verdicts(own, reference, margin, apart), apart)
             hits.append(np.mean([item.word == word for item in decided]))
         found[word] = float(np.mean(hits))
     return (

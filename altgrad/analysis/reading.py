@@ -12,7 +12,7 @@ GAIN = (
     "Gain: the plain arm's {measure} minus the geometry-aware arm's, both with weights in the same place (master "
     "weights, or the grid), so that only the step rule differs; positive is a gain. Beyond BF16: minus what the "
     "same arm gains in BF16, where the format plays no part. Beyond FP32 control: minus what the same steps gain "
-    "over float32 weights that nothing rounds. Intervals are simultaneous over each kind."
+    "over float32 weights that nothing rounds. Intervals are simultaneous over each column."
 )
 
 

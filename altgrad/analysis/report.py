@@ -25,23 +25,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
 from altgrad.analysis.finding import Finding, find
-from altgrad.analysis.load import (
-    FINISHED,
-    UNRESOLVED,
-    Records,
-    by_setting,
-    load,
-    mutations,
-    newest_setting,
-    of_sweep,
-    results_table,
-    unevaluated,
-)
+from altgrad.analysis.load import FINISHED, UNRESOLVED, Records, mutations, results_table, unevaluated
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
-from altgrad.analysis.study import MARGIN, Study, build_study
+from altgrad.analysis.study import Study, build_study
+from altgrad.analysis.sweeps import read_sweep
 from altgrad.analysis.tables import cells_table, choices_table, geometry_table, mutations_table, stops_table
-from altgrad.analysis.verdicts import twin_control
+from altgrad.analysis.twins import twin_control
 from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
 
@@ -82,34 +72,22 @@ def write_report(
     the folder has no ledger; ValueError where the ledger holds none of the trials.
     """
     out_dir = Path(out_dir)
-    recorded = load(out_dir)
-    manifest = _manifest(out_dir)
-    named = manifest.pop("trials", None) if manifest else None
-    asked = named if trial_ids is None else trial_ids
-    selected = recorded if asked is None else of_sweep(recorded, asked)
-    if selected.trials.empty:
-        lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
-        raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
-    settings = {"": newest_setting(selected)} if asked is None else by_setting(selected)
+    sweep = read_sweep(out_dir, trial_ids)
+    manifest, selected, settings = sweep.manifest, sweep.selected, sweep.settings
     folder = out_dir / "report"
     shutil.rmtree(folder / "settings", ignore_errors=True)
     labels = list(settings)[:MOST_SETTINGS]
     folders = {label: folder / "settings" / str(place) if place else folder for place, label in enumerate(labels)}
     exchanged = mutations(out_dir, list(selected.trials["trial_id"]))
-    spec = (manifest or {}).get("spec") or {}
-    margin = spec.get("margin", MARGIN) if margin is None else margin
-    equal_within = spec.get("equal_within") if equal_within is None else equal_within
+    margin, equal_within = sweep.margin(margin), sweep.equal_within(equal_within)
     findings = []
     for label in labels:
         others = {name: path / "report.html" for name, path in folders.items() if name != label}
         shown = Shown(_sweep_name(manifest, out_dir), manifest, label, others, len(settings) - len(labels), exchanged)
         records = settings[label]
-        if asked is not None:
-            elsewhere = len(selected.trials) - len(records.trials)
-            records = replace(records, outside=records.outside - elsewhere)
         study = build_study(judged(records.trials), margin=margin, equal_within=equal_within)
         findings.append(_write(folders[label], records, study, shown))
-    results_table(recorded.trials).to_csv(folder / "results.csv", index=False)
+    results_table(sweep.recorded.trials).to_csv(folder / "results.csv", index=False)
     return findings[0]
 
 
@@ -179,11 +157,6 @@ def _plain(value: object) -> str:
     """A text from outside (a path, a message) in Markdown: one line, no links, pictures or new cells."""
     # Some readers make links of bare addresses too.
     return re.sub(r"(?i)([|`\\]|\](?=[(\[:])|:(?=//)|(?<=www)\.)", r"\\\1", " ".join(str(value).split()))
-
-
-def _manifest(out_dir: Path) -> dict[str, Any] | None:
-    path = out_dir / "sweep.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _context(

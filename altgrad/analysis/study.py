@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
 import pandas as pd
 
 from altgrad.analysis import contrasts, verdicts
-from altgrad.analysis.cells import MAIN_POLICY, MEASURES, UNITS, Cell, Key, build_cells, find_reference
-from altgrad.analysis.contrasts import Contrast, table, weights_of, without_repeats
-from altgrad.analysis.inference import best_set
+from altgrad.analysis.cells import MAIN_POLICY, MEASURES, UNITS, Cell, Key, find_reference
+from altgrad.analysis.contrasts import Contrast, table, weights_of
+from altgrad.analysis.grids import build_cells
+from altgrad.analysis.inference import ALPHA, best_set
+from altgrad.analysis.twins import noise_of, twin_map
 from altgrad.analysis.verdicts import FormatVerdict, Verdict
 
 MARGIN = 0.10
-NOISE = 8 * float(np.finfo(np.float32).eps)
-"""What two float32 losses differ by, relative to the largest, when they are the same number."""
 EQUAL_SHARE = 0.25
 """Two gains are equal if they differ by less than this part of the arm's gain in BF16, unless told otherwise."""
 
@@ -39,6 +38,8 @@ class Study:
     """Of the main policy."""
     best: list[list[Contrast]] = field(default_factory=list)
     """Which may gain most beyond BF16, each with its twins, the largest first; of the main policy."""
+    leads: bool = False
+    """Whether the first of them is decided to gain, and to gain most."""
 
     @property
     def unit(self) -> str:
@@ -64,9 +65,10 @@ class Study:
         return [cell for cell in self.cells if cell.policy == self.policy and cell.is_judged]
 
     @property
-    def seeds(self) -> int:
-        """The most seeds with a result that a cell has."""
-        return max((cell.n for cell in self.cells), default=0)
+    def pairs(self) -> int:
+        """The most seeds that a judged cell has in common with the reference."""
+        known = set() if self.reference is None else set(self.reference.losses)
+        return max((len(known & (cell.losses.keys() | cell.stops.keys())) for cell in self.judged), default=len(known))
 
     def comparison(self, cell: Cell) -> Contrast | None:
         return self.against_reference.get(cell.key)
@@ -103,14 +105,19 @@ def study_of(cells: Sequence[Cell], *, margin: float = MARGIN, equal_within: flo
     cells = list(cells)
     reference = find_reference(cells)
     found = Study(cells, reference, margin, equal_within)
-    tolerance = tolerance_of(cells)
+    twins = twin_map(cells)
     sound = reference is None or reference.learned
-    gains = contrasts.measured(contrasts.gains(cells), tolerance, reference, sound=sound)
-    beyond = contrasts.measured(contrasts.interactions(cells), tolerance, reference, sound=sound)
+    # Where stops are tested too, both families share the error of the question.
+    gained = contrasts.gains(cells)
+    has_stops = any(item.cell.stops or item.other.stops for item in gained)
+    share = 0.5 if has_stops else 1.0
+    gains = contrasts.measured(gained, twins, reference, sound=sound, share=share)
+    beyond = contrasts.measured(contrasts.interactions(cells), twins, reference, sound=sound, share=share)
     if reference is None:
         return Study(cells, None, margin, equal_within, gains=gains, beyond=beyond)
-    compared = contrasts.measured(contrasts.against_reference(cells, reference), tolerance, reference, sound=sound)
-    own = verdicts.verdicts(cells, reference, margin, tolerance) if sound else {}
+    compared = contrasts.measured(contrasts.against_reference(cells, reference), twins, reference, sound=sound)
+    own = verdicts.verdicts(cells, reference, margin, twins) if sound else {}
+    best, leads = _best(beyond, found.policy, twins) if sound else ([], False)
     return Study(
         cells,
         reference,
@@ -120,19 +127,15 @@ def study_of(cells: Sequence[Cell], *, margin: float = MARGIN, equal_within: flo
         gains,
         beyond,
         own,
-        verdicts.format_verdicts(found.judged, own, tolerance) if sound else [],
-        _best(beyond, found.policy, tolerance) if sound else [],
+        verdicts.format_verdicts(found.judged, own, twins) if sound else [],
+        best,
+        leads,
     )
 
 
-def tolerance_of(cells: Sequence[Cell]) -> float:
-    """What two of the cells' losses may differ by and be the same number."""
-    losses = [abs(loss) for cell in cells for loss in cell.losses.values() if math.isfinite(loss)]
-    return NOISE * max(losses, default=0.0)
-
-
-def _best(beyond: Sequence[Contrast], policy: str, tolerance: float) -> list[list[Contrast]]:
-    rivals = [
+def candidates(beyond: Sequence[Contrast], policy: str) -> list[Contrast]:
+    """The interactions with BF16 that may be called the largest."""
+    return [
         item
         for item in beyond
         if item.kind == "beyond BF16"
@@ -140,15 +143,26 @@ def _best(beyond: Sequence[Contrast], policy: str, tolerance: float) -> list[lis
         and item.status in ("measured", "identical")
         and item.cell.learned
     ]
-    firsts = without_repeats([item.differences for item in rivals], tolerance)
-    groups: dict[int, list[Contrast]] = {}
-    for item, place in zip(rivals, firsts, strict=True):
-        groups.setdefault(place, []).append(item)
+
+
+def _best(beyond: Sequence[Contrast], policy: str, twins: Mapping[str, str]) -> tuple[list[list[Contrast]], bool]:
+    """Which may be the largest, the largest first, each with its twins; and whether the first is decided to be.
+
+    It leads if it is decided to be above 0, and all others to be below it at half the error.
+    """
+    groups: dict[tuple[str, str], list[Contrast]] = {}
+    for item in candidates(beyond, policy):
+        groups.setdefault((twins[item.cell.format], item.cell.arm), []).append(item)
+    if not groups:
+        return [], False
+    for group in groups.values():
+        group.sort(key=lambda item: -item.n)
     leaders = [group[0] for group in groups.values()]
-    if not leaders:
-        return []
-    stays = best_set(
-        table([item.differences for item in leaders]), weights_of([item.terms for item in leaders]), floor=tolerance
-    )
+    columns, weights = table([item.differences for item in leaders]), weights_of([item.terms for item in leaders])
+    floor = max(noise_of(item.cell.losses.values()) for item in leaders)
+    stays = best_set(columns, weights, floor=floor)
+    alone = best_set(columns, weights, floor=floor, alpha=ALPHA / 2)
     left = [group for group, is_in in zip(groups.values(), stays, strict=True) if is_in]
-    return sorted(left, key=lambda group: -group[0].mean)
+    left.sort(key=lambda group: -group[0].mean)
+    first = left[0][0]
+    return left, len(leaders) > 1 and sum(alone) == 1 and first.decided and first.mean > 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from altgrad.analysis.cells import UNITS, Cell
+from altgrad.analysis.cells import UNITS, Cell, mean_of_known
 from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.failures import reason
 from altgrad.analysis.load import FAILED
@@ -68,7 +68,8 @@ def cells_table(study: Study) -> Table:
             )
         )
     table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
-    return slim(table, ("policy", "lr", "of settings", "p, distribution-free"))
+    chosen = () if any(cell.settings > 1 for cell in study.cells) else ("lr", "of settings")
+    return slim(table, ("policy", "p, distribution-free", *chosen))
 
 
 def geometry_table(study: Study) -> Table:
@@ -85,7 +86,7 @@ def geometry_table(study: Study) -> Table:
         "median beyond",
         "p, distribution-free",
         "beyond FP32 control",
-        "reading",
+        "beyond BF16, reading",
         "more seeds to decide",
     )
     beyond = {(item.kind, item.cell.key): item for item in study.beyond}
@@ -157,7 +158,8 @@ def choices_table(study: Study) -> Table:
     lines = []
     for cell in study.cells:
         for item in sorted(cell.tried, key=lambda item: item.lr):
-            distance = item.mean - cell.mean
+            common = item.losses.keys() & cell.losses.keys() if not (item.stops or cell.stops) else ()
+            distance = mean_of_known(item.losses[seed] - cell.losses[seed] for seed in common)
             chosen = "chosen" if item.trial_ids == cell.trial_ids else ""
             outside = "" if item.lr in cell.rates else "not compared"
             lines.append(
@@ -260,21 +262,24 @@ def _verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
 
 
 def _reading(study: Study, gain: Contrast, more: Contrast | None) -> str:
-    """What is decided: of an 8-bit format whether the arm gains more there than in BF16, elsewhere whether it gains."""
+    """Of an 8-bit format: whether its arm gains more there than in BF16, and whether it may gain most."""
     if gain.status == "stopped":
         counts = ", ".join(f"{cell.arm} {reason(study, cell)}" for cell in (gain.cell, gain.other) if cell.stops)
         word = (
             "" if math.isnan(gain.p_stop) else f" ({'decided' if gain.decided else 'not decided'}, p {gain.p_stop:.2g})"
         )
         return counts + word
-    shown, words = (more, ("more than in BF16", "less than in BF16")) if more else (gain, ("gains", "loses"))
-    if shown.status in ("identical", "no result", "one seed", "exploratory", "stopped"):
-        return shown.status
-    if shown.decided:
-        return words[shown.mean < 0]
-    if more is not None and more.within(study.equal_limit(more)):
-        return f"as in BF16 within {study.equal_limit(more):.2g}"
-    return "not decided"
+    if more is None:
+        return DASH
+    if more.status in ("identical", "no result", "one seed", "exploratory", "stopped"):
+        return more.status
+    may = any(item.cell is more.cell for group in study.best for item in group)
+    tail = "" if not may else "; gains most" if study.leads else "; may gain most"
+    if more.decided:
+        return ("less than in BF16" if more.mean < 0 else "more than in BF16") + tail
+    if more.within(study.equal_limit(more)):
+        return f"as in BF16 within {study.equal_limit(more):.2g}{tail}"
+    return f"not decided{tail}"
 
 
 def _needed_text(item: Contrast | None) -> str:

@@ -13,7 +13,7 @@ not train either. A format of which an arm has no result (all runs lost or prune
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from altgrad.analysis.cells import Cell, Key, mean_of_known
-from altgrad.analysis.contrasts import table, weights_of, without_repeats
+from altgrad.analysis.contrasts import table, weights_of
 from altgrad.analysis.inference import ALPHA, independent, intervals, more_seeds
 
 Word = Literal["trains", "fails", "open", "no result"]
@@ -40,7 +40,13 @@ class Verdict:
     high: float = math.inf
     fails_as_format: bool = False
     """Whether it is above the margin by the level of a format, which takes all of its arms."""
-    seeds_needed: int | None = None
+    bounds: Bounds | None = None
+    limit: float = 0.0
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """How many seeds more would decide on which side of the margin it lies; None: over 60."""
+        return None if self.bounds is None else self.bounds.needed(self.limit)
 
 
 @dataclass(frozen=True)
@@ -52,26 +58,30 @@ class FormatVerdict:
     arms: tuple[Verdict, ...]
 
     @property
+    def lacking(self) -> tuple[Verdict, ...]:
+        """The arms without a result, where all others fail."""
+        lacking = tuple(arm for arm in self.arms if arm.word == "no result")
+        return lacking if lacking and all(a.word == "no result" or a.fails_as_format for a in self.arms) else ()
+
+    @property
     def best(self) -> Verdict:
         """The arm that stands for the format: one that trains, else the best by rank."""
         return next((arm for arm in self.arms if arm.word == "trains"), self.arms[0])
 
 
-def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, tolerance: float) -> dict[Key, Verdict]:
-    """On every 8-bit cell, by its key; `tolerance`: what two losses differ by as float noise."""
+def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, twins: Mapping[str, str]) -> dict[Key, Verdict]:
+    """On every 8-bit cell, by its key; `twins`: each format's first twin, which count once."""
     judged = [cell for cell in cells if cell.is_judged]
-    usable = [cell for cell in judged if cell.has_result and not cell.exploratory]
-    names = list(dict.fromkeys(cell.format for cell in usable))
-    firsts = {name: group[0] for group in twin_groups(usable, names, tolerance) for name in group}
-    arms = len({(firsts[cell.format], cell.arm, cell.policy) for cell in usable})
-    formats = len({(firsts[cell.format], cell.policy) for cell in usable})
+    usable = [cell for cell in judged if cell.has_result and not cell.exploratory and not reference.exploratory]
+    arms = len({(twins[cell.format], cell.arm, cell.policy) for cell in usable})
+    formats = len({(twins[cell.format], cell.policy) for cell in usable})
     limit = math.log1p(margin)
     found = {cell.key: Verdict(cell, "open" if cell.has_result else "no result") for cell in judged}
     if not usable:
         return found
-    trains = _bounds([cell for cell in usable if not cell.stops], reference, 2 * ALPHA / arms)
-    fails = _bounds(usable, reference, 2 * ALPHA / arms)
-    format_fails = _bounds(usable, reference, 2 * ALPHA / formats)
+    trains = _bounds([cell for cell in usable if not cell.stops], reference, 2 * ALPHA / arms, twins)
+    fails = _bounds(usable, reference, 2 * ALPHA / arms, twins)
+    format_fails = _bounds(usable, reference, 2 * ALPHA / formats, twins)
     for cell in usable:
         own = trains.get(cell.key)
         above, as_format = fails[cell.key], format_fails[cell.key]
@@ -86,22 +96,36 @@ def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, tolerance: f
         found[cell.key] = Verdict(
             cell,
             word,
-            math.expm1(shown.mean),
-            math.expm1(shown.low),
-            math.expm1(shown.high),
+            _relative(shown.mean),
+            _relative(shown.low),
+            _relative(shown.high),
             as_format.low > limit,
-            shown.needed(limit) if word == "open" else None,
+            shown,
+            limit,
         )
     return found
 
 
-def format_verdicts(cells: Sequence[Cell], found: dict[Key, Verdict], tolerance: float) -> list[FormatVerdict]:
+def _relative(log_ratio: float) -> float:
+    """1.1 for log(2.1); infinity where that is no number any more."""
+    return math.expm1(log_ratio) if log_ratio < 700 else math.inf
+
+
+def format_verdicts(
+    cells: Sequence[Cell], found: Mapping[Key, Verdict], twins: Mapping[str, str]
+) -> list[FormatVerdict]:
     """One for each 8-bit format among the cells, in their order; formats that are one grid together."""
-    names = list(dict.fromkeys(cell.format for cell in cells if cell.is_judged))
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(cell.format for cell in cells if cell.is_judged):
+        groups.setdefault(twins[name], []).append(name)
     judged = []
-    for group in twin_groups(cells, names, tolerance):
-        own = [cell for cell in cells if cell.format == group[0] and cell.is_judged]
-        arms = tuple(found[cell.key] for cell in sorted(own, key=lambda cell: cell.rank))
+    for group in groups.values():
+        # Of an arm under two names the one with more seeds.
+        by_arm: dict[str, Cell] = {}
+        for cell in cells:
+            if cell.is_judged and cell.format in group and (cell.arm not in by_arm or cell.n > by_arm[cell.arm].n):
+                by_arm[cell.arm] = cell
+        arms = tuple(found[cell.key] for cell in sorted(by_arm.values(), key=lambda cell: cell.rank))
         words = [arm.word for arm in arms]
         word: Word = "open"
         if "trains" in words:
@@ -112,58 +136,6 @@ def format_verdicts(cells: Sequence[Cell], found: dict[Key, Verdict], tolerance:
             word = "fails"
         judged.append(FormatVerdict(tuple(group), word, arms))
     return judged
-
-
-def twin_groups(cells: Sequence[Cell], names: Sequence[str], tolerance: float) -> list[list[str]]:
-    """The formats, those together whose runs are the same in every arm and seed that both have finished.
-
-    E0M7 and E1M6 are one grid up to a power of two. The literal gradient mode, whose steps depend on the name, is
-    exempt.
-    """
-    by_key = {cell.key: cell for cell in cells}
-
-    def are_same(a: str, b: str) -> bool:
-        pairs = [
-            (cell, by_key[b, cell.arm, cell.policy])
-            for cell in cells
-            if cell.format == a and cell.family != "manifold_gradient" and (b, cell.arm, cell.policy) in by_key
-        ]
-        shared = [
-            abs(own.losses[seed] - other.losses[seed])
-            for own, other in pairs
-            for seed in own.losses.keys() & other.losses.keys()
-        ]
-        alike = all(own.stops.keys() == other.stops.keys() for own, other in pairs)
-        return bool(shared) and alike and max(shared) <= tolerance
-
-    groups: list[list[str]] = []
-    for name in names:
-        home = next((group for group in groups if are_same(group[0], name)), None)
-        if home is None:
-            groups.append([name])
-        else:
-            home.append(name)
-    return groups
-
-
-def twin_control(cells: Sequence[Cell]) -> tuple[int, float] | None:
-    """How many pairs of runs differ only in E0M7 against E1M6, and their largest difference, nats; or None.
-
-    The two are one grid up to a power of two, which the scale takes up: a difference is a fault. The literal gradient
-    mode is exempt, its stiffness differs by definition.
-    """
-    by_key = {cell.key: cell for cell in cells}
-    found = [
-        abs(loss - twin.losses[seed])
-        for (name, arm, policy), cell in by_key.items()
-        if name == "E0M7"
-        and cell.family != "manifold_gradient"
-        and (twin := by_key.get(("E1M6", arm, policy))) is not None
-        and twin.lr == cell.lr
-        for seed, loss in cell.losses.items()
-        if seed in twin.losses
-    ]
-    return (len(found), max(found)) if found else None
 
 
 def survival(cell: Cell) -> tuple[float, float]:
@@ -178,7 +150,9 @@ def open_stop_rate(n: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Bounds:
+class Bounds:
+    """An interval of log(loss / BF16's), and what it follows from."""
+
     mean: float
     low: float
     high: float
@@ -192,30 +166,43 @@ class _Bounds:
         return more_seeds(distance, self.spread, self.n, self.level, self.kappa) if self.spread > 0 else None
 
 
-def _bounds(cells: Sequence[Cell], reference: Cell, level: float) -> dict[Key, _Bounds | None]:
+def _bounds(cells: Sequence[Cell], reference: Cell, level: float, twins: Mapping[str, str]) -> dict[Key, Bounds | None]:
     """Intervals of log(loss / reference's) at this two-sided level; None where a cell has fewer than 2 seeds."""
     columns = [_ratios(cell, reference) for cell in cells]
     if not any(columns):
         return dict.fromkeys((cell.key for cell in cells), None)
     floor = 16 * float(np.finfo(np.float32).eps)
-    firsts = without_repeats(columns, floor)
+    places = _places(cells, columns, twins)
     values = table(columns)
     weights = weights_of([((cell, 1), (reference, -1)) for cell in cells])
     known = np.isfinite(values)
     # A cell that is BF16's in every seed has no variance of its own, and would leave none to the others.
     tied = np.asarray(known.any(0) & np.where(known, np.abs(values) <= floor, True).all(0))
-    masked = np.where(tied | (np.array(firsts) != np.arange(len(cells))), np.nan, values)
+    masked = np.where(tied | (np.array(places) != np.arange(len(cells))), np.nan, values)
     result = intervals(masked, weights, level, floor=floor)
     kappa = independent(weights)[0] if len(cells) > 1 else 1.0
-    found: dict[Key, _Bounds | None] = {}
-    for own, (cell, place) in enumerate(zip(cells, firsts, strict=True)):
-        n, mean, half = int(known[:, own].sum()), float(result.mean[place]), float(result.half[place])
+    found: dict[Key, Bounds | None] = {}
+    for cell, place in zip(cells, places, strict=True):
+        n, mean, half = int(known[:, place].sum()), float(result.mean[place]), float(result.half[place])
         if tied[place]:
-            found[cell.key] = _Bounds(0.0, 0.0, 0.0, 0.0, n, level, kappa) if n > 1 else None
+            found[cell.key] = Bounds(0.0, 0.0, 0.0, 0.0, n, level, kappa) if n > 1 else None
         elif n > 1:
-            found[cell.key] = _Bounds(mean, mean - half, mean + half, float(result.spread[place]), n, level, kappa)
+            found[cell.key] = Bounds(mean, mean - half, mean + half, float(result.spread[place]), n, level, kappa)
         else:
             found[cell.key] = None
+    return found
+
+
+def _places(cells: Sequence[Cell], columns: Sequence[Mapping[int, float]], twins: Mapping[str, str]) -> list[int]:
+    """For each cell the place of the one that stands for it and its twins: that with the most seeds."""
+    groups: dict[Key, list[int]] = {}
+    for i, cell in enumerate(cells):
+        groups.setdefault((twins[cell.format], cell.arm, cell.policy), []).append(i)
+    found = list(range(len(cells)))
+    for group in groups.values():
+        best = max(group, key=lambda i: len(columns[i]))
+        for i in group:
+            found[i] = best
     return found
 
 
@@ -225,9 +212,9 @@ def _ratios(cell: Cell, reference: Cell) -> dict[int, float]:
     ends = dict(cell.losses)
     for seed in cell.stops:
         start = cell.starts.get(seed, math.nan)
-        ends[seed] = starts if math.isnan(start) else start
+        ends[seed] = start if math.isfinite(start) else starts
     return {
         seed: math.log(max(end, LEAST) / max(reference.losses[seed], LEAST))
         for seed, end in ends.items()
-        if seed in reference.losses and not math.isnan(end)
+        if seed in reference.losses and math.isfinite(end)
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def signed(value: float) -> str:
     """A difference with its sign, three decimals and a true minus; what rounds to zero has a plus."""
-    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
+    text = f"{round(value, 3) + 0.0:+.3f}" if abs(value) < 1000 else f"{value:+.2g}"
+    return text.replace("-", "−")
 
 
 def percent(value: float) -> str:
@@ -16,7 +17,8 @@ def percent(value: float) -> str:
     if math.isinf(value):
         return "∞ %" if value > 0 else "−∞ %"
     digits = 1 if abs(value) < 0.2 else 0
-    return f"{round(100 * value, digits) + 0.0:+.{digits}f} %".replace("-", "−")
+    text = f"{round(100 * value, digits) + 0.0:+.{digits}f}" if abs(value) < 100 else f"{100 * value:+.2g}"
+    return f"{text} %".replace("-", "−")
 
 
 def share(value: float) -> str:
@@ -43,3 +45,27 @@ def listed(names: Iterable[str], last: str = "and") -> str:
 def counted(number: int, noun: str) -> str:
     """'1 seed', '3 seeds'."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+MOST_NAMED = 4
+"""Of many in one sentence; the tables have them all."""
+
+
+def several(names: Sequence[str], last: str = "and") -> str:
+    """The first of them, and how many more."""
+    more = len(names) - MOST_NAMED
+    return listed(names, last) if more <= 0 else f"{', '.join(names[:MOST_NAMED])} {last} {counted(more, 'other')}"
+
+
+def needed(seeds: int | None) -> str:
+    """How many seeds more would decide something."""
+    return (
+        "more than 60 seeds would be needed"
+        if seeds is None
+        else f"about {counted(seeds, 'more seed')} would decide it"
+    )
+
+
+def of_seeds(stopped: int, seeds: int) -> str:
+    """'2 of 3 seeds'."""
+    return f"{stopped} of {counted(seeds, 'seed')}"

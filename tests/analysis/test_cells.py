@@ -10,7 +10,8 @@ import pytest
 from planted import cell
 from synthetic import Plan, stall, write_ledger
 
-from altgrad.analysis.cells import Cell, build_cells, compared_rates, find_reference
+from altgrad.analysis.cells import Cell, find_reference
+from altgrad.analysis.grids import build_cells, compared_rates
 from altgrad.analysis.load import load
 from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -72,17 +73,22 @@ GRID = (1e-3, 2e-3, 4e-3)
         ({("E4M3", "adamw"): GRID, ("BF16", "adamw"): GRID}, {"adamw": GRID}),
         ({("E4M3", "adamw"): GRID, ("BF16", "adamw"): GRID[:2]}, {"adamw": GRID[:2]}),  # cut to what all formats ran
         ({("E4M3", "adamw"): GRID, ("BF16", "adamw"): (9e-3,)}, {}),  # nothing shared
+        (  # one stray cell costs itself
+            {("E4M3", "adamw"): GRID, ("BF16", "adamw"): GRID, ("E3M4", "adamw"): (9e-3,)},
+            {("E4M3", "adamw"): GRID, ("BF16", "adamw"): GRID},
+        ),
         ({("E4M3", "adamw"): (1e-3,), ("E4M3", "manifold"): (9e-3,)}, {"adamw": (1e-3,), "manifold": (9e-3,)}),
         ({("E4M3", "adamw"): GRID, ("E4M3", "manifold"): GRID[1:]}, {"adamw": GRID[1:], "manifold": GRID[1:]}),
         ({("E4M3", "adamw"): GRID, ("E4M3", "lion"): (1e-4,)}, {"adamw": GRID, "lion": (1e-4,)}),  # another unit
     ],
 )
 def test_cells_are_compared_over_equal_grids(
-    ran: dict[tuple[str, str], tuple[float, ...]], expected: dict[str, tuple[float, ...]]
+    ran: dict[tuple[str, str], tuple[float, ...]], expected: dict[str | tuple[str, str], tuple[float, ...]]
 ) -> None:
     units = {"adamw": "weight", "manifold": "weight", "lion": "lion"}
     found = compared_rates({(*key, "uniform"): rates for key, rates in ran.items()}, units)
-    assert found == {(*key, "uniform"): expected[key[1]] for key in ran if key[1] in expected}
+    by_cell = {key: expected.get(key, expected.get(key[1])) for key in ran}
+    assert found == {(*key, "uniform"): rates for key, rates in by_cell.items() if rates}
 
 
 def test_what_shares_no_rate_is_exploratory_and_says_what_it_was_chosen_from(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_arms_of_one_parameter_are_compared_with_each_other() -> None:
 
 def test_differences_are_paired_by_seed_not_by_place() -> None:
     reference = cell({0: 2.0, 1: 9.0, 2: 2.7}, format="BF16")
-    (item,) = measured(against_reference([cell({2: 3.0, 0: 2.1})], reference), 1e-6, reference)
+    (item,) = measured(against_reference([cell({2: 3.0, 0: 2.1})], reference), {}, reference)
     assert item.differences == pytest.approx({0: 0.1, 2: 0.3}) and item.mean == pytest.approx(0.2)
 
 
@@ -124,9 +124,10 @@ def test_stops_are_compared_by_their_own_test_and_never_averaged() -> None:
         item.cell.format: item for item in planted(["BF16", "E4M3", "E7M0"], ["adamw", "manifold"], effects, 6).gains
     }
     assert found["E7M0"].status == "stopped" and math.isnan(found["E7M0"].mean)
-    assert found["E7M0"].p_stop == pytest.approx(2 / math.comb(12, 6)) and found["E7M0"].decided
+    # The half of the error is for the intervals.
+    assert found["E7M0"].p_stop == pytest.approx(4 / math.comb(12, 6)) and found["E7M0"].decided
     few = planted(["BF16", "E4M3", "E7M0"], ["adamw", "manifold"], effects, 3).gains
-    assert not any(item.decided for item in few if item.cell.format == "E7M0"), "three of three against none: p .1"
+    assert not any(item.decided for item in few if item.cell.format == "E7M0"), "three of three against none: p .2"
 
 
 def test_two_seeds_decide_no_small_difference() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic import DATA
 
-from altgrad.analysis.cells import build_cells
+from altgrad.analysis.grids import build_cells
 from altgrad.analysis.load import load
 from altgrad.analysis.report import write_report
 from altgrad.analysis.scores import judged

@@ -1,13 +1,11 @@
-"""The report against planted truth: what it must say, what it must never say, and how often it is wrong.
+"""The report against planted truth: what it must say, and what it must never say.
 
-A case is a sweep with known effects, written to a ledger and read back by `altgrad report`. The simulations hold the
-rates of false statements against 5 %, within three standard errors of their own; the table over all scenarios is
-docs/bench/decisions.md.
+A case is a sweep with known effects, written to a ledger and read back by `altgrad report`; how often decisions are
+false is in test_decisions.
 """
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simulation
 from planted import BASE
 from synthetic import Plan, explode, stall, write_ledger
 
@@ -23,7 +20,7 @@ from altgrad.cli import main
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.outcome import Outcome, OutcomeKind
 
-Effects = dict[tuple[str, str], object]
+Effects = dict[tuple[object, ...], object]
 PLAIN = ["adamw", "manifold"]
 OOM = Outcome(OutcomeKind.OOM, 3, message="out of memory")
 PRUNED = Outcome(OutcomeKind.PRUNED, 50)
@@ -68,8 +65,8 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         PLAIN,
         6,
         {("E4M3", "manifold"): -0.2},
-        [(1, "E4M3 with manifold benefits most (decided): +0."), (1, "beyond its gain of")],
-        ["Not measured"],
+        [(1, "Of 3 pairs compared E4M3 with manifold benefits most (decided): +0."), (1, "beyond its gain of")],
+        ["Not compared"],
     ),
     "two benefit alike": (
         ["BF16", "E3M4", "E4M3", "E5M2"],
@@ -95,8 +92,8 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         [
             (0, "E4M3 and E5M2 train (decided)"),
             (1, "Neither of the 2 format–arm pairs is decided to gain more"),
-            (1, "4 seeds can show differences from about 0.0"),
-            (2, "No format or arm is decided to fail, and no run was stopped."),
+            (1, "4 seeds can show differences from BF16's gain of about 0.0"),
+            (2, "No 8-bit format or arm is decided to fail. No run was stopped."),
         ],
         ["benefits most", "Decided to gain"],
     ),
@@ -104,7 +101,7 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         ["BF16", "E4M3", "E7M0"],
         ["adamw"],
         2,
-        {("E4M3", "adamw"): 0.30, ("E7M0", "adamw"): 3.0},
+        {("E4M3", "adamw", 0): 0.25, ("E4M3", "adamw", 1): 0.35, ("E7M0", "adamw"): 3.0},
         [
             (0, "E7M0 fails in every arm (decided)"),
             (0, "Not decided: E4M3 (its best arm, adamw, +1"),
@@ -141,7 +138,7 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
             (0, "E4M3 and E7M0 train (decided)"),
             (
                 1,
-                "manifold rescues E7M0, decided (p = 0.0022; E7M0: manifold stopped in 0 of 6 seeds, adamw in 6 of 6).",
+                "manifold rescues E7M0, decided (p = 0.0043; E7M0: manifold stopped in 0 of 6 seeds, adamw in 6 of 6).",
             ),
             (2, "adamw fails in E7M0 (stopped in 6 of 6 seeds by flip_yield in lm_head (step 30, median 30; 0 % to 46"),
         ],
@@ -152,7 +149,7 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         PLAIN,
         6,
         {("E7M0", "adamw"): stall(), ("E7M0", "manifold"): 1.0},
-        [(1, "decided (p = 0.0022), but manifold fails to train there."), (0, "E7M0 fails in every arm (decided)")],
+        [(1, "decided (p = 0.0043), but manifold fails to train there."), (0, "E7M0 fails in every arm (decided)")],
         ["rescues"],
     ),
     "too few seeds for a rescue": (
@@ -160,7 +157,7 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         PLAIN,
         3,
         {("E7M0", "adamw"): stall()},
-        [(1, "E7M0: manifold stopped in 0 of 3 seeds, adamw in 3 of 3: not decided (p = 0.1).")],
+        [(1, "E7M0: manifold stopped in 0 of 3 seeds, adamw in 3 of 3: not decided (p = 0.2).")],
         ["rescues"],
     ),
     "all runs of a format were pruned": (
@@ -168,7 +165,7 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         ["adamw"],
         3,
         {("E6M1", "adamw"): PRUNED},
-        [(0, "Without result: E6M1 (all of their runs were pruned or lost)."), (0, "E5M2 trains (decided)")],
+        [(0, "Without result: E6M1 (all runs were pruned or lost)."), (0, "E5M2 trains (decided)")],
         ["E6M1 fail"],
     ),
     "arms on the grid against the plain arm on the grid": (
@@ -178,6 +175,96 @@ CASES: dict[str, tuple[list[str], list[str], int, Effects, list[tuple[int, str]]
         {("E4M3", "adamw_sr"): 0.1, ("E4M3", "grid"): 0.1, ("E5M2", "grid"): -0.05},
         [(1, "E5M2 with grid benefits most (decided): +0.0")],
         ["E4M3 with grid benefits"],
+    ),
+    "one run diverges to a finite number": (
+        ["BF16", "E2M5", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E2M5", "adamw", 0): 3e5, ("E4M3", "manifold"): -0.1, ("E3M4", "manifold"): -0.05},
+        [
+            (1, "it may be E2M5 with manifold or E4M3 with manifold"),
+            (1, "Decided to gain more than in BF16: E4M3 manifold +0."),
+        ],
+        ["As in BF16 in every seed"],
+    ),
+    "a rival with a stopped seed": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.1, ("E5M2", "manifold"): -0.4, ("E5M2", "manifold", 2): stall()},
+        [(1, "Of 2 pairs compared"), (1, "Not compared: E5M2 manifold (stopped runs of E5M2 manifold).")],
+        [],
+    ),
+    "a rival that was lost, and one without its plain arm": (
+        ["BF16", "E3M4", "E4M3", "E5M2"],
+        [*PLAIN, "grid"],
+        6,
+        {("E4M3", "manifold"): -0.1, ("E5M2", "manifold"): OOM},
+        [
+            (1, "Of 2 pairs compared E4M3 with manifold benefits most (decided)"),
+            (1, "E3M4 grid, E4M3 grid and E5M2 grid (its plain arm, adamw_sr, was not run"),
+            (1, "E5M2 manifold (no result of E5M2 manifold)"),
+        ],
+        [],
+    ),
+    "stops of the plain arm in BF16 too": (
+        ["BF16", "E4M3", "E5M2"],
+        ["adamw", "adamw_sr", "grid"],
+        6,
+        {(name, "adamw_sr"): stall() for name in ("BF16", "E4M3", "E5M2")},
+        [
+            (1, "but runs stop in BF16 too, so that the format is not the reason"),
+            (2, "Stopped elsewhere: BF16 adamw_sr"),
+        ],
+        ["rescues", "No run was stopped"],
+    ),
+    "an arm that stops more": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): stall()},
+        [(1, "manifold stopped in 6 of 6 seeds, adamw in 0 of 6: manifold stops more, decided (p = 0.0043)")],
+        ["rescues"],
+    ),
+    "a twin that lost a seed": (
+        ["BF16", "E0M7", "E1M6", "E5M2"],
+        PLAIN,
+        6,
+        {("E0M7", "manifold"): -0.1, ("E1M6", "manifold", 2): None},
+        [(1, "Of 2 pairs compared E0M7 = E1M6 with manifold benefits most (decided)")],
+        ["E0M7 with manifold or"],
+    ),
+    "a twin whose other name lost the arm that trains": (
+        ["BF16", "E0M7", "E1M6"],
+        PLAIN,
+        4,
+        {("E0M7", "adamw"): 0.5, **{("E0M7", "manifold", seed): OOM for seed in range(4)}},
+        [(0, "E0M7 and E1M6 train (decided)")],
+        [],
+    ),
+    "runs that explode in the first step": (
+        ["BF16", "E4M3", "E5M2"],
+        ["adamw"],
+        3,
+        {("E4M3", "adamw"): explode(1)},
+        [(0, "E4M3 fails in every arm (decided)"), (2, "stopped in 3 of 3 seeds by train_loss (step 1")],
+        [],
+    ),
+    "losses beyond all measure": (
+        ["BF16", "E2M5", "E4M3", "E5M2", "E6M1"],
+        ["adamw"],
+        2,
+        {("E2M5", "adamw", 0): 1e30, ("E4M3", "adamw", 0): 1e30},
+        [(0, "E2M5 (its best arm")],
+        ["00000000000"],
+    ),
+    "an arm that ends low and has not learned": (
+        ["BF16", "E4M3", "E5M2"],
+        PLAIN,
+        6,
+        {("E4M3", "manifold"): -0.1, **{("E4M3", "adamw", seed): OOM for seed in range(6)}},
+        [(1, "Not compared: E4M3 manifold (no result of E4M3 adamw)")],
+        ["E4M3 with manifold benefits"],
     ),
     "everything explodes": (
         ["BF16", "E4M3", "E5M2"],
@@ -210,7 +297,11 @@ def test_the_report_says_what_was_planted(tmp_path: Path, capsys: pytest.Capture
     [
         ((1e-3, 3e-3), (1e-3, 3e-3), "E5M2 trains (decided)"),
         ((3e-3,), (1e-3, 3e-3), "arms are compared over the rates that all have (0.003): adamw ran 2."),
-        ((3e-3,), (1e-3, 2e-3), "settings that no other cell shares, chosen freely; exploratory"),
+        (
+            (3e-3,),
+            (1e-3, 2e-3),
+            "Exploratory, for no other cell of the arm shares their settings: E5M2 adamw and BF16 adamw",
+        ),
     ],
 )
 def test_learning_rates_are_compared_over_equal_grids(
@@ -224,7 +315,30 @@ def test_learning_rates_are_compared_over_equal_grids(
     write_ledger(tmp_path, Plan(["E5M2"], ["adamw"], 4, lrs=own, offset=offsets({})))
     answers = said(tmp_path, capsys)
     assert expected in "\n".join(answers)
-    assert ("E5M2 trains (decided)" in answers[0]) is ("exploratory" not in expected)
+    assert ("E5M2 trains (decided)" in answers[0]) is ("Exploratory" not in expected)
+
+
+def test_a_lost_seed_costs_its_seed_and_changes_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The better rate lost a seed: it is still the better one."""
+    rates = {1e-3: -0.05, 3e-3: -0.10}
+    for rate, gain in rates.items():
+        base = offsets({("E4M3", "manifold"): gain})
+
+        def offset(name: str, arm: str, seed: int, rate: float = rate, base: Callable[..., object] = base) -> object:
+            return OOM if (name, arm, seed, rate) == ("E4M3", "manifold", 1, 3e-3) else base(name, arm, seed)
+
+        write_ledger(tmp_path, Plan(["BF16", "E4M3", "E5M2"], PLAIN, 6, lrs=(rate,), offset=offset))  # type: ignore[arg-type]
+    answers = said(tmp_path, capsys)
+    assert "E4M3 with manifold benefits most (decided): +0.10" in answers[1] or "(decided): +0.09" in answers[1]
+
+
+def test_other_policies_are_named_and_their_failures_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ledger(tmp_path, Plan(["BF16", "E4M3", "E5M2"], PLAIN, 4, offset=offsets({})))
+    effects: Effects = {("E4M3", "adamw"): stall(), ("E5M2", "adamw"): 2.0}
+    write_ledger(tmp_path, Plan(["E4M3", "E5M2"], PLAIN, 4, policy="head_bf16", offset=offsets(effects)))
+    answers = said(tmp_path, capsys)
+    assert "Stopped elsewhere: E4M3 adamw (head_bf16), 4 of 4 seeds." in answers[2]
+    assert "The answers are for policy uniform; the tables hold head_bf16: 2 train, 2 fail." in answers[3]
 
 
 def test_a_torn_and_growing_ledger_is_reported_as_far_as_it_is(
@@ -244,54 +358,6 @@ def test_a_torn_and_growing_ledger_is_reported_as_far_as_it_is(
         assert running.trials()
     assert "E4M3 with manifold benefits most (decided)" in answers[1]
     assert "Incomplete: 18 of 24 trials have a result." in answers[3]
-
-
-def assert_rare(tally: simulation.Tally, event: str, limit: float = 0.05) -> None:
-    rate, margin = tally.rate(event), 3 * math.sqrt(limit * (1 - limit) / tally.studies)
-    assert rate <= limit + margin, f"{event}: {rate:.3f} of {tally.studies} studies"
-
-
-QUICK = [scenario for scenario in simulation.NULL if scenario.name in ("normal", "bad runs", "one format × 4")]
-
-
-@pytest.mark.parametrize("scenario", QUICK, ids=lambda scenario: scenario.name)
-def test_little_is_decided_where_nothing_differs(scenario: simulation.Scenario) -> None:
-    tally = simulation.simulate(scenario, 4, 60, key=11)
-    for event in ("false", "uncovered", "headline uncovered"):
-        assert_rare(tally, event)
-
-
-def test_at_the_margin_little_is_decided_with_two_seeds() -> None:
-    tally = simulation.simulate(simulation.AT_MARGIN[0], 2, 60, key=12)
-    for event in ("false trains", "false fails"):
-        assert_rare(tally, event)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 4, 6, 10])
-@pytest.mark.parametrize("scenario", simulation.NULL, ids=lambda scenario: scenario.name)
-def test_what_is_called_decided_is_rarely_false(scenario: simulation.Scenario, seeds: int) -> None:
-    tally = simulation.simulate(scenario, seeds, 120, key=13)
-    for event in ("false", "uncovered", "headline uncovered"):
-        assert_rare(tally, event)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 4, 6, 10])
-@pytest.mark.parametrize("scenario", simulation.AT_MARGIN, ids=lambda scenario: scenario.name)
-def test_at_the_margin_little_is_decided(scenario: simulation.Scenario, seeds: int) -> None:
-    tally = simulation.simulate(scenario, seeds, 120, key=14)
-    for event in ("false trains", "false fails"):
-        assert_rare(tally, event)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 4, 6, 10])
-@pytest.mark.parametrize("scenario", simulation.TRUE, ids=lambda scenario: scenario.name)
-def test_true_effects_are_covered_and_the_best_is_in_the_set(scenario: simulation.Scenario, seeds: int) -> None:
-    tally = simulation.simulate(scenario, seeds, 120, key=15)
-    for event in ("false", "uncovered", "headline uncovered", "best left out"):
-        assert_rare(tally, event)
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ from planted import cell, planted
 
 from altgrad.analysis.cells import Cell
 from altgrad.analysis.study import study_of
-from altgrad.analysis.verdicts import open_stop_rate, survival, twin_groups
+from altgrad.analysis.twins import twin_map
+from altgrad.analysis.verdicts import open_stop_rate, survival
 
 BF16 = cell({seed: 2.0 + 0.02 * seed for seed in range(4)}, format="BF16")
 
@@ -77,7 +78,7 @@ def test_formats_that_are_one_grid_get_one_verdict() -> None:
     (item,) = study_of([*both, BF16]).formats
     assert item.formats == ("E0M7", "E1M6") and item.word == "fails"
     other = cell(seeds(0.30, 0.31, 0.30, 0.306), format="E1M6")
-    assert twin_groups([both[0], other], ["E0M7", "E1M6"], 1e-6) == [["E0M7"], ["E1M6"]]
+    assert twin_map([both[0], other]) == {"E0M7": "E0M7", "E1M6": "E1M6"}
 
 
 def test_open_verdicts_say_how_many_seeds_more() -> None:

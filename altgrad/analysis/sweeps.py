@@ -1,0 +1,57 @@
+"""A sweep's folder as a report takes it: its manifest, the trials of its last sweep, by setting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from altgrad.analysis.load import Records, by_setting, load, newest_setting, of_sweep
+from altgrad.analysis.study import MARGIN
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`recorded`: all that the folder's ledger holds; `selected`: the sweep's trials; `settings`: those, by setting."""
+
+    manifest: Mapping[str, Any] | None
+    recorded: Records
+    selected: Records
+    settings: Mapping[str, Records]
+
+    def margin(self, asked: float | None) -> float:
+        """As asked, else the sweep's own."""
+        return float(self._spec.get("margin", MARGIN)) if asked is None else asked
+
+    def equal_within(self, asked: float | None) -> float | None:
+        """As asked, else the sweep's own."""
+        return self._spec.get("equal_within") if asked is None else asked
+
+    @property
+    def _spec(self) -> Mapping[str, Any]:
+        return (self.manifest or {}).get("spec") or {}
+
+
+def read_sweep(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Sweep:
+    """The trials named, else those under `trials` in sweep.json, else all that share the newest setting.
+
+    FileNotFoundError where the folder has no ledger; ValueError where the ledger holds none of the trials.
+    """
+    recorded = load(out_dir)
+    path = out_dir / "sweep.json"
+    manifest = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    named = manifest.pop("trials", None) if manifest else None
+    asked = named if trial_ids is None else trial_ids
+    selected = recorded if asked is None else of_sweep(recorded, asked)
+    if selected.trials.empty:
+        lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
+        raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
+    settings = {"": newest_setting(selected)} if asked is None else by_setting(selected)
+    if asked is not None:
+        counts = {label: len(selected.trials) - len(records.trials) for label, records in settings.items()}
+        settings = {
+            label: replace(records, outside=records.outside - counts[label]) for label, records in settings.items()
+        }
+    return Sweep(manifest, recorded, selected, settings)
