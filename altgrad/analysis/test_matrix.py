@@ -111,7 +111,7 @@ def render() -> str:
         _guards(DEFAULT_GUARDS),
         _guards(NAMED_RULES.values()),
         "## Signals",
-        "A guard may test each of them; `signal/min`, `/max` and `/median` go over the layers.",
+        "A guard may test each of them; `signal/min`, `/max`, `/mean` and `/sum` go over the layers.",
         _signals(),
         "## Combinations",
         "✓ is run by the test above: a gradient reaches the weight, all stays finite, "

@@ -30,6 +30,7 @@ from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
 from altgrad.training.devices import gpu_count
+from altgrad.training.guards import check_layers
 from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import write_json
 from altgrad.training.tasks import build_task
@@ -75,6 +76,8 @@ def preflight(spec: SweepSpec) -> Corpus | Documents:
     tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()
+        if any("/" in rule.signal for rule in spec.guards):
+            check_layers(spec.guards, task.build())
     return tasks[0].data
 
 

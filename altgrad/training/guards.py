@@ -30,11 +30,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from torch import nn
 
-from altgrad.training.catalogue import SIGNALS, check_signal, read_signal
+from altgrad.training.catalogue import AGGREGATES, SIGNALS, check_signal, read_signal
 from altgrad.training.outcome import OutcomeKind
 
 KINDS = {
@@ -139,6 +141,22 @@ class when:
     def is_nonfinite(self) -> GuardRule:
         """Holds where the signal is NaN or infinite."""
         return GuardRule(**(self._fields | {"test": "nonfinite", "kind": "nonfinite"}))
+
+
+def check_layers(rules: Iterable[GuardRule], model: nn.Module) -> None:
+    """ValueError for a rule on a layer that the model does not have: it could never fire."""
+    modules = ((name, module) for name, module in model.named_modules() if name)
+    names = {name for name, module in modules if next(module.parameters(recurse=False), None) is not None}
+    for rule in rules:
+        part = rule.signal.partition("/")[2]
+        if part and part not in AGGREGATES and part not in names:
+            allowed = (*AGGREGATES, *sorted(names))
+            close = get_close_matches(part, allowed, n=1, cutoff=0.4)
+            near = f"; nearest: {close[0]}" if close else ""
+            raise ValueError(
+                f"guards: signal={rule.signal!r}: the model has no layer {part!r}; allowed behind '/': "
+                f"{', '.join(allowed[:12])}{' …' if len(allowed) > 12 else ''}{near}"
+            )
 
 
 def parse_rule(text: str) -> dict[str, Any]:

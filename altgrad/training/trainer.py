@@ -31,7 +31,7 @@ from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
 from altgrad.training.devices import Device, device_of
-from altgrad.training.guards import GuardPanel, Verdict, verdict_fields
+from altgrad.training.guards import GuardPanel, Verdict, check_layers, verdict_fields
 from altgrad.training.interventions import Interventions, describe_clip
 from altgrad.training.observers import GradientNormScore, Observers, Subject
 from altgrad.training.outcome import Outcome, OutcomeKind
@@ -98,6 +98,7 @@ class Trainer:
         """on which the steps so far were trained, of this attempt and earlier ones"""
         self.task = build_task(config, text_sha256)
         self.model = self.task.build().to(self.device.torch_device)
+        check_layers(config.guards, self.model)
         if config.format != UNQUANTIZED:
             self.conversion = quantize_model(
                 self.model, policy=named_policy(config.policy, config.format), seed=config.seed

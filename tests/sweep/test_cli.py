@@ -42,6 +42,8 @@ BAD = [
     (["--scheduler", "ahsa"], ["--scheduler", "'ahsa'", "'none', 'asha' or 'pbt'", "nearest: asha"]),
     (["--task", "ln"], ["--task", "'ln'", "'lm'", "nearest: lm"]),
     (["--guards", "onn"], ["--guards", "'onn'", "on, off", "nearest: on"]),
+    (["--guards", "flip_yield/median < 0.2"], ["guards", "no layer 'median'", "min, max, mean, sum", "nearest: me"]),
+    (["--guards", "flip_yield/lm_haed < 0.2"], ["guards", "no layer 'lm_haed'", "nearest: lm_head"]),
     (["--steps", "1.5"], ["--steps", "'1.5'", "integer"]),
     (["--preset", "quik"], ["--preset", "'quik'", "quick, standard, study", "nearest: quick"]),
     (["--max-concurrent", "0"], ["--max-concurrent", "'0'", "at least 1"]),

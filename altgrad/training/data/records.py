@@ -31,9 +31,9 @@ from typing import IO, Any, NamedTuple, cast
 JSONL = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
 RECORDS = (*JSONL, *TABLES, ".csv")
-TEXTS = (".txt", ".md", ".rst", ".html", ".py", "")
+TEXTS = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".py", "")
 PACKED = ".gz"
-KINDS = "text (.txt, .md, .rst, .html, .py), JSONL (.jsonl, .ndjson), CSV, each also as .gz, parquet or Arrow"
+KINDS = "text (.txt, .md, .rst, .tex, .html, .py), JSONL (.jsonl, .ndjson), CSV, each also as .gz, parquet or Arrow"
 OTHER_LABEL_FIELDS = ("eurovoc_concepts",)
 """What stands for `labels` in data that has no field of that name: EURLEX57K's own."""
 
