@@ -131,6 +131,7 @@ def _parser(words: Sequence[str]) -> Parser:
     command("status", "ledgers.status", "how far a sweep is").add_argument("out", type=Path, help="the sweep's folder")
     report = command("report", "ledgers.report", "write a sweep's report from its ledger")
     report.add_argument("out", type=Path, help="the sweep's folder")
+    report.add_argument("--to", type=Path, metavar="DIR", help="where the report is written; default OUT/report")
     compare = command("compare", "ledgers.compare", "what changed between two sweeps, cell by cell")
     compare.add_argument("out", type=Path, metavar="OUT1", help="a sweep's folder")
     compare.add_argument("other", type=Path, metavar="OUT2", help="another's")

@@ -24,7 +24,6 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.sweep.ledger import OUTCOME_FIELDS, ROW_SIGNALS, as_asked, is_current
+from altgrad.sweep import read_only
+from altgrad.sweep.ledger import as_asked, is_current
+from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
@@ -89,7 +90,7 @@ def load(out_dir: Path) -> Records:
     path = Path(out_dir) / "ledger.sqlite"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {out_dir} is not the folder of a sweep that has run")
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as connection:
+    with read_only.reading(path) as connection:
         connection.row_factory = sqlite3.Row
         entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
         endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
@@ -158,7 +159,7 @@ def kept(records: Records, trials: pd.DataFrame) -> Records:
 
 def mutations(out_dir: Path, trial_ids: Sequence[str]) -> list[tuple[str, int, str, float, float, str]]:
     """(trial, step, field, before, after, source) of what members of populations took over, by step."""
-    with closing(sqlite3.connect(f"{(out_dir / 'ledger.sqlite').resolve().as_uri()}?mode=ro", uri=True)) as connection:
+    with read_only.reading(Path(out_dir) / "ledger.sqlite") as connection:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'mutations'").fetchone():
             return []  # a ledger of an earlier version
         found = connection.execute(

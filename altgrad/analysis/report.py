@@ -61,8 +61,9 @@ def write_report(
     *,
     margin: float | None = None,
     equal_within: float | None = None,
+    to: Path | None = None,
 ) -> Finding:
-    """Writes report/ into the sweep's folder and returns its finding.
+    """Writes report/ into the sweep's folder, or the folder `to`, and returns its finding.
 
     `margin` (.1: 10 % above BF16's loss is as good) and `equal_within` (nats) default to those of the sweep's spec.
 
@@ -74,7 +75,7 @@ def write_report(
     out_dir = Path(out_dir)
     sweep = read_sweep(out_dir, trial_ids)
     manifest, selected, settings = sweep.manifest, sweep.selected, sweep.settings
-    folder = out_dir / "report"
+    folder = out_dir / "report" if to is None else to
     shutil.rmtree(folder / "settings", ignore_errors=True)
     labels = list(settings)[:MOST_SETTINGS]
     folders = {label: folder / "settings" / str(place) if place else folder for place, label in enumerate(labels)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from altgrad.analysis.load import Records, by_setting, load, newest_setting, of_sweep
 from altgrad.analysis.study import MARGIN
+from altgrad.sweep.folder import read_manifest
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ def read_sweep(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Sweep:
     FileNotFoundError where the folder has no ledger; ValueError where the ledger holds none of the trials.
     """
     recorded = load(out_dir)
-    path = out_dir / "sweep.json"
-    manifest = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    manifest = read_manifest(out_dir)
     named = manifest.pop("trials", None) if manifest else None
     asked = named if trial_ids is None else trial_ids
     selected = recorded if asked is None else of_sweep(recorded, asked)

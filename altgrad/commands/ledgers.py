@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from pathlib import Path
 
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
@@ -58,7 +60,8 @@ def _amount(flag: str, text: str | None, most: float, allowed: str) -> float | N
 def compare(request: argparse.Namespace) -> int:
     margin, equal_within = margin_of(request.margin), distance_of(request.equal_within)
     for out in (request.out, request.other):
-        monitor.open_ledger(out).close()
+        with monitor.open_ledger(out):
+            pass
     from altgrad.analysis.compare import compare as compared
 
     try:
@@ -74,9 +77,17 @@ def compare(request: argparse.Namespace) -> int:
 
 def report(request: argparse.Namespace) -> int:
     margin, equal_within = margin_of(request.margin), distance_of(request.equal_within)
-    monitor.open_ledger(request.out).close()
+    with monitor.open_ledger(request.out):
+        pass
     from altgrad.analysis.report import write_report
 
-    finding = write_report(request.out, margin=margin, equal_within=equal_within)
+    to = request.to
+    if to is None and not os.access(request.out, os.W_OK):
+        to = Path(f"{request.out.resolve().name}-report")
+        print(f"{request.out} can't be written: the report goes to {to}; --to DIR chooses another place")
+    try:
+        finding = write_report(request.out, margin=margin, equal_within=equal_within, to=to)
+    except (OSError, ValueError) as error:
+        raise SpecError(str(error)) from None
     print(f"{finding}\nreport: {finding.path}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import runpy
@@ -15,6 +14,7 @@ from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.sweeps import checked_data
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.jobs import Job, Parcel
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.data import NAMED
@@ -133,8 +133,8 @@ def _verdict(out: Path) -> int:
         print(f"{out} can't be read from here; that the sweep is whole is the job's word")
         return 0
     with monitor.open_ledger(out) as ledger:
-        asked = json.loads((out / "sweep.json").read_text())["trials"]
-        left = len(ledger.remaining(ledger.configs(asked)))
+        asked = (read_manifest(out) or {}).get("trials")
+        left = len(ledger.remaining(ledger.configs(None if asked is None else set(asked))))
     if left:
         print(
             f"altgrad: the job counts as succeeded, but {out} lacks {left} trials; its driver was killed, and the "

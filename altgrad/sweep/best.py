@@ -22,6 +22,7 @@ import yaml
 
 from altgrad.sweep.axes import arm_fields
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.objectives import OBJECTIVES, value_of
 from altgrad.sweep.resolve import SUFFIXES
@@ -115,9 +116,7 @@ def _scored(ledger: Ledger, group: Mapping[str, TrainConfig]) -> Winner | None:
 
 def asked_in(out: Path) -> list[str] | None:
     """The trials of the sweep that the folder ran last; None where it does not say."""
-    path = out / "sweep.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found.get("trials")
+    return (read_manifest(out) or {}).get("trials")
 
 
 def sweep_of_one(winner: Winner, name: str = "best") -> SweepSpec:

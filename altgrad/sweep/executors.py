@@ -34,7 +34,7 @@ from altgrad.training.config import TrainConfig
 from altgrad.training.devices import NoGpu, own_device
 from altgrad.training.guards import guarded_view
 from altgrad.training.outcome import FAILED, HUNG, TRACEBACK, Outcome, OutcomeKind
-from altgrad.training.record import from_plain, to_plain, write_json
+from altgrad.training.record import read_outcome, to_plain, write_json
 from altgrad.training.reference import ReferenceCurve
 from altgrad.training.trainer import Trainer
 from altgrad.training.workers import ALONE, Workers
@@ -78,11 +78,9 @@ def run_request(
 
 def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
     """The curve of the reference among these trials' folders, where it ran to its end."""
-    ending = trials / reference / "outcome.json"
-    if not reference or not ending.exists():
-        return None
-    outcome = Outcome.from_dict(from_plain(json.loads(ending.read_text())))
-    return ReferenceCurve.read(trials / reference) if outcome.kind is OutcomeKind.DONE else None
+    outcome = read_outcome(trials / reference / "outcome.json") if reference else None
+    is_done = outcome is not None and outcome.kind is OutcomeKind.DONE
+    return ReferenceCurve.read(trials / reference) if is_done else None
 
 
 class TrialRun:

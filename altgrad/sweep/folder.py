@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import platform
 import sqlite3
@@ -24,7 +25,8 @@ from typing import IO, Any
 
 import altgrad
 from altgrad import NUMERICS_VERSION
-from altgrad.sweep import file_systems
+from altgrad.sweep import file_systems, read_only
+from altgrad.sweep.complaints import SpecError
 
 LOCK = ".lock"
 PACKAGES = ("altgrad", "torch", "ray", "numba", "numpy", "pydantic", "pandas")
@@ -66,15 +68,40 @@ def _check_folder(out: Path, fresh: bool) -> None:
         raise FolderError(f"{out} can't be written: no permission on {standing}")
 
 
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """What sweep.json in `out` says; None where there is none. SpecError for a torn one."""
+    path = out / "sweep.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a mapping is expected, found {type(found).__name__}")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise SpecError(
+            f"{path} is torn ({error}): the sweep's own command writes it again; without the file, all trials of the "
+            "ledger that share the newest setting are taken"
+        ) from None
+    return found
+
+
+def damaged_text(path: Path, error: Exception) -> str:
+    """What is wrong with a ledger, and the mend."""
+    return (
+        f"{path} is no readable ledger ({error}); move it aside, and the sweep's own command makes it again from the "
+        "records under trials/"
+    )
+
+
 def check_ledger(path: Path) -> bool:
     """Whether a sweep is recorded at `path`; FolderError where the file is something else. Touches nothing."""
     if not path.exists() or not path.stat().st_size:
         return False
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        with read_only.reading(path) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.DatabaseError as error:
-        raise FolderError(f"{path} is no readable ledger ({error})") from None
+        raise FolderError(damaged_text(path, error)) from None
     if tables and not {"trials", "rows", "outcomes"} <= tables:
         raise FolderError(f"{path} is a database, but no ledger")
     return bool(tables)

@@ -14,15 +14,15 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from altgrad import NUMERICS_VERSION
-from altgrad.sweep import file_systems
+from altgrad.sweep import file_systems, read_only
 from altgrad.sweep.budget import Spend
-from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
+from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date, is_outdated
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
@@ -30,67 +30,6 @@ if TYPE_CHECKING:
     from altgrad.training.config import TrainConfig
     from altgrad.training.guards import GuardRule
 
-ROW_SIGNALS = (
-    *SIGNALS,
-    "bits_per_byte",
-    "lr",
-    "tokens_per_s",
-    "clipped_tensors",
-    "clip_factor",
-    *CLASSIFICATION_SIGNALS,
-)
-OUTCOME_FIELDS = (
-    "kind",
-    "signal",
-    "layer",
-    "step",
-    "value",
-    "limit_",
-    "first_seen",
-    "message",
-    "train_loss",
-    "val_loss",
-    "bits_per_byte",
-    "seconds",
-    "formats",
-    "device",
-)
-TRIAL_FIELDS = (
-    "trial_id",
-    "config",
-    "task",
-    "format",
-    "arm",
-    "policy",
-    "lr",
-    "rung_clip",
-    "seed",
-    "data_sha256",
-    "created",
-    "numerics",
-)
-
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS trials (
-    trial_id TEXT PRIMARY KEY, config TEXT NOT NULL, task TEXT, format TEXT, arm TEXT, policy TEXT,
-    lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL, numerics INTEGER);
-CREATE TABLE IF NOT EXISTS rows (
-    trial_id TEXT NOT NULL, step INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in ROW_SIGNALS)},
-    layers TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS outcomes (
-    trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
-    limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
-    seconds REAL, formats TEXT, device TEXT, recorded REAL);
-CREATE TABLE IF NOT EXISTS spend (started REAL PRIMARY KEY, hours REAL, gpu_hours REAL, usd REAL);
-CREATE TABLE IF NOT EXISTS samples (
-    search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
-    PRIMARY KEY (search, number));
-CREATE TABLE IF NOT EXISTS mutations (
-    trial_id TEXT NOT NULL, step INTEGER NOT NULL, field TEXT NOT NULL, before REAL, after REAL, source TEXT NOT NULL,
-    applied INTEGER NOT NULL, PRIMARY KEY (trial_id, step, field));
-CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, message TEXT NOT NULL);
-"""
-BUSY_SECONDS = 30
 WAITING = "waiting"
 """The subject of the notice that holds while a driver runs: what trials wait for."""
 
@@ -101,13 +40,29 @@ class Ledger:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        self._connection = sqlite3.connect(self.path, timeout=read_only.BUSY_SECONDS, isolation_level=None)
         if self._connection.execute("PRAGMA page_count").fetchone()[0] == 0:
             self.suit_file_system()
-        self._connection.executescript(SCHEMA)
-        self._add_new_columns("rows", dict.fromkeys(ROW_SIGNALS, "REAL"))
-        self._add_new_columns("outcomes", {"formats": "TEXT", "device": "TEXT"})
-        self._add_new_columns("trials", {"numerics": "INTEGER"})
+        bring_up_to_date(self._connection)
+
+    @classmethod
+    @contextlib.contextmanager
+    def reading(cls, path: Path) -> Iterator[Ledger]:
+        """The ledger at `path`, of which nothing is changed: one of an earlier version is brought up to date in memory.
+
+        sqlite3.DatabaseError where it is none, or damaged.
+        """
+        with read_only.reading(path) as connection:
+            ledger = cls.__new__(cls)
+            ledger.path, ledger._connection = path, connection
+            if is_outdated(connection):
+                ledger._connection = sqlite3.connect(":memory:", isolation_level=None)
+                connection.backup(ledger._connection)
+                bring_up_to_date(ledger._connection)
+            try:
+                yield ledger
+            finally:
+                ledger.close()
 
     def suit_file_system(self) -> None:
         """Changes the journal of a ledger that came from elsewhere; only for who owns the folder, on its machine."""
@@ -117,14 +72,7 @@ class Ledger:
             with contextlib.suppress(sqlite3.OperationalError):  # in use, or no shared memory here: as it was, it works
                 self._connection.execute("PRAGMA busy_timeout=0")
                 self._connection.execute(f"PRAGMA journal_mode={journal_mode}")
-            self._connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
-
-    def _add_new_columns(self, table: str, columns: Mapping[str, str]) -> None:
-        """A ledger of an earlier version lacks what came later."""
-        known = {row[1] for row in self._connection.execute(f"PRAGMA table_info({table})")}
-        for name, kind in columns.items():
-            if name not in known:
-                self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+            self._connection.execute(f"PRAGMA busy_timeout={read_only.BUSY_SECONDS * 1000}")
 
     def __enter__(self) -> Ledger:
         return self

@@ -6,13 +6,15 @@ ended.
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from altgrad.sweep.complaints import SpecError, nearest
-from altgrad.sweep.folder import FolderError, check_ledger, has_driver, is_locked
+from altgrad.sweep.folder import FolderError, check_ledger, damaged_text, has_driver, is_locked
 from altgrad.sweep.ledger import WAITING, Ledger, outdated_text
 from altgrad.sweep.progress import ending_name
 from altgrad.training.outcome import RESULT_KINDS, TRACEBACK, Outcome, OutcomeKind
@@ -20,8 +22,9 @@ from altgrad.training.outcome import RESULT_KINDS, TRACEBACK, Outcome, OutcomeKi
 WHY_COLUMNS = ("trial", "format", "arm", "policy", "seed", "ending", "layer", "step", "message")
 
 
-def open_ledger(out: Path) -> Ledger:
-    """The ledger in `out`; SpecError, with the nearest sweep beside it, where there is none or it is broken."""
+@contextlib.contextmanager
+def open_ledger(out: Path) -> Iterator[Ledger]:
+    """The ledger in `out`, for reading; SpecError, with the nearest sweep beside it, for none or a damaged one."""
     path = out / "ledger.sqlite"
     try:
         is_recorded = check_ledger(path)
@@ -32,7 +35,11 @@ def open_ledger(out: Path) -> Ledger:
     if not is_recorded:
         beside = [item.parent.name for item in out.absolute().parent.glob("*/ledger.sqlite")]
         raise SpecError(f"{out}: no sweep in this folder (no ledger.sqlite){nearest(out.name, beside)}")
-    return Ledger(path)
+    try:
+        with Ledger.reading(path) as ledger:
+            yield ledger
+    except sqlite3.DatabaseError as error:
+        raise SpecError(damaged_text(path, error)) from None
 
 
 def notices(out: Path) -> list[str]:

@@ -10,14 +10,13 @@ it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.outcome import FAILED, HUNG, Outcome
-from altgrad.training.record import RowReader, from_plain, to_plain, write_json
+from altgrad.training.record import RowReader, read_outcome, to_plain, write_json
 
 
 class Recorder:
@@ -72,8 +71,7 @@ class Recorder:
         return found
 
     def _left(self, trial_id: str) -> Outcome | None:
-        path = self.folder / trial_id / "outcome.json"
-        return Outcome.from_dict(from_plain(json.loads(path.read_text()))) if path.exists() else None
+        return read_outcome(self.folder / trial_id / "outcome.json")
 
 
 def _plain(outcome: Outcome | None) -> Any:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from altgrad.sweep.complaints import check_choice
+from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.spec import is_reference
 from altgrad.training.catalogue import CLASSIFICATION_SCORES, SIGNALS
 from altgrad.training.config import TrainConfig
@@ -101,7 +102,7 @@ class TrialRun:
 
         folder = out / "trials" / trial_id
         record = json.loads((folder / "config.json").read_text())
-        sweep = json.loads((out / "sweep.json").read_text())
+        sweep = read_manifest(out) or {}
         config = TrainConfig.model_validate(record["config"])
         self._rows = RowReader(folder / "metrics.jsonl")
         self._run = wandb.init(
@@ -111,10 +112,12 @@ class TrialRun:
             id=trial_id,
             resume="allow" if mode == "online" else None,
             reinit="create_new",
-            group=sweep["spec"]["name"],
+            group=sweep.get("spec", {}).get("name", out.name),
             job_type="reference" if is_reference(config) else "trial",
             name=f"{config.format} {config.arm} {config.policy} seed {config.seed}",
-            config=flat(record["config"]) | {"data.sha256": record["data_sha256"]} | flat({"git": sweep["git"] or {}}),
+            config=flat(record["config"])
+            | {"data.sha256": record["data_sha256"]}
+            | flat({"git": sweep.get("git") or {}}),
             settings=wandb.Settings(
                 silent=True,
                 console="off",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import time
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from altgrad.training.outcome import Outcome
+
+logger = logging.getLogger(__name__)
 
 LOCK_WAIT_SECONDS = 60.0
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -62,12 +65,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The complete lines from byte `offset` on, and the offset behind the last of them."""
+    """The complete lines from byte `offset` on, and the offset behind the last of them.
+
+    A torn line (a disk that lied, an edit by hand) is skipped with a warning that names it.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
     complete = data[: data.rfind(b"\n") + 1]
-    return [from_plain(json.loads(line)) for line in complete.splitlines()], offset + len(complete)
+    rows, place = [], offset
+    for line in complete.splitlines(keepends=True):
+        try:
+            row = from_plain(json.loads(line))
+            row["step"]
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            logger.warning(
+                "%s: the line at byte %d is torn and was skipped: its step is not in the record", path, place
+            )
+        place += len(line)
+    return rows, offset + len(complete)
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """The outcome in a file; None where there is none, or a torn one, which a warning names."""
+    try:
+        return Outcome.from_dict(from_plain(json.loads(path.read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("%s is torn (%s): the trial counts as unfinished, and goes on from its checkpoint", path, error)
+        return None
 
 
 class RowReader:

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from altgrad.cli import main, sweep_main
-from altgrad.sweep.ledger import ROW_SIGNALS, Ledger
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.ledger_schema import ROW_SIGNALS
 from altgrad.sweep.presets import CLASSIFY, PRESETS, for_task
 from altgrad.sweep.resolve import resolve
 from altgrad.sweep.spec import SweepSpec

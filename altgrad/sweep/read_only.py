@@ -1,0 +1,45 @@
+"""A ledger opened for reading, wherever it lies: nothing beside it is made, changed or left.
+
+SQLite itself needs to write where it only reads: a database with a write-ahead log wants a file of shared memory beside
+it, which a read-only mount or another user's folder refuses. There the database is taken as it is; where its log holds
+what the database does not, both are copied aside first, or the newest rows would be missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+BUSY_SECONDS = 30
+LOG = "-wal"
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that reads the database at `path`; sqlite3.DatabaseError where it is none, or damaged."""
+    with contextlib.ExitStack() as stack:
+        connection = _connected(path, "mode=ro")
+        try:
+            connection.execute("SELECT name FROM sqlite_master").fetchall()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if "unable to open" not in str(error) and "readonly" not in str(error):
+                raise
+            log = path.with_name(path.name + LOG)
+            if log.exists() and log.stat().st_size:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="altgrad-")))
+                for name in (path.name, log.name):
+                    shutil.copyfile(path.with_name(name), folder / name)
+                connection = _connected(folder / path.name, "mode=rw")
+            else:
+                connection = _connected(path, "mode=ro&immutable=1")
+        stack.callback(connection.close)
+        yield connection
+
+
+def _connected(path: Path, how: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
