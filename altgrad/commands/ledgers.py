@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sqlite3
 from pathlib import Path
 
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.folder import damaged_text
 from altgrad.sweep.monitor import print_table
 
 
@@ -87,6 +89,8 @@ def report(request: argparse.Namespace) -> int:
         print(f"{request.out} can't be written: the report goes to {to}; --to DIR chooses another place")
     try:
         finding = write_report(request.out, margin=margin, equal_within=equal_within, to=to)
+    except sqlite3.DatabaseError as error:
+        raise SpecError(damaged_text(request.out / "ledger.sqlite", error)) from None
     except (OSError, ValueError) as error:
         raise SpecError(str(error)) from None
     print(f"{finding}\nreport: {finding.path}")
