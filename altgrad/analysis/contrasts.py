@@ -97,6 +97,11 @@ class Contrast:
         return float(np.median(list(self.differences.values()))) if self.differences else math.nan
 
     @property
+    def noise(self) -> float:
+        """What its differences may be off 0 and be 0: one diverged cell says nothing of another contrast's noise."""
+        return noise_of(cell.losses[seed] for cell, _ in self.terms for seed in self.differences)
+
+    @property
     def other(self) -> Cell:
         """What the cell is compared with within its format, or the reference."""
         return next(cell for cell, _ in self.terms if cell is not self.cell)
@@ -239,7 +244,7 @@ def measured(
 def _test(found: list[Contrast], tested: Sequence[int], share: float) -> None:
     columns = [found[i] for i in tested]
     differences, weights = table([item.differences for item in columns]), weights_of([item.terms for item in columns])
-    floors = np.array([noise_of(_losses_of(item)) for item in columns])
+    floors = np.array([item.noise for item in columns])
     level = family_level(len(columns), share)
     result = intervals(differences, weights, level, floor=floors)
     seeds = len(differences)
@@ -253,10 +258,6 @@ def _test(found: list[Contrast], tested: Sequence[int], share: float) -> None:
             family=family,
             p_free=float(free[place]),
         )
-
-
-def _losses_of(contrast: Contrast) -> list[float]:
-    return [cell.losses[seed] for cell, _ in contrast.terms for seed in contrast.differences]
 
 
 def _paired(contrast: Contrast) -> Contrast:

@@ -145,8 +145,8 @@ def independent(weights: Array) -> tuple[float, float]:
     return m**2 / float(squares.sum()), (float(squares.sum()) - m) / max(m * (m - 1), 1)
 
 
-def best_set(gains: Array, weights: Array, *, floor: float = 0.0, alpha: float = ALPHA) -> list[bool]:
-    """Of k candidates, which may be the best: gains [seeds, k], `weights` [k, cells].
+def best_set(gains: Array, weights: Array, *, floors: Array | None = None, alpha: float = ALPHA) -> list[bool]:
+    """Of k candidates, which may be the best: gains [seeds, k], `weights` [k, cells], `floors` [k] of float noise.
 
     The truly best is among them but for `alpha`, once in 20 times (Gupta 1965; Hsu 1984): one leaves only where
     another is above it by more than their difference's interval. Of these comparisons only those of the true best can
@@ -160,6 +160,8 @@ def best_set(gains: Array, weights: Array, *, floor: float = 0.0, alpha: float =
     first, second = (list(side) for side in zip(*pairs, strict=True))
     # The correlations of thousands of pairs are not worth their gigabytes: each has its own variance then.
     contrasts = weights[first] - weights[second] if k <= MOST_PAIRED else None
+    noise = np.zeros(k) if floors is None else floors
+    floor = np.maximum(noise[first], noise[second])
     found = _without_ties(gains[:, first] - gains[:, second], contrasts, 2 * alpha / (k - 1), floor)
     for (a, b), mean, half in zip(pairs, found.mean, found.half, strict=True):
         if abs(mean) > half:
@@ -167,7 +169,7 @@ def best_set(gains: Array, weights: Array, *, floor: float = 0.0, alpha: float =
     return stays
 
 
-def _without_ties(differences: Array, weights: Array | None, level: float, floor: float) -> Intervals:
+def _without_ties(differences: Array, weights: Array | None, level: float, floor: Array) -> Intervals:
     """`intervals`, with differences that are tied in every seed as 0 ± 0: their variance would wreck the prior.
 
     Without `weights` no variance is borrowed.
@@ -176,7 +178,8 @@ def _without_ties(differences: Array, weights: Array | None, level: float, floor
     tied = known.any(0) & np.where(known, np.abs(differences) <= floor, True).all(0)
     masked = np.where(tied, np.nan, differences)
     if weights is None:
-        apart = [intervals(column[:, None], np.ones((1, 1)), level, floor=floor) for column in masked.T]
+        pairs = zip(masked.T, floor, strict=True)
+        apart = [intervals(column[:, None], np.ones((1, 1)), level, floor=least) for column, least in pairs]
         joined = {name: np.concatenate([getattr(one, name) for one in apart]) for name in _COLUMNS}
         found = Intervals(**joined, level=level)
     else:

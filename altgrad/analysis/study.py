@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 
 from altgrad.analysis import contrasts, verdicts
@@ -14,7 +15,7 @@ from altgrad.analysis.cells import MAIN_POLICY, MEASURES, UNITS, Cell, Key, find
 from altgrad.analysis.contrasts import Contrast, table, weights_of
 from altgrad.analysis.grids import build_cells
 from altgrad.analysis.inference import ALPHA, best_set
-from altgrad.analysis.twins import noise_of, twin_map
+from altgrad.analysis.twins import twin_map
 from altgrad.analysis.verdicts import FormatVerdict, Verdict
 
 MARGIN = 0.10
@@ -24,7 +25,7 @@ EQUAL_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Study:
-    """The answer's numbers. `families`: "reference", "gain" and "beyond" (BF16 and FP32) contrasts, each one family."""
+    """The answer's numbers; `against_reference`, `gains` and `beyond` are a family of contrasts each."""
 
     cells: list[Cell]
     reference: Cell | None
@@ -159,9 +160,9 @@ def _best(beyond: Sequence[Contrast], policy: str, twins: Mapping[str, str]) -> 
         group.sort(key=lambda item: -item.n)
     leaders = [group[0] for group in groups.values()]
     columns, weights = table([item.differences for item in leaders]), weights_of([item.terms for item in leaders])
-    floor = max(noise_of(item.cell.losses.values()) for item in leaders)
-    stays = best_set(columns, weights, floor=floor)
-    alone = best_set(columns, weights, floor=floor, alpha=ALPHA / 2)
+    floors = np.array([item.noise for item in leaders])
+    stays = best_set(columns, weights, floors=floors)
+    alone = best_set(columns, weights, floors=floors, alpha=ALPHA / 2)
     left = [group for group, is_in in zip(groups.values(), stays, strict=True) if is_in]
     left.sort(key=lambda group: -group[0].mean)
     first = left[0][0]

@@ -203,6 +203,10 @@ def test_the_best_stay_and_the_beaten_leave() -> None:
     gains = draw.normal(0, 0.01, (4, 8)) + np.array([1.0, 1.0, 0, 0, 0, 0, 0, 0])
     assert best_set(gains, np.eye(8)) == [True, True] + [False] * 6
     assert best_set(gains[:, :1], np.eye(1)) == [True]
+    diverged = gains.copy()
+    diverged[0, 7] = 3e5
+    noise = np.array([1e-6] * 7 + [0.3])
+    assert best_set(diverged, np.eye(8), floors=noise) == [True, True] + [False] * 5 + [True]
     tied = np.repeat(gains[:, :1], 3, axis=1)
     assert best_set(tied, np.eye(3)) == [True] * 3
 
