@@ -90,7 +90,7 @@ def load(out_dir: Path) -> Records:
     path = Path(out_dir) / "ledger.sqlite"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {out_dir} is not the folder of a sweep that has run")
-    with read_only.reading(path) as connection:
+    with read_only.current(path) as connection:
         connection.row_factory = sqlite3.Row
         entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
         endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
@@ -98,9 +98,7 @@ def load(out_dir: Path) -> Records:
             "SELECT trial_id, step, train_loss, val_loss, bits_per_byte FROM rows WHERE val_loss IS NOT NULL"
         )
         evaluated = {(row["trial_id"], row["step"]): row for row in evaluations}
-        known = {row["name"] for row in connection.execute("PRAGMA table_info(rows)")}
-        # A ledger of an earlier version has no column for signals that came later.
-        names = ", ".join(name if name in known else f"NULL AS {name}" for name in ROW_SIGNALS)
+        names = ", ".join(ROW_SIGNALS)
         connection.row_factory = None
         rows = _rows_frame(connection.execute(f"SELECT trial_id, step, {names} FROM rows ORDER BY trial_id, step"))
     records = [_trial(entry, endings.get(entry["trial_id"]), evaluated) for entry in entries]
@@ -159,9 +157,7 @@ def kept(records: Records, trials: pd.DataFrame) -> Records:
 
 def mutations(out_dir: Path, trial_ids: Sequence[str]) -> list[tuple[str, int, str, float, float, str]]:
     """(trial, step, field, before, after, source) of what members of populations took over, by step."""
-    with read_only.reading(Path(out_dir) / "ledger.sqlite") as connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'mutations'").fetchone():
-            return []  # a ledger of an earlier version
+    with read_only.current(Path(out_dir) / "ledger.sqlite") as connection:
         found = connection.execute(
             "SELECT trial_id, step, field, before, after, source FROM mutations ORDER BY step, rowid"
         ).fetchall()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep import file_systems, read_only
 from altgrad.sweep.budget import Spend
-from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date, is_outdated
+from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
@@ -52,17 +52,10 @@ class Ledger:
 
         sqlite3.DatabaseError where it is none, or damaged.
         """
-        with read_only.reading(path) as connection:
+        with read_only.current(path) as connection:
             ledger = cls.__new__(cls)
             ledger.path, ledger._connection = path, connection
-            if is_outdated(connection):
-                ledger._connection = sqlite3.connect(":memory:", isolation_level=None)
-                connection.backup(ledger._connection)
-                bring_up_to_date(ledger._connection)
-            try:
-                yield ledger
-            finally:
-                ledger.close()
+            yield ledger
 
     def suit_file_system(self) -> None:
         """Changes the journal of a ledger that came from elsewhere; only for who owns the folder, on its machine."""

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from altgrad.sweep.ledger_schema import bring_up_to_date, is_outdated
+
 BUSY_SECONDS = 30
 LOG = "-wal"
 
@@ -39,6 +41,19 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
                 connection = _connected(path, "mode=ro&immutable=1")
         stack.callback(connection.close)
         yield connection
+
+
+@contextlib.contextmanager
+def current(path: Path) -> Iterator[sqlite3.Connection]:
+    """`reading` a ledger; one of an earlier version is brought up to date in memory."""
+    with reading(path) as connection:
+        if not is_outdated(connection):
+            yield connection
+            return
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+            connection.backup(copy)
+            bring_up_to_date(copy)
+            yield copy
 
 
 def _connected(path: Path, how: str) -> sqlite3.Connection:
