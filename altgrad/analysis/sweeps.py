@@ -9,6 +9,7 @@ from typing import Any
 
 from altgrad.analysis.load import Records, by_setting, load, newest_setting, of_sweep
 from altgrad.analysis.study import MARGIN
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import read_manifest
 
 
@@ -37,7 +38,7 @@ class Sweep:
 def read_sweep(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Sweep:
     """The trials named, else those under `trials` in sweep.json, else all that share the newest setting.
 
-    FileNotFoundError where the folder has no ledger; ValueError where the ledger holds none of the trials.
+    FileNotFoundError where the folder has no ledger; SpecError where the ledger holds none of the trials.
     """
     recorded = load(out_dir)
     manifest = read_manifest(out_dir)
@@ -46,7 +47,7 @@ def read_sweep(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Sweep:
     selected = recorded if asked is None else of_sweep(recorded, asked)
     if selected.trials.empty:
         lack = "no trials" if asked is None else f"none of the sweep's {len(asked)} trials"
-        raise ValueError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
+        raise SpecError(f"{out_dir / 'ledger.sqlite'} holds {lack}")
     settings = {"": newest_setting(selected)} if asked is None else by_setting(selected)
     if asked is not None:
         counts = {label: len(selected.trials) - len(records.trials) for label, records in settings.items()}

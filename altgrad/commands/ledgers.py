@@ -66,10 +66,7 @@ def compare(request: argparse.Namespace) -> int:
             pass
     from altgrad.analysis.compare import compare as compared
 
-    try:
-        found = compared(request.out, request.other, margin=margin, equal_within=equal_within)
-    except ValueError as error:
-        raise SpecError(str(error)) from None
+    found = compared(request.out, request.other, margin=margin, equal_within=equal_within)
     for line in found.lines:
         print(line)
     if found.table.lines:
@@ -91,7 +88,7 @@ def report(request: argparse.Namespace) -> int:
         finding = write_report(request.out, margin=margin, equal_within=equal_within, to=to)
     except sqlite3.DatabaseError as error:
         raise SpecError(damaged_text(request.out / "ledger.sqlite", error)) from None
-    except (OSError, ValueError) as error:
-        raise SpecError(str(error)) from None
+    except OSError as error:
+        raise SpecError(f"{to or request.out / 'report'}: can't be written ({error.strerror or error})") from None
     print(f"{finding}\nreport: {finding.path}")
     return 0
