@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
-from planted import everywhere, planted
+from planted import planted
 
 from altgrad.analysis.power import planned_power
 from altgrad.sweep.spec import SweepSpec
@@ -56,5 +55,5 @@ def test_a_plan_says_what_it_lacks() -> None:
 
 def test_the_margin_changes_what_can_be_decided() -> None:
     tight, wide = (lines(4, margin=margin)[0] for margin in (0.03, 0.2))
-    assert tight != wide and np.isfinite(shown(lines(4)[1]))
-    assert len(everywhere(FORMATS, ARMS)) == 24
+    trains = [int(re.findall(r"(\d+) %", line.split("from run to run")[1])[0]) for line in (tight, wide)]
+    assert trains[0] < trains[1], "a wider margin is easier to stay within"

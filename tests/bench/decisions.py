@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -70,18 +70,14 @@ def report(studies: int, processes: int) -> Iterator[str]:
         "brackets: studies in which a printed interval of an interaction misses the truth / that of the largest does.",
     )
     yield ""
-    yield from _table(
-        "scenario",
-        [scenario.name for scenario in (*simulation.NULL, *simulation.SKEWED)],
-        SEEDS,
-        lambda name, n: _null_text(tallies["null", name, n]),
+    yield from _scenarios(
+        (*simulation.NULL, *simulation.SKEWED), SEEDS, lambda name, n: _null_text(tallies["null", name, n])
     )
     yield ""
     yield "## Every arm exactly at the margin: false “trains” / false “fails”"
     yield ""
-    yield from _table(
-        "scenario",
-        [scenario.name for scenario in simulation.AT_MARGIN],
+    yield from _scenarios(
+        simulation.AT_MARGIN,
         (2, *SEEDS),
         lambda name, n: _rates(tallies["margin", name, n], "false trains", "false fails"),
     )
@@ -93,12 +89,7 @@ def report(studies: int, processes: int) -> Iterator[str]:
         "not covered / the best left out; the share of the differences that is decided; the size of the set.",
     )
     yield ""
-    yield from _table(
-        "scenario",
-        [scenario.name for scenario in simulation.TRUE],
-        SEEDS,
-        lambda name, n: _true_text(tallies["true", name, n]),
-    )
+    yield from _scenarios(simulation.TRUE, SEEDS, lambda name, n: _true_text(tallies["true", name, n]))
     yield ""
     yield "## Power: one true interaction of 24, normal noise"
     yield ""
@@ -113,17 +104,18 @@ def report(studies: int, processes: int) -> Iterator[str]:
     yield ""
     yield "## A format as good as BF16 that is decided to train, runs that vary by 1 %"
     yield ""
-    yield from _table(
-        "scenario",
-        [scenario.name for scenario in simulation.NULL],
-        SEEDS,
-        lambda name, n: f"{tallies['null', name, n].mean('trains'):.2f}",
-    )
+    yield from _scenarios(simulation.NULL, SEEDS, lambda name, n: f"{tallies['null', name, n].mean('trains'):.2f}")
     yield ""
     yield from (
         "Skew in one direction is reported, not bounded: no rule for so few seeds holds there, and a report shows the",
         "median beside the mean. Not simulated: pruning, sequential stops.",
     )
+
+
+def _scenarios(
+    scenarios: Sequence[simulation.Scenario], seeds: Sequence[int], text: Callable[[str, int], str]
+) -> Iterator[str]:
+    return _table("scenario", [scenario.name for scenario in scenarios], seeds, text)
 
 
 def _rates(tally: simulation.Tally, *events: str) -> str:
@@ -139,7 +131,7 @@ def _true_text(tally: simulation.Tally) -> str:
     return f"{errors}; {tally.mean('power'):.2f}; {tally.mean('set'):.1f}"
 
 
-def _table(head: str, names: Sequence[str], seeds: Sequence[int], text) -> Iterator[str]:  # type: ignore[no-untyped-def]
+def _table(head: str, names: Sequence[str], seeds: Sequence[int], text: Callable[[str, int], str]) -> Iterator[str]:
     yield f"| {head} | " + " | ".join(f"{n} seeds" for n in seeds) + " |"
     yield "| --- |" + " ---: |" * len(seeds)
     for name in names:
