@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from altgrad.analysis.inference import t_interval
-from altgrad.analysis.load import FAILED, FINISHED
+from altgrad.analysis.records import FAILED, FINISHED
 from altgrad.quantization import get_format
 from altgrad.training.config import ARMS, UNQUANTIZED
 from altgrad.training.outcome import OutcomeKind

@@ -14,7 +14,7 @@ from typing import Any
 
 from altgrad.analysis.cells import Cell, Key
 from altgrad.analysis.contrasts import Contrast, measured
-from altgrad.analysis.load import Records, flat
+from altgrad.analysis.records import Records, flat
 from altgrad.analysis.scores import judged
 from altgrad.analysis.study import Study, build_study
 from altgrad.analysis.sweeps import read_sweep

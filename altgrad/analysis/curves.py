@@ -22,7 +22,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, arm_order, format_order
 from altgrad.analysis.figures import LINEAR, colour_of, drawn
-from altgrad.analysis.load import FAILED
+from altgrad.analysis.records import FAILED
 from altgrad.training.guards import DEFAULT_GUARDS
 
 LINE = 0.165

@@ -26,7 +26,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from altgrad.analysis.cells import UNITS, Cell, arm_order, format_order
-from altgrad.analysis.load import FAILED, UNRESOLVED
+from altgrad.analysis.records import FAILED, UNRESOLVED
 from altgrad.analysis.study import Study
 from altgrad.analysis.wording import signed
 

@@ -25,8 +25,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
 from altgrad.analysis.finding import Finding, find
-from altgrad.analysis.load import FINISHED, UNRESOLVED, Records, mutations, results_table, unevaluated
 from altgrad.analysis.reading import GAIN, how_to_read, words
+from altgrad.analysis.records import FINISHED, UNRESOLVED, Records, mutations, results_table, unevaluated
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
 from altgrad.analysis.study import Study, build_study
 from altgrad.analysis.sweeps import read_sweep

@@ -16,7 +16,7 @@ import pandas as pd
 
 from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.inference import t_interval
-from altgrad.analysis.load import FINISHED
+from altgrad.analysis.records import FINISHED
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, number, slim
 from altgrad.analysis.wording import signed

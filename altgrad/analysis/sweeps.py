@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from altgrad.analysis.load import Records, by_setting, load, newest_setting, of_sweep
+from altgrad.analysis.records import Records, by_setting, load, newest_setting, of_sweep
 from altgrad.analysis.study import MARGIN
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import read_manifest

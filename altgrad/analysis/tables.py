@@ -11,7 +11,7 @@ import pandas as pd
 from altgrad.analysis.cells import UNITS, Cell, mean_of_known
 from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.failures import reason
-from altgrad.analysis.load import FAILED
+from altgrad.analysis.records import FAILED
 from altgrad.analysis.study import Study
 from altgrad.analysis.verdicts import Verdict
 from altgrad.analysis.wording import percent, signed

@@ -12,7 +12,7 @@ from synthetic import Plan, stall, write_ledger
 
 from altgrad.analysis.cells import Cell, find_reference
 from altgrad.analysis.grids import build_cells, compared_rates
-from altgrad.analysis.load import load
+from altgrad.analysis.records import load
 from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 

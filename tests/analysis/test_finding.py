@@ -11,7 +11,7 @@ from planted import BASE
 from synthetic import Plan, explode, stall, write_ledger
 
 from altgrad.analysis.finding import Finding, find
-from altgrad.analysis.load import load, unevaluated
+from altgrad.analysis.records import load, unevaluated
 from altgrad.analysis.study import build_study
 
 GEOMETRY = ["adamw", "manifold"]

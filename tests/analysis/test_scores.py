@@ -6,7 +6,7 @@ import pytest
 from synthetic import DATA
 
 from altgrad.analysis.grids import build_cells
-from altgrad.analysis.load import load
+from altgrad.analysis.records import load
 from altgrad.analysis.report import write_report
 from altgrad.analysis.scores import judged
 from altgrad.sweep.ledger import Ledger

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.analysis.load import load
+from altgrad.analysis.records import load
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
 from altgrad.sweep import ledger as ledger_module
