@@ -88,7 +88,7 @@ class Records:
 def load(out_dir: Path) -> Records:
     """The folder's trials and rows, of all its sweeps; FileNotFoundError where there is no ledger."""
     path = Path(out_dir) / "ledger.sqlite"
-    if not path.is_file():
+    if not path.is_file() and not read_only.shards(Path(out_dir)):
         raise FileNotFoundError(f"{path} does not exist: {out_dir} is not the folder of a sweep that has run")
     with read_only.current(path) as connection:
         connection.row_factory = sqlite3.Row

@@ -52,6 +52,8 @@ def _check_folder(out: Path, fresh: bool) -> None:
         raise FolderError(f"{out} is a file; a folder is expected")
     if out.is_dir():
         content = [item.name for item in out.iterdir() if not item.name.startswith(".")]
+        if read_only.shards(out):
+            raise FolderError(f"{out} is an export, which stays as it is; altgrad import {out} OUT makes a sweep of it")
         if content and not {"sweep.json", "ledger.sqlite"} & set(content):
             raise FolderError(
                 f"{out} holds other things ({', '.join(sorted(content)[:3])}) and no sweep; "
@@ -69,8 +71,9 @@ def _check_folder(out: Path, fresh: bool) -> None:
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """What sweep.json in `out` says; None where there is none. SpecError for a torn one."""
-    path = out / "sweep.json"
+    """What sweep.json says of the sweep or export in `out`; None where there is none. SpecError for a torn one."""
+    held = [shard / read_only.MANIFEST for shard in read_only.shards(out)]
+    path = next((file for file in reversed(held) if file.exists()), out / read_only.MANIFEST)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep import file_systems, read_only
 from altgrad.sweep.budget import Spend
-from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date
+from altgrad.sweep.ledger_schema import EVENTS, OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
@@ -109,15 +109,23 @@ class Ledger:
                 values,
             )
 
+    def restore(self, table: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
+        """Enters rows of another ledger of the sweep, all or none; what is known by its key stays as it is."""
+        with self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.executemany(
+                f"INSERT OR IGNORE INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})", rows
+            )
+
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Enters rows in one transaction; a step that is known is replaced."""
-        names = ("trial_id", "step", *ROW_SIGNALS, "layers")
+        names = ("trial_id", "step", *ROW_SIGNALS, "events")
         values = [
             (
                 trial_id,
                 row["step"],
                 *(to_plain(row.get(name)) for name in ROW_SIGNALS),
-                json.dumps(to_plain(row["layers"])) if "layers" in row else None,
+                json.dumps(events) if (events := {name: row[name] for name in EVENTS if row.get(name)}) else None,
             )
             for row in rows
         ]

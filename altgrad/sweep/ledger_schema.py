@@ -1,4 +1,7 @@
-"""The tables of a ledger, and how one of an earlier version gets what it lacks: tables and columns are only added."""
+"""The tables of a ledger, and how one of an earlier version gets what it lacks: tables and columns are only added.
+
+What is measured of single layers is not among them: it would be nine tenths of the file (`layer_table`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
 
 ROW_SIGNALS = (
     *SIGNALS,
+    "perplexity",
     "bits_per_byte",
     "lr",
     "tokens_per_s",
@@ -16,6 +20,8 @@ ROW_SIGNALS = (
     "clip_factor",
     *CLASSIFICATION_SIGNALS,
 )
+EVENTS = ("shifts", "warnings", "nonfinite_layer")
+"""What a row says in words, where there is something to say; a ledger holds them as one JSON mapping."""
 OUTCOME_FIELDS = (
     "kind",
     "signal",
@@ -31,6 +37,8 @@ OUTCOME_FIELDS = (
     "seconds",
     "formats",
     "device",
+    "driver",
+    "host",
 )
 TRIAL_FIELDS = (
     "trial_id",
@@ -53,11 +61,11 @@ CREATE TABLE IF NOT EXISTS trials (
     lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL, numerics INTEGER);
 CREATE TABLE IF NOT EXISTS rows (
     trial_id TEXT NOT NULL, step INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in ROW_SIGNALS)},
-    layers TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
+    events TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
-    seconds REAL, formats TEXT, device TEXT, recorded REAL);
+    seconds REAL, formats TEXT, device TEXT, driver TEXT, host TEXT, recorded REAL);
 CREATE TABLE IF NOT EXISTS spend (started REAL PRIMARY KEY, hours REAL, gpu_hours REAL, usd REAL);
 CREATE TABLE IF NOT EXISTS samples (
     search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
@@ -68,8 +76,8 @@ CREATE TABLE IF NOT EXISTS mutations (
 CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, message TEXT NOT NULL);
 """
 ADDED = {
-    "rows": dict.fromkeys(ROW_SIGNALS, "REAL"),
-    "outcomes": {"formats": "TEXT", "device": "TEXT"},
+    "rows": dict.fromkeys(ROW_SIGNALS, "REAL") | {"events": "TEXT"},
+    "outcomes": {"formats": "TEXT", "device": "TEXT", "driver": "TEXT", "host": "TEXT"},
     "trials": {"numerics": "INTEGER"},
 }
 """Columns that earlier versions lack."""

@@ -8,6 +8,7 @@ what the database does not, both are copied aside first, or the newest rows woul
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 from altgrad.sweep.ledger_schema import bring_up_to_date, is_outdated
 
 BUSY_SECONDS = 30
+MANIFEST = "sweep.json"
+SHARD = re.compile(r"\d{4,}-[0-9a-f]{8}")
 LOG = "-wal"
 
 
@@ -43,9 +46,23 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+def shards(folder: Path) -> list[Path]:
+    """The shards of the export in a folder (`altgrad.sweep.shards`), oldest first; none where it is no export."""
+    if not folder.is_dir():
+        return []
+    found = [item for item in folder.iterdir() if SHARD.fullmatch(item.name) and (item / "trials.parquet").is_file()]
+    return sorted(found, key=lambda item: (int(item.name.partition("-")[0]), item.name))
+
+
 @contextlib.contextmanager
 def current(path: Path) -> Iterator[sqlite3.Connection]:
-    """`reading` a ledger; one of an earlier version is brought up to date in memory."""
+    """`reading` a ledger, or the export beside which it would stand; an earlier version's is completed in memory."""
+    if not path.exists() and shards(path.parent):
+        from altgrad.sweep.shards import as_ledger
+
+        with as_ledger(path.parent) as connection:
+            yield connection
+        return
     with reading(path) as connection:
         if not is_outdated(connection):
             yield connection

@@ -10,21 +10,27 @@ it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from altgrad.sweep.layer_table import FILE as LAYERS
+from altgrad.sweep.layer_table import write_layers
 from altgrad.sweep.ledger import Ledger
-from altgrad.training.outcome import FAILED, HUNG, Outcome
-from altgrad.training.record import RowReader, read_outcome, to_plain, write_json
+from altgrad.training.devices import places_of
+from altgrad.training.outcome import FAILED, HUNG, RESULT_KINDS, Outcome
+from altgrad.training.record import RowReader, read_config, read_outcome, to_plain, write_json
 
 
 class Recorder:
     """Follows the trials under `folder` and keeps the ledger up with them."""
 
-    def __init__(self, ledger: Ledger, folder: Path) -> None:
+    def __init__(self, ledger: Ledger, folder: Path, *, drop_checkpoints: bool = False) -> None:
         self.ledger = ledger
         self.folder = folder
+        self._drops = drop_checkpoints
         self._readers: dict[str, RowReader] = {}
 
     def expect(self, trial_id: str) -> None:
@@ -33,7 +39,7 @@ class Recorder:
         The ledger has it.
         """
         folder = self.folder / trial_id
-        for path in (folder / "outcome.json", folder / FAILED, *folder.glob(f"{HUNG}.*")):
+        for path in (folder / "outcome.json", folder / LAYERS, folder / FAILED, *folder.glob(f"{HUNG}.*")):
             path.unlink(missing_ok=True)
 
     def follow(self, trial_id: str) -> None:
@@ -47,15 +53,19 @@ class Recorder:
         self.follow(trial_id)
         outcome = self._left(trial_id)
         if outcome is None and stopped is not None:
-            outcome = stopped
+            outcome = replace(stopped, **self._places(trial_id))  # type: ignore[arg-type]
             (self.folder / trial_id).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
         if outcome is not None:
             self.ledger.record_outcome(trial_id, outcome)
+            self._tidy(trial_id, outcome)
         return outcome
 
     def ingest(self, trial_ids: Iterable[str]) -> int:
-        """Records what earlier runs left and the ledger lacks; returns the number of such trials."""
+        """Records what earlier runs left and the ledger lacks; returns the number of such trials.
+
+        Tables of layer signals that are missing are made again.
+        """
         known, counts = self.ledger.outcomes(), self.ledger.row_counts()
         found = 0
         for trial_id in trial_ids:
@@ -68,7 +78,21 @@ class Recorder:
                 self.follow(trial_id)
                 if outcome is not None:
                     self.ledger.record_outcome(trial_id, outcome)
+            if outcome is not None:
+                self._tidy(trial_id, outcome)
         return found
+
+    def _tidy(self, trial_id: str, outcome: Outcome) -> None:
+        """Leaves of a trial that has ended what is to stay."""
+        folder = self.folder / trial_id
+        if (folder / "metrics.jsonl").exists() and not (folder / LAYERS).exists():
+            write_layers(folder)
+        if self._drops and outcome.kind in RESULT_KINDS:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+    def _places(self, trial_id: str) -> dict[str, str]:
+        """Where the trial has been at work, for an ending that is not its worker's own."""
+        return places_of(read_config(self.folder / trial_id).get("devices", ()))
 
     def _left(self, trial_id: str) -> Outcome | None:
         return read_outcome(self.folder / trial_id / "outcome.json")

@@ -38,7 +38,7 @@ Mode = Literal["off", "offline", "online"]
 STEP = "trainer/step"
 TEAR_DOWN_SECONDS = 5.0
 SUMMARIES = {"val/loss": "min", "val/f1_micro": "max"}
-EVALUATED = ("bits_per_byte", "threshold", "eval_samples_per_s")
+EVALUATED = ("perplexity", "bits_per_byte", "threshold", "eval_samples_per_s")
 OWN_WORDS = {"disabled": "off", "dryrun": "offline", "run": "online", "shared": "online"}
 """What W&B's own WANDB_MODE calls the modes."""
 

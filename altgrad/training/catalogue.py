@@ -112,6 +112,10 @@ SIGNALS: dict[str, Signal] = {
     "gradient_updates": Signal("weights with |gradient| > 1e-10", "number", row="own", least=0),
     "ulp_travel": Signal("sum of |code change|", "codes", row="own", least=0),
     "bit_position": Signal("sum of signed code changes", "codes", row="own"),
+    "flip_rate": Signal("flips per weight and step", "share", "check", "own", 0, 1),
+    "flip_rate_epoch": Signal(
+        "flips per weight in as many steps as a pass over the training data takes", "number", row="own", least=0
+    ),
     "stall_ratio": Signal("1 - flips / updates; 0 with no updates", "share", "check", "own", 0, 1),
     "flip_yield": Signal(
         "flips / sum of min(1, |change| / spacing): realised over expected under unbiased rounding",

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,6 +82,13 @@ def device_of(name: torch.device | str) -> Device:
         versions = {"driver": _driver(), "cuda": torch.version.cuda or ""}
         return Device(str(device), kind, socket.gethostname(), **versions, index=os.environ.get(VISIBLE, ""))
     return Device(str(device), _cpu() if device.type == "cpu" else device.type, socket.gethostname())
+
+
+def places_of(devices: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """`device`, `driver` and `host` of an outcome, from the devices that a trial's record names, in their order."""
+    found = list(devices)
+    names = {"device": "kind", "driver": "driver", "host": "host"}
+    return {field: "; ".join(dict.fromkeys(d[name] for d in found if d.get(name))) for field, name in names.items()}
 
 
 def why_no_gpu(gpus: float) -> str:

@@ -42,7 +42,7 @@ def bits_per_byte(loss: float, *, bytes_per_token: float = 1.0) -> float:
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def best_threshold(targets: np.ndarray, chances: np.ndarray) -> tuple[float, float]:

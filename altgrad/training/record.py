@@ -87,6 +87,15 @@ def read_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     return rows, offset + len(complete)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json in a trial's folder says; nothing where there is none, or a torn one."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
+
+
 def read_outcome(path: Path) -> Outcome | None:
     """The outcome in a file; None where there is none, or a torn one, which a warning names."""
     try:

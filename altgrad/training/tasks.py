@@ -39,6 +39,7 @@ from altgrad.training.metrics import (
     bits_per_byte,
     classification_scores,
     evaluate,
+    perplexity,
     token_loss,
 )
 from altgrad.training.model import build_model
@@ -67,6 +68,9 @@ class Task(Protocol):
 
     def units(self) -> int:
         """What a step works through, in units of `throughput`."""
+
+    def epoch(self) -> float:
+        """Steps in which a run works through as much as the training data hold."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The signals of an evaluation, `val_loss` among them."""
@@ -148,12 +152,16 @@ class LanguageModelling:
     def units(self) -> int:
         return self.config.data.batch * self.config.model.block
 
+    def epoch(self) -> float:
+        return len(self.data.train) / self.units()
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         shape = self.config.data
         batches = val_batches(self.data, block=self.config.model.block, batch=shape.batch, count=shape.eval_batches)
         device = device_of(model)
         loss = evaluate(model, ((inputs.to(device), targets.to(device)) for inputs, targets in batches))
-        return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, bytes_per_token=self.data.bytes_per_token)}
+        bits = bits_per_byte(loss, bytes_per_token=self.data.bytes_per_token)
+        return {"val_loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
 
     def fingerprint(self) -> dict[str, Any]:
         return {"vocabulary size": self.data.tokenizer.vocabulary, "tokenizer": self.data.tokenizer.name}
@@ -210,6 +218,9 @@ class Classification:
 
     def units(self) -> int:
         return self.config.data.batch
+
+    def epoch(self) -> float:
+        return len(self.data.train) / self.units()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

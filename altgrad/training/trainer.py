@@ -30,7 +30,7 @@ from altgrad.quantization import (
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
-from altgrad.training.devices import Device, device_of
+from altgrad.training.devices import Device, device_of, places_of
 from altgrad.training.guards import GuardPanel, Verdict, check_layers, verdict_fields
 from altgrad.training.interventions import Interventions, describe_clip
 from altgrad.training.observers import GradientNormScore, Observers, Subject
@@ -280,7 +280,7 @@ class Trainer:
 
     def _build_observers(self) -> Observers:
         critical: tuple[str, ...] = self.model.critical_layers()  # type: ignore[operator]
-        subject = Subject(self.model, self.optimizer, self.formats, critical)
+        subject = Subject(self.model, self.optimizer, self.formats, critical, self.task.epoch())
         config = self.config.observe
         shadow = [] if config.shadow_every is None else [ShadowObserver(subject, self.task.build, self.task.loss)]
         return Observers(subject, config, self.reference, shadow)
@@ -328,8 +328,8 @@ class Trainer:
             ending = verdict_fields(verdict)
         if self.interventions.shifts:
             ending["formats"] = ", ".join(f"{shift.layer}: {shift.label}" for shift in self.interventions.shifts)
-        kinds = "; ".join(dict.fromkeys(device["kind"] for device in self.devices))
-        self.outcome = Outcome(**ending, **self._last, seconds=self._seconds, device=kinds)  # type: ignore[arg-type]
+        places = places_of(self.devices)
+        self.outcome = Outcome(**ending, **self._last, seconds=self._seconds, **places)  # type: ignore[arg-type]
         if self.folder is not None:
             self.folder.finish(self.outcome)
 

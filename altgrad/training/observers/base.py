@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -24,13 +25,14 @@ class Subject:
 
     `formats`: the weights that have one, by layer; `watched`: the weight matrices whose ranks and gradients are
     followed, by layer (those with a format, or every linear layer's where none has); `critical`: names of the layers
-    whose collapse costs the most.
+    whose collapse costs the most; `epoch`: the steps of a pass over the training data.
     """
 
     model: nn.Module
     optimizer: GridAwareOptimizer
     formats: Mapping[str, tuple[nn.Parameter, FloatFormat]]
     critical: tuple[str, ...] = ()
+    epoch: float = math.nan
     watched: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:

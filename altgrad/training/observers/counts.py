@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad.quantization import compute_stall_ratio, flip_yield
+from altgrad.quantization import compute_flip_rate, compute_stall_ratio, flip_yield
 from altgrad.training.kernels import FIXED, Count
 from altgrad.training.observers.base import Layers, Observer, Readings, Subject
 
@@ -19,7 +19,7 @@ class CountsObserver(Observer):
     """Flips, updates, stall ratio, flip yield, travel and the like, by layer and over all."""
 
     def __init__(self, subject: Subject) -> None:
-        self._optimizer = subject.optimizer
+        self._optimizer, self._epoch = subject.optimizer, subject.epoch
         self._layers: dict[Tensor, str] = {parameter: name for name, parameter in subject.rounded.items()}
         self._sums: dict[tuple[Tensor, ...], Tensor] = {}
         self._steps = 0
@@ -50,30 +50,32 @@ class CountsObserver(Observer):
                 continue
             sums = {count: values.pop(_RAW[count]) for count in Count}
             size = self._size(name)
-            values |= _signals(sums, size * steps)
+            values |= self._signals(sums, size * steps)
             values["rescaled"] = int(sums[Count.RESCALED])
             values["frozen"] = int(sums[Count.GRADIENT] > 0 and sums[Count.APPLIED] == 0 and not sums[Count.SKIPPED])
             totals = {count: totals[count] + sums[count] for count in Count}
             weights += size
         if weights:
-            row |= _signals(totals, weights * steps)
+            row |= self._signals(totals, weights * steps)
         row["skipped_tensors"] = int(row["skipped_tensors"])
 
     def _size(self, name: str) -> int:
         return next(parameter.numel() for parameter, own in self._layers.items() if own == name)
 
-
-def _signals(sums: dict[Count, float], chances: int) -> dict[str, Any]:
-    """The signals of sums over an interval in which `chances` elements could have moved."""
-    flips, applied = int(sums[Count.FLIPS]), int(sums[Count.APPLIED])
-    return {
-        "flips": flips,
-        "updates": applied,
-        "gradient_updates": int(sums[Count.GRADIENT]),
-        "overflow": int(sums[Count.OVERFLOW]),
-        "ulp_travel": int(sums[Count.TRAVEL]),
-        "bit_position": int(sums[Count.POSITION]),
-        "stall_ratio": compute_stall_ratio(flips, applied),
-        "flip_yield": flip_yield(flips, sums[Count.EXPECTED] * 2.0**-FIXED),
-        "zero_updates": 1.0 - applied / chances,
-    }
+    def _signals(self, sums: dict[Count, float], chances: int) -> dict[str, Any]:
+        """The signals of sums over an interval in which `chances` elements could have moved."""
+        flips, applied = int(sums[Count.FLIPS]), int(sums[Count.APPLIED])
+        rate = compute_flip_rate(flips, chances)
+        return {
+            "flips": flips,
+            "updates": applied,
+            "gradient_updates": int(sums[Count.GRADIENT]),
+            "overflow": int(sums[Count.OVERFLOW]),
+            "ulp_travel": int(sums[Count.TRAVEL]),
+            "bit_position": int(sums[Count.POSITION]),
+            "flip_rate": rate,
+            "flip_rate_epoch": rate * self._epoch,
+            "stall_ratio": compute_stall_ratio(flips, applied),
+            "flip_yield": flip_yield(flips, sums[Count.EXPECTED] * 2.0**-FIXED),
+            "zero_updates": 1.0 - applied / chances,
+        }

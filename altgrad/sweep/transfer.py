@@ -1,0 +1,239 @@
+"""A sweep on its way from one machine to another: `export_sweep` writes a shard, `import_sweep` makes a sweep of them.
+
+What is exported of a trial is what its ledger and its record say when it has ended, however it ended; a trial that is
+on its way is only named, and starts anew where the sweep goes on. An import writes the files that a worker would have
+left and takes them into the ledger as any driver does, so a sweep that was sent is no other than one that ran here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from altgrad.sweep import read_only
+from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.folder import check_folder, owned, read_manifest
+from altgrad.sweep.layer_table import read_layers
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, TRIAL_FIELDS
+from altgrad.sweep.read_only import MANIFEST, shards
+from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.references import references
+from altgrad.sweep.shards import AT_CHECKS, AT_EVERY_STEP, OF_SWEEP, TABLES, Export, step_rows, write_shard
+from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
+from altgrad.training.config import TrainConfig
+from altgrad.training.outcome import RESULT_KINDS, Outcome
+from altgrad.training.record import TrialFolder, read_config, write_json
+
+LEDGER = "ledger.sqlite"
+CHECKS = 24
+"""Ends of log intervals at which all signals of a trial are exported; of the others, what an evaluation found."""
+POINTS = 5
+"""Steps of a trial at which all its layer signals are exported: the first check, the last, checkpoints between."""
+EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
+REFERENCE_SIGNALS = ("stable_rank", "spectral_norm")
+"""What other trials are held against: of references these are exported exactly, at every check."""
+AT_A_TIME = 200
+"""Trials whose rows are in memory together."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`trials` are those in the shard, `ended` those that have ended; no `shard` where the export had everything."""
+
+    shard: Path | None
+    trials: int
+    ended: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Trials that the export names, those whose ending came in, those that had a result here, and of these, those
+    whose exported loss is another."""
+
+    trials: int
+    entered: int
+    known: int
+    differing: int
+
+
+def export_sweep(out: Path, folder: Path) -> Exported:
+    """Adds what the export in `folder` lacks of the sweep in `out`, which may be running, as one shard.
+
+    SpecError where `folder` holds other things, or `out` is an export itself.
+    """
+    if shards(out):
+        raise SpecError(f"{out} is an export; the folder of a sweep is expected")
+    _check_place(folder)
+    known = Export(folder).fingerprints() if shards(folder) else {}
+    manifest = read_manifest(out)
+    with read_only.current(out / LEDGER) as connection:
+        connection.execute("BEGIN")  # one state of a ledger that others write
+        trials = connection.execute(f"SELECT {','.join(TRIAL_FIELDS)} FROM trials ORDER BY created, rowid").fetchall()
+        names = ("trial_id", *OUTCOME_FIELDS, "recorded")
+        endings = {row[0]: row for row in connection.execute(f"SELECT {','.join(names)} FROM outcomes")}
+        counts = dict(connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))
+        prints = {row[0]: _fingerprint(row, endings.get(row[0]), counts.get(row[0], 0)) for row in trials}
+        new = [row for row in trials if known.get(row[0]) != prints[row[0]]]
+        if not new:
+            return Exported(None, 0, 0, 0)
+        ended = [row[0] for row in new if row[0] in endings]
+        configs = {row[0]: TrainConfig.model_validate_json(row[1]) for row in trials}
+        held = set(references(configs).values())
+        tables: dict[str, Iterable[Sequence[Any]]] = {
+            "trials": [(*row, _heading(out / "trials" / row[0]), prints[row[0]]) for row in new],
+            "outcomes": [endings[trial_id] for trial_id in ended],
+            "steps": _rows(connection, ended, AT_EVERY_STEP, ""),
+            "checks": _checks(_rows(connection, ended, (*AT_CHECKS, "events"), f"AND ({_IS_CHECK})")),
+            "layers": _layers(out / "trials", {name: configs[name] for name in ended}, held),
+            **{table: connection.execute(f"SELECT {','.join(TABLES[table])} FROM {table}") for table in OF_SWEEP},
+        }
+        shard = write_shard(folder, tables, None if manifest is None else json.dumps(manifest, indent=1))
+    size = sum(path.stat().st_size for path in shard.iterdir())
+    return Exported(shard, len(new), len(ended), size)
+
+
+def import_sweep(folder: Path, out: Path) -> Imported:
+    """Takes an export into the sweep in `out`, which is made where it is none. What has a result here stays as it is.
+
+    SpecError where `folder` is no export; FolderError where `out` is no place for a sweep, or a driver owns it.
+    """
+    export = Export(folder)
+    check_folder(out)
+    headings = {row[0]: row[1:] for row in export.rows("trials", ("trial_id", "config", "record"))}
+    with Ledger.reading(folder / LEDGER) as theirs:
+        outcomes = theirs.outcomes()
+    with owned(out), Ledger(out / LEDGER) as ledger:
+        ledger.suit_file_system()
+        known = ledger.outcomes()
+        settled = {name for name, outcome in known.items() if outcome.kind in RESULT_KINDS}
+        wanted = [name for name in outcomes if name not in settled]
+        ledger.restore("trials", export.rows("trials", TRIAL_FIELDS), TRIAL_FIELDS)
+        for table in OF_SWEEP:
+            ledger.restore(table, export.rows(table), TABLES[table])
+        rows = step_rows(export) if wanted else {}
+        for trial_id in wanted:
+            config, heading = headings[trial_id]
+            _write_record(out / "trials" / trial_id, config, heading, rows.get(trial_id, []), outcomes[trial_id])
+        recorder = Recorder(ledger, out / "trials")
+        recorder.ingest(wanted)
+        manifest = read_manifest(folder)
+        if manifest is not None and not (out / MANIFEST).exists():
+            write_json(out / MANIFEST, manifest)
+    twice = settled & outcomes.keys()
+    # As texts, in which NaN equals itself.
+    differing = [name for name in twice if str(known[name].val_loss) != str(outcomes[name].val_loss)]
+    return Imported(len(headings), len(wanted), len(twice), len(differing))
+
+
+def _check_place(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(f"{folder} is a file; a folder is expected")
+    others = [item.name for item in folder.iterdir() if not item.name.startswith(".")] if folder.is_dir() else []
+    if others and not shards(folder):
+        raise SpecError(
+            f"{folder} holds other things ({', '.join(sorted(others)[:3])}) and no export; "
+            "an empty or new folder is expected"
+        )
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(standing, os.W_OK):
+        raise SpecError(f"{folder} can't be written: no permission on {standing}")
+
+
+def _fingerprint(trial: Sequence[Any], ending: Sequence[Any] | None, rows: int) -> str:
+    """Changes with all that a later shard would have to say of the trial; an import leaves it as it is."""
+    config, numerics = (trial[TRIAL_FIELDS.index(name)] for name in ("config", "numerics"))
+    text = json.dumps([config, numerics, ending[1:-1], rows] if ending is not None else [config, numerics])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _heading(folder: Path) -> str:
+    """What the trial's record says of itself beside the configuration, as JSON: data, devices, workers."""
+    return json.dumps({key: value for key, value in read_config(folder).items() if key != "config"})
+
+
+_IS_CHECK = " OR ".join(
+    f"{name} IS NOT NULL" for name in ("tokens_per_s", "samples_per_s", "val_loss", "flips", "stable_rank", "events")
+)
+
+
+def _rows(connection: Any, trial_ids: Sequence[str], columns: Sequence[str], more: str) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(trial_ids), AT_A_TIME):
+        part = trial_ids[start : start + AT_A_TIME]
+        yield from connection.execute(
+            f"SELECT trial_id, step, {','.join(columns)} FROM rows "
+            f"WHERE trial_id IN ({','.join('?' * len(part))}) {more} ORDER BY trial_id, step",
+            part,
+        )
+
+
+def _checks(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    """The rows of CHECKS checks of each trial, and of the others what an evaluation or the trainer had to say."""
+    names = ("trial_id", "step", *AT_CHECKS, "events")
+    stays = [name in ("trial_id", "step", *EVALUATED, "events") for name in names]
+    says = [place for place, name in enumerate(names) if name in ("val_loss", "events")]
+    for _, own in groupby(rows, key=itemgetter(0)):
+        found = list(own)
+        chosen = set(_evenly(range(len(found)), CHECKS))
+        for place, row in enumerate(found):
+            if place in chosen:
+                yield row
+            elif any(row[column] is not None for column in says):
+                yield tuple(value if kept else None for value, kept in zip(row, stays, strict=True))
+
+
+def _evenly(items: Sequence[int], most: int) -> list[int]:
+    """At most so many of the items, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, most)]
+
+
+def _layers(trials: Path, configs: Mapping[str, TrainConfig], held: set[str]) -> Iterator[Sequence[Any]]:
+    """Layer signals as they are exported, like values beside each other."""
+    frames = []
+    for trial_id, config in configs.items():
+        frame = read_layers(trials / trial_id)
+        if frame.empty:
+            continue
+        is_exact = frame["signal"].isin(REFERENCE_SIGNALS) & (trial_id in held)
+        kept = frame[is_exact | frame["step"].isin(points(frame["step"].unique(), config.checkpoint_interval))]
+        value = kept["value"].to_numpy(dtype=np.float64)
+        frames.append(kept.assign(value=np.where(is_exact[kept.index], value, _rounded(value)), trial_id=trial_id))
+    if not frames:
+        return iter(())
+    found = pd.concat(frames).sort_values(["signal", "layer", "trial_id", "step"], kind="stable")
+    return found[list(TABLES["layers"])].itertuples(index=False, name=None)
+
+
+def points(steps: Iterable[int], checkpoint_interval: int) -> set[int]:
+    """Of the steps at which layers were measured: the first, the last, checkpoints between; POINTS at most."""
+    ordered = sorted(int(step) for step in steps)
+    chosen = sorted({ordered[0], ordered[-1], *(step for step in ordered if step % checkpoint_interval == 0)})
+    return set(_evenly(chosen, POINTS))
+
+
+def _rounded(value: np.ndarray) -> np.ndarray:
+    """To float32, but for what would overflow it."""
+    with np.errstate(over="ignore"):
+        short = value.astype(np.float32).astype(np.float64)
+    return np.where(np.isfinite(short), short, value)
+
+
+def _write_record(path: Path, config: str, heading: str, rows: list[dict[str, Any]], outcome: Outcome) -> None:
+    """What a worker that trained the trial here would have left, as far as it was exported."""
+    with TrialFolder(path) as folder:
+        folder.begin({"config": json.loads(config)} | json.loads(heading), after_step=0)
+        folder.append(rows)
+        folder.finish(outcome)
