@@ -6,7 +6,6 @@ is paired by seed like any other difference. What the two settings do not share 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from altgrad.analysis.cells import Cell, Key
 from altgrad.analysis.contrasts import Contrast, measured
-from altgrad.analysis.records import Records, flat
+from altgrad.analysis.records import Records, setting_words
 from altgrad.analysis.scores import judged
 from altgrad.analysis.study import Study, build_study
 from altgrad.analysis.sweeps import read_sweep
@@ -66,7 +65,7 @@ def _side(out: Path, margin: float | None, equal_within: float | None) -> tuple[
 
 
 def _setting_lines(one: Records, other: Records) -> Iterator[str]:
-    a, b = (flat(json.loads(records.trials["setting"].iloc[0])) for records in (one, other))
+    a, b = (setting_words(records.trials["setting"].iloc[0]) for records in (one, other))
     for name in dict.fromkeys([*a, *b]):
         if a.get(name) != b.get(name):
             yield f"differs: {name}: {a.get(name, DASH)} and {b.get(name, DASH)}"

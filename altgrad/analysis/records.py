@@ -36,13 +36,24 @@ from altgrad.sweep.ledger import as_asked, is_current
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
+from altgrad.training.metrics import perplexity
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
-from altgrad.training.record import from_plain
+from altgrad.training.record import flat, from_plain
 from altgrad.training.residence import control_arm, plain_arm
 
 PENDING = "pending"
 FINISHED, FAILED, UNRESOLVED = "finished", "failed", "unresolved"
-FINAL_SIGNALS = ("flip_yield", "stall_ratio", "stable_rank", *CLASSIFICATION_SIGNALS)
+FINAL_SIGNALS = (
+    "flip_yield",
+    "stall_ratio",
+    "stable_rank",
+    "flip_rate",
+    "flip_rate_epoch",
+    "gradient_cosine",
+    "tokens_per_s",
+    *CLASSIFICATION_SIGNALS,
+)
+"""Of these a trial's last measured value stands beside its losses."""
 RESULT_COLUMNS = (
     "trial_id",
     "task",
@@ -52,6 +63,7 @@ RESULT_COLUMNS = (
     "lr",
     "rung_clip",
     "seed",
+    "steps",
     "outcome",
     "signal",
     "layer",
@@ -61,17 +73,21 @@ RESULT_COLUMNS = (
     "message",
     "train_loss",
     "val_loss",
+    "perplexity",
     "bits_per_byte",
     "seconds",
     "device",
+    "driver",
+    "host",
     *FINAL_SIGNALS,
     "numerics",
+    "state",
 )
 
 
 @dataclass(frozen=True)
 class Records:
-    """`trials` (RESULT_COLUMNS, state, options, geometry, setting, steps, created, first_loss) and `rows`
+    """`trials` (RESULT_COLUMNS, config, options, geometry, setting, created, first_loss) and `rows`
     (trial_id, step, signals), up to the steps asked of each trial. `first_loss` is the training loss of the
     first row, nats.
 
@@ -119,7 +135,7 @@ def of_sweep(records: Records, trial_ids: Sequence[str]) -> Records:
 def by_setting(records: Records) -> dict[str, Records]:
     """The records of each setting, in their order, under what tells it from the others ('' for a single one)."""
     trials = records.trials
-    values = {setting: flat(json.loads(setting)) for setting in dict.fromkeys(trials["setting"])}
+    values = {setting: setting_words(setting) for setting in dict.fromkeys(trials["setting"])}
     names = dict.fromkeys(name for value in values.values() for name in value)
     varied = [name for name in names if len({value.get(name) for value in values.values()}) > 1]
     found = {}
@@ -129,12 +145,9 @@ def by_setting(records: Records) -> dict[str, Records]:
     return found
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and texts."""
-    found: dict[str, str] = {}
-    for name, item in value.items():
-        found |= flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": str(item)}
-    return found
+def setting_words(setting: str) -> dict[str, str]:
+    """What trials of a setting share, as dotted names and texts."""
+    return {name: str(value) for name, value in flat(json.loads(setting)).items()}
 
 
 def newest_setting(records: Records) -> Records:
@@ -169,11 +182,6 @@ def unevaluated(trials: pd.DataFrame) -> int:
     return int(((trials["outcome"] == OutcomeKind.DONE) & (trials["state"] == UNRESOLVED)).sum())
 
 
-def results_table(trials: pd.DataFrame) -> pd.DataFrame:
-    """One line per trial with the public columns, in their order."""
-    return trials.reindex(columns=list(RESULT_COLUMNS))
-
-
 def _rows_frame(values: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
     frame = pd.DataFrame.from_records(list(values), columns=["trial_id", "step", *ROW_SIGNALS])
     return frame.assign(**{name: _floats(frame[name]) for name in ROW_SIGNALS})
@@ -200,6 +208,7 @@ def _trial(
     outcome = as_asked(None if ending is None else _outcome(ending), config, at_step)
     known = {} if outcome is None else outcome.to_dict()
     numerics = _numerics(entry)
+    loss = _number(known.get("val_loss"))
     return {
         "trial_id": entry["trial_id"],
         "task": config.task,
@@ -217,10 +226,12 @@ def _trial(
         "limit": _number(known.get("limit")),
         "message": known.get("message") or "",
         "train_loss": _number(known.get("train_loss")),
-        "val_loss": _number(known.get("val_loss")),
+        "val_loss": loss,
+        "perplexity": perplexity(loss) if config.task == "lm" else math.nan,
         "bits_per_byte": _number(known.get("bits_per_byte")),
         "seconds": _number(known.get("seconds")),
-        "device": known.get("device") or "",
+        **{name: known.get(name) or "" for name in ("device", "driver", "host")},
+        "config": entry["config"],
         "state": _state(outcome),
         "options": config.optimizer.model_dump_json(),
         "geometry": config.use_manifold_aware,

@@ -25,8 +25,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import curves, figures
 from altgrad.analysis.finding import Finding, find
+from altgrad.analysis.frames import results_table
 from altgrad.analysis.reading import GAIN, how_to_read, words
-from altgrad.analysis.records import FINISHED, UNRESOLVED, Records, mutations, results_table, unevaluated
+from altgrad.analysis.records import FINISHED, UNRESOLVED, Records, mutations, unevaluated
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
 from altgrad.analysis.study import Study, build_study
 from altgrad.analysis.sweeps import read_sweep
@@ -88,7 +89,7 @@ def write_report(
         records = settings[label]
         study = build_study(judged(records.trials), margin=margin, equal_within=equal_within)
         findings.append(_write(folders[label], records, study, shown))
-    results_table(sweep.recorded.trials).to_csv(folder / "results.csv", index=False)
+    results_table(sweep.recorded.trials, sweep.axes).to_csv(folder / "results.csv", index=False)
     return findings[0]
 
 

@@ -31,8 +31,18 @@ class Sweep:
         return self._spec.get("equal_within") if asked is None else asked
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The paths of the sweep's own axes."""
+        return declared_axes(self.manifest)
+
+    @property
     def _spec(self) -> Mapping[str, Any]:
         return (self.manifest or {}).get("spec") or {}
+
+
+def declared_axes(manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The paths of the axes that the spec in a manifest names."""
+    return tuple(((manifest or {}).get("spec") or {}).get("axes") or ())
 
 
 def read_sweep(out_dir: Path, trial_ids: Sequence[str] | None = None) -> Sweep:

@@ -10,7 +10,7 @@ from typing import cast, get_args
 
 from altgrad.sweep.budget import Budget, flag_of
 from altgrad.sweep.complaints import SpecError, check_choice, nearest
-from altgrad.sweep.options import Executor, RunOptions
+from altgrad.sweep.options import Checkpoints, Executor, RunOptions
 from altgrad.sweep.presets import PRESETS
 from altgrad.sweep.resolve import resolve
 from altgrad.sweep.spec import SweepSpec
@@ -26,6 +26,7 @@ SPEC_FLAGS = {
     "policies": ("policies", "uniform,attention_bf16,head_bf16,classic or all"),
     "lrs": ("lrs", "1e-3,3e-3: learning rates; left out: each arm's own"),
     "seeds": ("seeds", "paired replicates, at least 1"),
+    "first-seed": ("first_seed", "seeds count from here, so that a pilot and what judges it share none; default 0"),
     "steps": ("steps", "training steps of a trial"),
     "margin": ("margin", "how far above BF16's loss a format still trains; default .1 (10 %%)"),
     "equal-within": ("equal_within", "nats within which gains are equal; default a quarter of the arm's in BF16"),
@@ -104,6 +105,12 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
         help="off, offline or online: mirror trials to W&B; default "
         "WANDB_MODE, else online where WANDB_API_KEY is set, else offline",
     )
+    parser.add_argument(
+        "--keep-checkpoints",
+        default="last",
+        metavar="WHICH",
+        help="of each trial: all, the last, or none once it has a result (more steps then start anew); default last",
+    )
     for name, (metavar, help) in BUDGET_FLAGS.items():
         parser.add_argument(f"--{flag_of(name)}", dest=f"budget:{name}", metavar=metavar, help=help)
     parser.add_argument("--fresh", action="store_true", help="move an old sweep in OUT aside and start again")
@@ -144,6 +151,7 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
             mix_devices=request.mix_devices,
             interval_timeout=_amount_of("--interval-timeout", request.interval_timeout),
             wandb=mode_of(request.wandb),
+            keep_checkpoints=_which(request.keep_checkpoints),
             budget=Budget(
                 **{
                     name: _amount_of(f"--{flag_of(name)}", text)
@@ -159,6 +167,13 @@ def options_of(request: argparse.Namespace, spec: SweepSpec) -> RunOptions:
         text = str(error)
         raise SpecError(text if text.startswith(("--", "WANDB_")) else f"--executor: {text}") from None
     return options
+
+
+def _which(text: str) -> Checkpoints:
+    try:
+        return cast(Checkpoints, check_choice(text, get_args(Checkpoints), "choice"))
+    except ValueError as error:
+        raise ValueError(f"--keep-checkpoints: {error}") from None
 
 
 def _number_of(flag: str, text: str) -> int:

@@ -139,7 +139,8 @@ def sweep_of_one(winner: Winner, name: str = "best") -> SweepSpec:
             "optimizers": (arm,),
             "policies": (config.policy,),
             "lrs": (optimizer.lr,) if shared_lr else (),
-            "seeds": max(winner.scores) + 1,
+            "first_seed": min(winner.scores),
+            "seeds": max(winner.scores) - min(winner.scores) + 1,
             "axes": {f"{arm}.{field}": [value] for field, value in differing.items()},
             **{field: getattr(config, field) for field in COPIED},
         }

@@ -198,6 +198,7 @@ def drive(
                     interval_timeout=options.interval_timeout,
                     gpus=options.gpus,
                     text_sha256=text_sha256,
+                    keep_checkpoints=options.keep_checkpoints == "all",
                 )
                 for trial_id, config in new.items()
             }

@@ -56,13 +56,14 @@ def run_request(
     interval_timeout: float = 0.0,
     gpus: float = 0.0,
     text_sha256: str = "",
+    keep_checkpoints: bool = False,
 ) -> dict[str, str]:
     """What an executor needs to run a trial; plain strings, so that Ray has nothing to interpret.
 
     `folder` is the trial's, beside its reference's. Without `own_guards` only the scheduler stops it. Where a log
     interval takes longer than `interval_timeout` seconds, the trial hangs; 0 for no limit. `gpus`: what each of its
-    processes asks Ray for. `text_sha256`: of the text that the trial's id stands for. A key `until` may be added: the
-    step at which the trial pauses, with a checkpoint.
+    processes asks Ray for. `text_sha256`: of the text that the trial's id stands for. `keep_checkpoints`: all of them,
+    not only the newest. A key `until` may be added: the step at which the trial pauses, with a checkpoint.
     """
     return {
         "trial_id": trial_id,
@@ -73,6 +74,7 @@ def run_request(
         "interval_timeout": str(interval_timeout),
         "gpus": str(gpus),
         "text_sha256": text_sha256,
+        "keep_checkpoints": "yes" if keep_checkpoints else "",
     }
 
 
@@ -135,6 +137,7 @@ class TrialRun:
                 workers=self._workers,
                 device=own_device(self._gpus),
                 text_sha256=self._request.get("text_sha256") or None,
+                keep_checkpoints=bool(self._request.get("keep_checkpoints")),
             )
             self._rows = self._trainer.intervals()
         row = next(self._rows, None)

@@ -117,7 +117,7 @@ def expand(spec: SweepSpec) -> list[TrainConfig]:
 
 def trials_of(spec: SweepSpec, found: Sequence[Point]) -> list[TrainConfig]:
     """The points' trials, each repeated over the seeds, equal ones once."""
-    trials = (point.config(spec, seed) for point in found for seed in range(spec.seeds))
+    trials = (point.config(spec, seed) for point in found for seed in spec.seed_range)
     return list({trial.trial_id(""): trial for trial in trials}.values())
 
 

@@ -12,8 +12,8 @@ import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from altgrad.training.record import read_rows
@@ -21,8 +21,8 @@ from altgrad.training.record import read_rows
 logger = logging.getLogger(__name__)
 
 FILE = "layers.parquet"
-COLUMNS = ("step", "layer", "signal", "value")
-ORDER = ["signal", "layer", "step"]
+SCHEMA = pa.schema([("step", pa.int64()), ("layer", pa.string()), ("signal", pa.string()), ("value", pa.float64())])
+ORDER = ("signal", "layer", "step")
 """Like values beside each other: a third smaller than in the order of the record."""
 _SOURCE = b"altgrad.record_bytes"
 
@@ -31,44 +31,25 @@ def write_layers(folder: Path) -> None:
     """Makes the table of a trial's folder from its record."""
     record = folder / "metrics.jsonl"
     size = record.stat().st_size
-    frame = _from_record(record)
-    table = to_arrow(frame.sort_values(ORDER, kind="stable"))
+    table = _from_record(record).replace_schema_metadata({_SOURCE: str(size).encode()})
     partial = folder / (FILE + ".partial")
-    write_parquet(table.replace_schema_metadata({_SOURCE: str(size).encode()}), partial)
+    write_parquet(table, partial)
     partial.replace(folder / FILE)
 
 
-def is_current(folder: Path) -> bool:
-    """Whether the folder has a table of the record as it is."""
-    try:
-        size = (folder / "metrics.jsonl").stat().st_size
-    except FileNotFoundError:
-        size = None
-    try:
-        found = (pq.read_schema(folder / FILE).metadata or {}).get(_SOURCE)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return False
-    return found is not None and (size is None or int(found) == size)
-
-
-def read_layers(folder: Path, signals: Collection[str] | None = None) -> pd.DataFrame:
-    """COLUMNS of a trial: all signals, or those asked for; by signal, layer and step. Empty where it has no record."""
+def read_layers(folder: Path, signals: Collection[str] | None = None) -> pa.Table:
+    """SCHEMA, of a trial: all signals, or those asked for; by signal, layer and step. Empty where it has no record."""
     path, record = folder / FILE, folder / "metrics.jsonl"
-    if is_current(folder):
-        try:
+    try:
+        # Without a record (someone made room) the table is all there is.
+        if not record.exists() or _source(path) == record.stat().st_size:
             return read_parquet(path, signals)
-        except pa.ArrowInvalid as error:
-            logger.warning("%s is torn (%s): its trial's record is read in its place", path, error)
-    if not record.exists():
-        return pd.DataFrame(columns=list(COLUMNS))
-    frame = _from_record(record).sort_values(ORDER, kind="stable", ignore_index=True)
-    return frame if signals is None else frame[frame["signal"].isin(signals)].reset_index(drop=True)
-
-
-def to_arrow(frame: pd.DataFrame) -> pa.Table:
-    """A frame of layer signals as it is stored; NaN stays a number that was measured."""
-    types = {"step": pa.int32(), "value": pa.float64()}
-    return pa.table({name: pa.array(frame[name].to_numpy(), types.get(name, pa.string())) for name in frame.columns})
+    except FileNotFoundError:
+        pass
+    except pa.ArrowInvalid as error:
+        logger.warning("%s is torn (%s): its trial's record is read in its place", path, error)
+    found = _from_record(record) if record.exists() else SCHEMA.empty_table()
+    return found if signals is None else found.filter(pc.is_in(found["signal"], pa.array(list(signals), pa.string())))
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -85,15 +66,22 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     )
 
 
-def read_parquet(path: Path, signals: Collection[str] | None = None) -> pd.DataFrame:
-    """A stored frame of layer signals, in its order."""
+def read_parquet(path: Path, signals: Collection[str] | None = None) -> pa.Table:
+    """A stored table of layer signals, in its order."""
     chosen = None if signals is None else [("signal", "in", list(signals))]
-    frame: pd.DataFrame = pq.read_table(path, filters=chosen).to_pandas()
-    return frame
+    return pq.read_table(path, filters=chosen, partitioning=None).replace_schema_metadata(None)
 
 
-def _from_record(record: Path) -> pd.DataFrame:
-    return pd.DataFrame.from_records(list(_values(record)), columns=list(COLUMNS))
+def _source(path: Path) -> int | None:
+    """How many bytes the record had that a table was made from."""
+    found = (pq.read_schema(path).metadata or {}).get(_SOURCE)
+    return None if found is None else int(found)
+
+
+def _from_record(record: Path) -> pa.Table:
+    values = list(zip(*_values(record), strict=True)) or [()] * len(SCHEMA)
+    columns = [pa.array(column, kind) for column, kind in zip(values, SCHEMA.types, strict=True)]
+    return pa.table(columns, schema=SCHEMA).sort_by([(name, "ascending") for name in ORDER])
 
 
 def _values(record: Path) -> Iterator[tuple[int, str, str, float]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
 
 Executor = Literal["auto", "actor", "train"]
+Checkpoints = Literal["all", "last", "none"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RunOptions:
     """seconds after which a log interval that has not ended counts as hung; 0 for never"""
     budget: Budget = field(default_factory=Budget)
     wandb: Mode = "off"
+    keep_checkpoints: Checkpoints = "last"
+    """of each trial: every one, the newest, or none once it has a result; more steps then start anew"""
 
     def check(self, spec: SweepSpec) -> None:
         """ValueError, naming the flag, where the settings can't go together, with this sweep or on this machine."""
@@ -55,6 +58,11 @@ class RunOptions:
             many = f"--workers-per-trial: {self.workers_per_trial}"
             asked = "--executor: 'train'" if self.executor == "train" else many
             raise ValueError(f"{asked} is not allowed with --scheduler pbt: populations are of one-device trials")
+        if spec.scheduler == "pbt" and self.keep_checkpoints == "none":
+            raise ValueError(
+                "--keep-checkpoints: 'none' is not allowed with --scheduler pbt: members take over each other's; "
+                "all or last is expected"
+            )
         if self.executor == "actor" and self.workers_per_trial > 1:
             raise ValueError(
                 f"--executor: 'actor' is not allowed with --workers-per-trial {self.workers_per_trial}: "

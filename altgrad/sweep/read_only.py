@@ -18,7 +18,7 @@ from pathlib import Path
 from altgrad.sweep.ledger_schema import bring_up_to_date, is_outdated
 
 BUSY_SECONDS = 30
-MANIFEST = "sweep.json"
+LEDGER, MANIFEST = "ledger.sqlite", "sweep.json"
 SHARD = re.compile(r"\d{4,}-[0-9a-f]{8}")
 LOG = "-wal"
 

@@ -132,7 +132,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
             ledger.add_trials(new, corpus.sha256)
 
         admit(trials if search is None else trials | search.trials)
-        recorder = Recorder(ledger, out / "trials")
+        recorder = Recorder(ledger, out / "trials", drop_checkpoints=options.keep_checkpoints == "none")
         recorder.ingest(ledger.trials())
         left = ledger.remaining(trials)
         growth = None if search is None else Growth(search, ledger, trials, admit)

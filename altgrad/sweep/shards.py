@@ -22,15 +22,16 @@ import hashlib
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.layer_table import write_parquet
+from altgrad.sweep.layer_table import read_parquet, write_parquet
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, SCHEMA, TRIAL_FIELDS
 from altgrad.sweep.read_only import MANIFEST, shards
 from altgrad.training.record import from_plain, to_plain
@@ -59,10 +60,20 @@ TABLES = {
 OF_SWEEP = {"spend": 1, "samples": 2, "mutations": 3}
 """Tables of the sweep as a whole, and how many of their first columns are their key."""
 
+OF_LAYERS = pa.schema(
+    [
+        ("trial_id", pa.string()),
+        ("step", pa.int64()),
+        ("layer", pa.string()),
+        ("signal", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+
 Rows = list[tuple[Any, ...]]
 
 
-def write_shard(folder: Path, tables: Mapping[str, Iterable[Sequence[Any]]], manifest: str | None) -> Path:
+def write_shard(folder: Path, tables: Mapping[str, pa.Table | Iterable[Sequence[Any]]], manifest: str | None) -> Path:
     """Adds a shard with these tables, in the columns of TABLES; numbers may be as a ledger holds them."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{PARTIAL}*"):
@@ -72,7 +83,7 @@ def write_shard(folder: Path, tables: Mapping[str, Iterable[Sequence[Any]]], man
     partial = folder / f"{PARTIAL}{number:04d}"
     partial.mkdir()
     for name, rows in tables.items():
-        table = _to_arrow(TABLES[name], list(rows))
+        table = rows if isinstance(rows, pa.Table) else _to_arrow(TABLES[name], list(rows))
         if len(table) or name == "trials":
             write_parquet(table.replace_schema_metadata({_VERSION: str(VERSION).encode()}), partial / f"{name}.parquet")
     if manifest is not None:
@@ -116,15 +127,14 @@ class Export:
         place = columns.index("trial_id")
         return (row for row in _read(shard, table, columns) if self._place.get(row[place]) == shard)
 
-    def layers(self, signals: Sequence[str] | None = None) -> pa.Table:
+    def layers(self, signals: Collection[str] | None = None) -> pa.Table:
         """TABLES["layers"] of the trials that count: all signals, or those asked for."""
-        found = [pa.table({name: pa.array([], kind) for name, kind in _types(TABLES["layers"]).items()})]
+        found = [OF_LAYERS.empty_table()]
         for shard in self._shards:
             if (path := shard / "layers.parquet").exists():
-                chosen = None if signals is None else [("signal", "in", list(signals))]
-                table = pq.read_table(path, filters=chosen).replace_schema_metadata(None)
-                own = pa.array([self._place.get(name) == shard for name in table["trial_id"].to_pylist()], pa.bool_())
-                found.append(table.filter(own).cast(found[0].schema))
+                table = read_parquet(path, signals)
+                own = [name for name, place in self._place.items() if place == shard]
+                found.append(table.filter(pc.is_in(table["trial_id"], pa.array(own, pa.string()))))
         return pa.concat_tables(found)
 
 
@@ -186,8 +196,9 @@ def _to_arrow(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pa.Table
     found = {}
     for (name, kind), column in zip(_types(columns).items(), values, strict=True):
         if not rows or name in columns[:2] or any(value is not None for value in column):
-            numbers = (None if value is None else float(from_plain(value)) for value in column)
-            found[name] = pa.array(list(numbers if pa.types.is_floating(kind) else column), kind)
+            if pa.types.is_floating(kind) and any(isinstance(value, str) for value in column):
+                column = tuple(from_plain(value) for value in column)
+            found[name] = pa.array(column, kind)
     return pa.table(found)
 
 

@@ -136,7 +136,8 @@ class SweepSpec(Frozen):
         ("val_loss",), min_length=1, description="what optuna is told of a configuration: means over its seeds"
     )
     search_seed: int = Field(0, ge=0, lt=2**31, description="of what a search draws")
-    seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds 0 to this minus one")
+    seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds first_seed to first_seed + this - 1")
+    first_seed: int = Field(0, ge=0, le=10**9, description="the first seed; pilots and judgements take disjoint ones")
     steps: int = Field(100, ge=1, description="training steps of a trial")
     margin: float = Field(
         0.1, gt=0, le=10, description="a format trains that ends within this part of BF16's loss; .1 is 10 %"
@@ -285,6 +286,11 @@ class SweepSpec(Frozen):
 
             return named(self, data_sha256)
         return {config.trial_id(data_sha256): config for config in self.expand()}
+
+    @property
+    def seed_range(self) -> range:
+        """The seeds of each configuration."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def batches(self) -> tuple[int, ...]:

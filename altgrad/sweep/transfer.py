@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from altgrad.sweep import read_only
 from altgrad.sweep.complaints import SpecError
@@ -26,16 +27,15 @@ from altgrad.sweep.folder import check_folder, owned, read_manifest
 from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, TRIAL_FIELDS
-from altgrad.sweep.read_only import MANIFEST, shards
+from altgrad.sweep.read_only import LEDGER, MANIFEST, shards
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
-from altgrad.sweep.shards import AT_CHECKS, AT_EVERY_STEP, OF_SWEEP, TABLES, Export, step_rows, write_shard
+from altgrad.sweep.shards import AT_CHECKS, AT_EVERY_STEP, OF_LAYERS, OF_SWEEP, TABLES, Export, step_rows, write_shard
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import TrialFolder, read_config, write_json
 
-LEDGER = "ledger.sqlite"
 CHECKS = 24
 """Ends of log intervals at which all signals of a trial are exported; of the others, what an evaluation found."""
 POINTS = 5
@@ -91,7 +91,7 @@ def export_sweep(out: Path, folder: Path) -> Exported:
         ended = [row[0] for row in new if row[0] in endings]
         configs = {row[0]: TrainConfig.model_validate_json(row[1]) for row in trials}
         held = set(references(configs).values())
-        tables: dict[str, Iterable[Sequence[Any]]] = {
+        tables: dict[str, pa.Table | Iterable[Sequence[Any]]] = {
             "trials": [(*row, _heading(out / "trials" / row[0]), prints[row[0]]) for row in new],
             "outcomes": [endings[trial_id] for trial_id in ended],
             "steps": _rows(connection, ended, AT_EVERY_STEP, ""),
@@ -200,28 +200,29 @@ def _evenly(items: Sequence[int], most: int) -> list[int]:
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, most)]
 
 
-def _layers(trials: Path, configs: Mapping[str, TrainConfig], held: set[str]) -> Iterator[Sequence[Any]]:
+def _layers(trials: Path, configs: Mapping[str, TrainConfig], held: set[str]) -> pa.Table:
     """Layer signals as they are exported, like values beside each other."""
-    frames = []
+    found = [OF_LAYERS.empty_table()]
     for trial_id, config in configs.items():
-        frame = read_layers(trials / trial_id)
-        if frame.empty:
-            continue
-        is_exact = frame["signal"].isin(REFERENCE_SIGNALS) & (trial_id in held)
-        kept = frame[is_exact | frame["step"].isin(points(frame["step"].unique(), config.checkpoint_interval))]
-        value = kept["value"].to_numpy(dtype=np.float64)
-        frames.append(kept.assign(value=np.where(is_exact[kept.index], value, _rounded(value)), trial_id=trial_id))
-    if not frames:
-        return iter(())
-    found = pd.concat(frames).sort_values(["signal", "layer", "trial_id", "step"], kind="stable")
-    return found[list(TABLES["layers"])].itertuples(index=False, name=None)
+        table = read_layers(trials / trial_id)
+        at = points(pc.unique(table["step"]).to_pylist(), config.checkpoint_interval)
+        kept = pc.is_in(table["step"], pa.array(at, pa.int64()))
+        is_exact = pc.is_in(table["signal"], pa.array(REFERENCE_SIGNALS if trial_id in held else (), pa.string()))
+        table = table.append_column("is_exact", is_exact).filter(pc.or_(kept, is_exact))
+        value = table["value"].to_numpy()
+        stored = np.where(table["is_exact"].to_numpy(), value, _rounded(value))
+        names = pa.array([trial_id] * len(table), pa.string())
+        columns = [names, *(table[name] for name in ("step", "layer", "signal")), pa.array(stored)]
+        found.append(pa.table(columns, schema=OF_LAYERS))
+    order = [(name, "ascending") for name in ("signal", "layer", "trial_id", "step")]
+    return pa.concat_tables(found).sort_by(order)
 
 
-def points(steps: Iterable[int], checkpoint_interval: int) -> set[int]:
+def points(steps: Iterable[int], checkpoint_interval: int) -> list[int]:
     """Of the steps at which layers were measured: the first, the last, checkpoints between; POINTS at most."""
-    ordered = sorted(int(step) for step in steps)
-    chosen = sorted({ordered[0], ordered[-1], *(step for step in ordered if step % checkpoint_interval == 0)})
-    return set(_evenly(chosen, POINTS))
+    ordered = sorted(steps)
+    ends = {*ordered[:1], *ordered[-1:]}
+    return _evenly(sorted(ends | {step for step in ordered if step % checkpoint_interval == 0}), POINTS)
 
 
 def _rounded(value: np.ndarray) -> np.ndarray:

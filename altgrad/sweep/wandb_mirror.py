@@ -32,7 +32,7 @@ from altgrad.sweep.spec import is_reference
 from altgrad.training.catalogue import CLASSIFICATION_SCORES, SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
-from altgrad.training.record import RowReader
+from altgrad.training.record import RowReader, flat
 
 Mode = Literal["off", "offline", "online"]
 STEP = "trainer/step"
@@ -84,14 +84,6 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, Any]:
     for layer, signals in row.get("layers", {}).items():
         found |= {f"layers/{layer}/{name}": value for name, value in signals.items()}
     return found | {STEP: row["step"]}
-
-
-def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """The configuration with one key per leaf: `model.layers`."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return found
 
 
 class TrialRun:

@@ -7,6 +7,7 @@ There is no random state to save, since batches and stochastic rounding are func
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 STATE = "state.pt"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Writes the state beside the old one, then renames it into place."""
+def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: bool = False) -> None:
+    """Writes the state beside the old one, then renames it into place; `keep`: also as `step-<step>.pt`, to stay."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (STATE + ".partial")
     with partial.open("wb") as file:
@@ -24,6 +25,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / STATE)
+    if keep:
+        kept = folder / f"step-{state['step']:06d}.pt"
+        kept.unlink(missing_ok=True)
+        try:
+            kept.hardlink_to(folder / STATE)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / STATE, kept)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +52,14 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, list):
         return [from_plain(item) for item in value]
     return value
+
+
+def flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted names."""
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= flat(item, f"{path}{name}.") if isinstance(item, Mapping) else {f"{path}{name}": item}
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -69,7 +69,8 @@ class Trainer:
     the signals that are held against one; without it they are not measured. With `guarded=False` the run leaves its
     guards to whoever listens. `workers`: this process's place among those that share the training; only the first
     observes and writes, and a folder is given to all of them. `device` holds the model; the record says which it was.
-    `text_sha256`: of the text it must be trained on (DataChanged where the source holds another).
+    `text_sha256`: of the text it must be trained on (DataChanged where the source holds another). `keep_checkpoints`:
+    every checkpoint stays, not only the newest.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class Trainer:
         workers: Workers = ALONE,
         device: Device | torch.device | str = "cpu",
         text_sha256: str | None = None,
+        keep_checkpoints: bool = False,
     ) -> None:
         workers.check(config.data.batch)
         observe = observe and workers.is_first
         self.config = config
         self.workers = workers
-        self.reporter = reporter
+        self.reporter, self._keep_checkpoints = reporter, keep_checkpoints
         self.folder = None if folder is None or not workers.is_first else TrialFolder(folder)
         self.outcome: Outcome | None = None
         self.rows: list[dict[str, Any]] = []
@@ -147,7 +149,7 @@ class Trainer:
     def checkpoint(self) -> None:
         """Saves the state as it stands, between two intervals, for a run that is to go on later."""
         if self.folder is not None:
-            save_checkpoint(self.folder.checkpoint_path, self._state())
+            save_checkpoint(self.folder.checkpoint_path, self._state(), keep=self._keep_checkpoints)
 
     def _train(self) -> Iterator[dict[str, Any]]:
         verdict: Verdict | None = None

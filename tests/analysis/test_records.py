@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from synthetic import DATA, Plan, explode, stall, write_ledger
 
-from altgrad.analysis.records import load, newest_setting, of_sweep, results_table
+from altgrad.analysis.frames import results_table
+from altgrad.analysis.records import load, newest_setting, of_sweep
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.config import ModelConfig, TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS

@@ -17,10 +17,10 @@ from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.wandb_mirror import Mirror, flat, metric_name, mode_of
+from altgrad.sweep.wandb_mirror import Mirror, metric_name, mode_of
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
-from altgrad.training.record import TrialFolder, write_json
+from altgrad.training.record import TrialFolder, flat, write_json
 
 SHA = "d" * 64
 CONFIG = TrainConfig(format="E5M2", seed=3)
