@@ -88,7 +88,8 @@ def places_of(devices: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """`device`, `driver` and `host` of an outcome, from the devices that a trial's record names, in their order."""
     found = list(devices)
     names = {"device": "kind", "driver": "driver", "host": "host"}
-    return {field: "; ".join(dict.fromkeys(d[name] for d in found if d.get(name))) for field, name in names.items()}
+    texts = {field: "; ".join(dict.fromkeys(d[name] for d in found if d.get(name))) for field, name in names.items()}
+    return {field: text for field, text in texts.items() if text}
 
 
 def why_no_gpu(gpus: float) -> str:

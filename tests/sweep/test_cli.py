@@ -64,6 +64,12 @@ BAD = [
     (["--formats", ""], ["--formats", "''", "FP32, E0M7"]),
     (["--lrs", ""], ["--lrs", "''", "numbers above 0"]),
     (["--scheduler", "asha", "--steps", "20"], ["scheduler='asha'", "steps=20", "first_rung"]),
+    (["--keep-checkpoints", "lst"], ["--keep-checkpoints", "'lst' is no choice", "all, last, none", "nearest: last"]),
+    (
+        ["--keep-checkpoints", "none", "--scheduler", "pbt", "--lrs", "1e-3,3e-3"],
+        ["--keep-checkpoints", "members take over each other's", "all or last is expected"],
+    ),
+    (["--first-seed", "-1"], ["--first-seed", "greater than or equal to 0"]),
     (["--workers-per-trial", "512", "--config", "batch.json"], ["--workers-per-trial", "512", "this machine has"]),
     (["--gpus-per-trial", "512"], ["--gpus-per-trial", "512 GPUs", "this machine has"]),
     (["--search", "gird"], ["--search", "'gird'", "'grid', 'random' or 'optuna'", "nearest: grid"]),

@@ -94,6 +94,30 @@ def test_the_drivers_ending_is_left_in_the_folder_too(recorder: Recorder) -> Non
         assert other.outcomes()["t"] == pruned
 
 
+def test_the_drivers_ending_says_where_the_trial_was(recorder: Recorder) -> None:
+    devices = [{"kind": "A", "host": "one", "driver": ""}, {"kind": "B", "host": "one", "driver": "570"}]
+    with TrialFolder(recorder.folder / "t") as folder:
+        folder.begin({"devices": devices}, after_step=0)
+    outcome = recorder.finish("t", Outcome(kind=OutcomeKind.PRUNED, step=3))
+    assert outcome is not None and (outcome.device, outcome.driver, outcome.host) == ("A; B", "570", "one")
+    assert recorder.ledger.outcomes()["t"] == outcome
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("done", False), ("stalled", False), ("pruned", False), ("bug", True)])
+@pytest.mark.parametrize("by", ["finish", "ingest"])
+def test_checkpoints_of_trials_with_a_result_can_be_dropped(
+    recorder: Recorder, by: str, kind: str, stays: bool
+) -> None:
+    write(recorder, 1, 3, after=0, outcome=Outcome(kind=OutcomeKind(kind), step=3))
+    state = recorder.folder / "t" / "checkpoint" / "state.pt"
+    state.parent.mkdir()
+    state.write_bytes(b"state")
+    dropping = Recorder(recorder.ledger, recorder.folder, drop_checkpoints=True)
+    for one in (recorder, dropping):
+        one.finish("t") if by == "finish" else one.ingest(["t"])
+        assert state.exists() == (stays or one is recorder)
+
+
 def test_ingest_takes_what_a_killed_driver_left_and_then_nothing(recorder: Recorder) -> None:
     outcome = Outcome(kind=OutcomeKind.NONFINITE, step=9, signal="train_loss", value=math.nan)
     write(recorder, 1, 4, after=0)

@@ -43,6 +43,14 @@ def test_seeds_of_a_group_are_adjacent() -> None:
         assert len({trial.model_dump_json(exclude={"seed"}) for trial in group}) == 1
 
 
+def test_seeds_count_from_the_first() -> None:
+    pilot = SweepSpec(formats=("E5M2",), optimizers=("adamw",), seeds=2)
+    judged = pilot.model_copy(update={"first_seed": 2})
+    assert [config.seed for config in judged.expand()] == [2, 3] * 2
+    assert not pilot.trials("a").keys() & judged.trials("a").keys(), "no trial serves both"
+    assert pilot.model_copy(update={"first_seed": 0}).trials("a") == pilot.trials("a")
+
+
 def test_rung_clip_multiplies_only_arms_that_have_rungs() -> None:
     spec = SweepSpec(formats=("E5M2",), optimizers=("adamw", "grid"), rung_clip=(1, 3, 10), seeds=1)
     clips = [getattr(trial.optimizer, "rung_clip", None) for trial in spec.expand() if trial.format == "E5M2"]

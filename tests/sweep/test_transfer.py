@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from altgrad.analysis import load
 from altgrad.analysis.report import write_report
@@ -25,6 +26,7 @@ from altgrad.sweep.transfer import export_sweep, import_sweep, points
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import read_rows
 from altgrad.training.reference import ReferenceCurve
+from altgrad.training.trainer import Trainer
 from tests.sweep.trained import SPEC, train
 
 
@@ -137,6 +139,20 @@ def test_a_table_of_layers_is_made_again_from_the_record(whole: Path, tmp_path: 
     (folder / FILE).unlink()
     train(out)
     assert (folder / FILE).exists()
+
+
+def test_every_checkpoint_can_be_kept(tmp_path: Path) -> None:
+    config = SPEC.expand()[0]
+    Trainer(config, folder=tmp_path / "one", keep_checkpoints=True).run()
+    Trainer(config, folder=tmp_path / "other").run()
+    assert sorted(path.name for path in (tmp_path / "one" / "checkpoint").iterdir()) == [
+        "state.pt",
+        "step-000010.pt",
+        "step-000020.pt",
+    ]
+    assert [path.name for path in (tmp_path / "other" / "checkpoint").iterdir()] == ["state.pt"]
+    steps = [torch.load(tmp_path / "one" / "checkpoint" / f"step-0000{step}.pt")["step"] for step in (10, 20)]
+    assert steps == [10, 20]
 
 
 def spoil(folder: Path, how: str) -> None:
