@@ -54,7 +54,7 @@ AXES = (
 )
 
 
-@pytest.mark.parametrize(("axes", "columns"), AXES, ids=str)
+@pytest.mark.parametrize(("axes", "columns"), AXES, ids=[",".join(axes) or "none" for axes, _ in AXES])
 def test_results_have_a_column_per_axis_and_a_row_per_trial(
     axes: dict[str, list[object]], columns: dict[str, set[object]], tmp_path: Path
 ) -> None:
