@@ -45,13 +45,14 @@ class Recorder:
     def finish(self, trial_id: str, stopped: Outcome | None = None) -> Outcome | None:
         """Records the last rows and the ending: the worker's own, else `stopped`, the driver's reason."""
         self.follow(trial_id)
-        outcome = self._left(trial_id)
-        if outcome is None and stopped is not None:
-            outcome = stopped
+        own = self._left(trial_id)
+        ending = own or stopped
+        if ending is None:
+            return None
+        outcome = self.ledger.record_outcome(trial_id, ending)
+        if own is None:
             (self.folder / trial_id).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
-        if outcome is not None:
-            self.ledger.record_outcome(trial_id, outcome)
         return outcome
 
     def ingest(self, trial_ids: Iterable[str]) -> int:
