@@ -261,12 +261,18 @@ class Ledger:
         return [(step, float(from_plain(value))) for step, value in found]
 
     def formats_at(self, trial_id: str, step: int) -> str | None:
-        """Which layers had moved to another format by the step; '' for none, None where the rows do not say."""
+        """Which layers had moved to another format by the step; None or '' for none.
+
+        Where the rows do not say, all that the recorded ending names.
+        """
         found = self._connection.execute(
             "SELECT formats FROM rows WHERE trial_id = ? AND step <= ? AND formats IS NOT NULL ORDER BY step DESC",
             (trial_id, step),
         ).fetchone()
-        return None if found is None else str(found[0])
+        found = (
+            found or self._connection.execute("SELECT formats FROM outcomes WHERE trial_id = ?", (trial_id,)).fetchone()
+        )
+        return None if found is None else found[0]
 
     def row_counts(self) -> dict[str, int]:
         """How many steps of each trial are recorded."""

@@ -39,8 +39,7 @@ def value_of(ledger: Ledger, trial_id: str, config: TrainConfig, objective: str)
         return None
     if outcome.kind not in (OutcomeKind.DONE, OutcomeKind.PRUNED) and outcome.step <= config.steps:
         return OBJECTIVES[objective].worst
-    moved = ledger.formats_at(trial_id, config.steps)
-    if outcome.formats if moved is None else moved:
+    if ledger.formats_at(trial_id, config.steps):
         return OBJECTIVES[objective].worst
     measured = [value for step, value in ledger.signal(trial_id, objective) if step <= config.steps]
     if not measured:
