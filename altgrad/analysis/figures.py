@@ -159,9 +159,11 @@ def _cell_text(study: Study, cell: Cell | None) -> str:
     if cell is study.reference:
         return f"reference\n{cell.mean:.3f}"
     item = study.comparison(cell)
+    shifted = f"{len(cell.shifted)} of {cell.n + len(cell.shifted)}"
     if item is None or math.isnan(item.mean):
-        return f"needed rescue\n{len(cell.shifted)} shifted" if cell.shifted else "no result"
-    spread = f"±{item.half:.3f}" if math.isfinite(item.half) else item.status
+        return f"needed rescue\n{shifted} shifted" if cell.shifted else "no result"
+    own = f"{shifted} left out" if cell.shifted else item.status
+    spread = f"±{item.half:.3f}" if math.isfinite(item.half) else own
     return f"{signed(item.mean)}\n{spread}"
 
 

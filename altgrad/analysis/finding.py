@@ -172,10 +172,11 @@ def _notes(study: Study, results: int, trials: int, unevaluated: int) -> Iterabl
             f"Arms were chosen from unequal numbers of learning rates ({numbers}): gains hold the advantage of the "
             "larger number; differences from BF16 do not, for it had the same."
         )
-    edge = [cell for cell in study.cells if len(cell.rates) > 1 and cell.lr in (min(cell.rates), max(cell.rates))]
+    whole = [cell for cell in study.cells if cell.n]
+    edge = [cell for cell in whole if len(cell.rates) > 1 and cell.lr in (min(cell.rates), max(cell.rates))]
     if edge:
         yield (
-            f"Each arm stands at its own best learning rate; in {len(edge)} of {len(study.cells)} cells that is the "
+            f"Each arm stands at its own best learning rate; in {len(edge)} of {len(whole)} cells that is the "
             "least or the greatest of the grid, so that a wider one might change them."
         )
     if loose := [f"{cell.format} {cell.arm}" for cell in study.cells if cell.exploratory]:
