@@ -5,7 +5,9 @@ arms: each is compared under its own name. What is chosen within a cell is the l
 validation loss over all seeds (see `grids`).
 
 A stopped run has no final loss: it is never averaged in. A run that a race pruned says nothing of its setting but that
-others were better; a lost one (out of memory, not run yet) costs its seed and no other.
+others were better; a lost one (out of memory, not run yet) costs its seed and no other. One in which a layer had to be
+moved to another format is no result of its own: its loss is used nowhere, and since such seeds are not lost at random,
+nothing is decided of a cell that has one (see `contrasts` and `verdicts`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from altgrad.analysis.inference import t_interval
-from altgrad.analysis.records import FAILED, FINISHED
+from altgrad.analysis.records import FAILED, FINISHED, SHIFTED, ending_of
 from altgrad.quantization import get_format
 from altgrad.training.config import ARMS, UNQUANTIZED
 from altgrad.training.outcome import OutcomeKind
@@ -62,6 +64,8 @@ class Cell:
     stops: Mapping[int, Stop] = field(default_factory=dict)
     missing: tuple[int, ...] = ()
     pruned: tuple[int, ...] = ()
+    shifted: Mapping[int, str] = field(default_factory=dict)
+    """By seed the moves to other formats that its run needed, as in "lm_head: E4M3->E5M2"."""
     outcomes: Mapping[str, int] = field(default_factory=dict)
     signals: Mapping[str, float] = field(default_factory=dict)
     trial_ids: tuple[str, ...] = ()
@@ -117,12 +121,13 @@ class Cell:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """Sort key, best first: seeds pruned, share stopped, seeds missing, mean of what is chosen by."""
+        """Sort key, best first: seeds pruned, share stopped or shifted, seeds missing, mean of what is chosen by."""
         values = list((self.chosen_by or self.losses).values())
         loss = math.fsum(values) / len(values) if values else math.inf
         if not self.n:
             return bool(self.pruned), 2.0, len(self.missing), loss
-        return bool(self.pruned), len(self.stops) / self.n, len(self.missing), loss
+        failed = len(self.stops) + len(self.shifted)
+        return bool(self.pruned), failed / (self.n + len(self.shifted)), len(self.missing), loss
 
     @property
     def learned(self) -> bool:
@@ -162,7 +167,8 @@ def cell_of(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[s
     """The cell of trials that differ in nothing but the seed, in its order."""
     finished = [trial for trial in trials if trial["state"] == FINISHED]
     failed = [trial for trial in trials if trial["state"] == FAILED]
-    others = [trial for trial in trials if trial["state"] not in (FINISHED, FAILED)]
+    shifted = {int(trial["seed"]): trial["formats"] for trial in trials if trial["state"] == SHIFTED}
+    others = [trial for trial in trials if trial["state"] not in (FINISHED, FAILED, SHIFTED)]
     pruned = tuple(int(trial["seed"]) for trial in others if trial["outcome"] == OutcomeKind.PRUNED)
     first = trials[0]
     return Cell(
@@ -179,7 +185,8 @@ def cell_of(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[s
         },
         missing=tuple(int(trial["seed"]) for trial in others if trial["outcome"] != OutcomeKind.PRUNED),
         pruned=pruned,
-        outcomes=dict(Counter(trial["outcome"] for trial in trials).most_common()),
+        shifted=shifted,
+        outcomes=dict(Counter(map(ending_of, trials)).most_common()),
         signals={name: mean_of_known(trial[name] for trial in finished) for name in SIGNALS_OF_CELLS},
         trial_ids=tuple(trial["trial_id"] for trial in trials),
         unit=UNITS[first["task"]],

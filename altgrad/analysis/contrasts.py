@@ -11,7 +11,8 @@ nothing of a format.
 
 Contrasts of one kind are one family, and share one error rate of 5 %. What is tied in every seed is said to be
 identical and left out of it, as are contrasts with a stopped seed: those are compared by an exact test of their own,
-corrected by Holm, since a stopped run has no loss.
+corrected by Holm, since a stopped run has no loss. Of a contrast with a cell whose runs were shifted to another format
+the other seeds are shown, and nothing is tested.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from altgrad.analysis.twins import noise_of
 from altgrad.training.config import ARMS, UNQUANTIZED
 
 Kind = Literal["reference", "gain", "beyond BF16", "beyond FP32", "change"]
-Status = Literal["measured", "identical", "one seed", "stopped", "exploratory", "no result"]
+Status = Literal["measured", "identical", "one seed", "stopped", "shifted", "exploratory", "no result"]
 PRIMARY_FREE = 10
 """Seeds from which the distribution-free test must agree."""
 
@@ -263,12 +264,15 @@ def _test(found: list[Contrast], tested: Sequence[int], share: float) -> None:
 def _paired(contrast: Contrast) -> Contrast:
     """The contrast with its differences over the seeds that all of its cells have, and its status.
 
-    The reference's stopped seeds are lost ones where a cell is only measured against it.
+    The reference's stopped and shifted seeds are lost ones where a cell is only measured against it.
     """
     cells = [cell for cell, _ in contrast.terms]
+    judged = cells if contrast.kind != "reference" else cells[:1]
     if any(cell.exploratory for cell in cells):
         status: Status = "exploratory"
-    elif any(cell.stops for cell in (cells if contrast.kind != "reference" else cells[:1])):
+    elif any(cell.shifted for cell in judged):
+        status = "shifted"
+    elif any(cell.stops for cell in judged):
         status = "stopped" if all(cell.has_result for cell in cells) else "no result"
     else:
         status = "measured"
@@ -279,7 +283,7 @@ def _paired(contrast: Contrast) -> Contrast:
         value = math.fsum(weight * cell.losses[seed] for cell, weight in contrast.terms)
         differences[seed] = 0.0 if abs(value) <= noise_of(cell.losses[seed] for cell in cells) else value
     if not differences:
-        return replace(contrast, status="stopped" if status == "stopped" else "no result")
+        return replace(contrast, status=status if status in ("stopped", "shifted") else "no result")
     if status == "measured" and len(differences) == 1:
         status = "one seed"
     elif status == "measured" and not any(differences.values()):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from altgrad.analysis.cells import Cell, Key
+from altgrad.analysis.shifts import rescue_text
 from altgrad.analysis.study import Study
 from altgrad.analysis.verdicts import survival
 from altgrad.analysis.wording import counted, listed, percent, several, share
@@ -31,6 +32,9 @@ def failure_answer(study: Study) -> str:
         parts.append(f"Stopped, not decided to fail: {named}.")
     if not parts:
         parts.append("No 8-bit format or arm is decided to fail.")
+    if shifted := [cell for cell in study.judged if cell.shifted]:
+        named = "; ".join(f"{cell.format} {cell.arm} {rescue_text(cell)}" for cell in shifted)
+        parts.append(f"Not by themselves, which is no verdict: {named}.")
     # Stops that the answers do not speak of: of BF16 and FP32, other policies, rates that were not chosen.
     elsewhere = [
         f"{item.format} {item.arm}{'' if item.policy == study.policy else f' ({item.policy})'}, "
@@ -41,7 +45,7 @@ def failure_answer(study: Study) -> str:
     ]
     if elsewhere:
         parts.append(f"Stopped elsewhere: {several(elsewhere)}.")
-    elif not any(cell.stops for cell in study.cells):
+    elif not any(cell.stops or cell.shifted for cell in study.cells):
         parts.append("No run was stopped.")
     return " ".join(parts)
 

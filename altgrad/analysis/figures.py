@@ -26,7 +26,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from altgrad.analysis.cells import UNITS, Cell, arm_order, format_order
-from altgrad.analysis.records import FAILED, UNRESOLVED
+from altgrad.analysis.records import FAILED, FINISHED
 from altgrad.analysis.study import Study
 from altgrad.analysis.wording import signed
 
@@ -120,14 +120,14 @@ def heat_map(study: Study, policy: str, path: Path) -> bool:
 
 
 def stop_reasons(trials: pd.DataFrame, path: Path) -> bool:
-    """Stopped runs by format and signal, of all runs with a result; False where none was stopped."""
+    """Stopped runs by format and signal, of all runs with a result of their format; False where none was stopped."""
     failed = trials[trials["state"] == FAILED]
     if failed.empty:
         return False
     names = sorted(trials["format"].unique(), key=format_order)
     signals = failed["signal"].replace("", "val_loss not finite")
     counts = pd.crosstab(failed["format"], signals).reindex(names, fill_value=0)
-    totals = trials[trials["state"] != UNRESOLVED]["format"].value_counts().reindex(names, fill_value=0)
+    totals = trials[trials["state"].isin((FINISHED, FAILED))]["format"].value_counts().reindex(names, fill_value=0)
     colours = ("#D55E00", "#0072B2", "#E69F00", "#882255", "#009E73", "#56B4E9", "#332288", "#999933")
     with drawn(path, 1.5 + 0.34 * len(names)) as figure:
         axes = figure.add_subplot()
@@ -159,9 +159,11 @@ def _cell_text(study: Study, cell: Cell | None) -> str:
     if cell is study.reference:
         return f"reference\n{cell.mean:.3f}"
     item = study.comparison(cell)
+    shifted = f"{len(cell.shifted)} of {cell.n + len(cell.shifted)}"
     if item is None or math.isnan(item.mean):
-        return "no result"
-    spread = f"±{item.half:.3f}" if math.isfinite(item.half) else item.status
+        return f"needed rescue\n{shifted} shifted" if cell.shifted else "no result"
+    own = f"{shifted} left out" if cell.shifted else item.status
+    spread = f"±{item.half:.3f}" if math.isfinite(item.half) else own
     return f"{signed(item.mean)}\n{spread}"
 
 

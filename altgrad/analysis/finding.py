@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.analysis.cells import MAIN_POLICY, REFERENCE_ARM, UNITS, Cell
+from altgrad.analysis.cells import MAIN_POLICY, REFERENCE_ARM, REFERENCE_FORMAT, UNITS, Cell
 from altgrad.analysis.failures import failure_answer
 from altgrad.analysis.geometry import geometry_answer
 from altgrad.analysis.inference import ALPHA
+from altgrad.analysis.shifts import left_out_text, rescue_text
 from altgrad.analysis.study import Study
 from altgrad.analysis.verdicts import FormatVerdict, Verdict, open_stop_rate
 from altgrad.analysis.wording import counted, listed, needed, of_seeds, percent, plain_number, several, share
@@ -96,12 +97,21 @@ def _training_answer(study: Study, scope: str) -> str:
         parts.append(f"{listed(names)} {'fails' if len(names) == 1 else 'fail'} in every arm (decided)")
     if open_ := [item for item in study.formats if item.word == "open"]:
         parts.append("not decided: " + "; ".join(map(_open_format, open_)))
-    if nothing := [name for item in study.formats if item.word == "no result" for name in item.formats]:
-        empty = [arm.cell for item in study.formats if item.word == "no result" for arm in item.arms]
+    without = [item for item in study.formats if item.word == "no result"]
+    rescued = [item for item in without if any(arm.cell.shifted for arm in item.arms)]
+    if rescued:
+        parts.append(f"without result of their own: {'; '.join(map(_rescued_format, rescued))}")
+    empty = [arm.cell for item in without if item not in rescued for arm in item.arms]
+    if nothing := [name for item in without if item not in rescued for name in item.formats]:
         whole = not any(cell.n for cell in empty)
         why = "all runs were pruned or lost" if whole else "seeds of every arm were pruned"
         parts.append(f"without result: {listed(nothing)} ({why})")
     return f"{measure}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _rescued_format(item: FormatVerdict) -> str:
+    arms = [f"{arm.cell.arm} {rescue_text(arm.cell)}" for arm in item.arms if arm.cell.shifted]
+    return f"{listed(item.formats)} ({'; '.join(arms)})"
 
 
 def _open_format(item: FormatVerdict) -> str:
@@ -111,6 +121,8 @@ def _open_format(item: FormatVerdict) -> str:
         return f"{names} (every arm that ended fails, {lacking} {_has(len(item.lacking))} no result)"
     if arm.cell.exploratory:
         return f"{names} (no shared learning rate)"
+    if arm.cell.shifted:
+        return f"{names} ({arm.cell.arm}, its best arm, {rescue_text(arm.cell)})"
     if arm.cell.stops:
         return f"{names} ({arm.cell.arm}, its best arm, stopped in {of_seeds(len(arm.cell.stops), arm.cell.n)})"
     if math.isnan(arm.excess):
@@ -139,7 +151,10 @@ def _notes(study: Study, results: int, trials: int, unevaluated: int) -> Iterabl
             f"{who} trained past the steps asked for without an evaluation there, so nothing is known of them at this "
             "length: ask for the length they were trained to, or start afresh."
         )
-    if study.reference is not None and (lost := (*study.reference.missing, *study.reference.stops)):
+    if left_out := left_out_text(study):
+        yield left_out
+    reference = study.reference
+    if reference is not None and (lost := (*reference.missing, *reference.stops, *reference.shifted)):
         yield f"BF16 AdamW has no loss at seed {listed(map(str, sorted(lost)))}: nothing is compared there."
     cut: dict[str, list[str]] = {}
     for cell in study.cells:
@@ -157,10 +172,11 @@ def _notes(study: Study, results: int, trials: int, unevaluated: int) -> Iterabl
             f"Arms were chosen from unequal numbers of learning rates ({numbers}): gains hold the advantage of the "
             "larger number; differences from BF16 do not, for it had the same."
         )
-    edge = [cell for cell in study.cells if len(cell.rates) > 1 and cell.lr in (min(cell.rates), max(cell.rates))]
+    whole = [cell for cell in study.cells if cell.n]
+    edge = [cell for cell in whole if len(cell.rates) > 1 and cell.lr in (min(cell.rates), max(cell.rates))]
     if edge:
         yield (
-            f"Each arm stands at its own best learning rate; in {len(edge)} of {len(study.cells)} cells that is the "
+            f"Each arm stands at its own best learning rate; in {len(edge)} of {len(whole)} cells that is the "
             "least or the greatest of the grid, so that a wider one might change them."
         )
     if loose := [f"{cell.format} {cell.arm}" for cell in study.cells if cell.exploratory]:
@@ -198,7 +214,9 @@ def course_text(cell: Cell) -> str:
 
 
 def _without_reference(study: Study) -> str:
-    parts = ["Not known: no BF16 AdamW reference has finished, so no format can be said to train or to fail."]
+    reference = next((c for c in study.cells if (c.format, c.family) == (REFERENCE_FORMAT, REFERENCE_ARM)), None)
+    why = f" by itself ({rescue_text(reference)})" if reference is not None and reference.shifted else ""
+    parts = [f"Not known: no BF16 AdamW reference has finished{why}, so no format can be said to train or to fail."]
     cells = study.judged or study.cells
     if finished := [cell for cell in cells if cell.losses and not cell.stops]:
         best = min(finished, key=lambda cell: cell.rank)

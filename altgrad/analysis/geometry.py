@@ -63,6 +63,9 @@ def _why_untested(study: Study, cell: Cell) -> str:
     if item.status == "stopped":
         where = [other for other, _ in item.terms if other.stops]
         return f"stopped runs of {listed(f'{other.format} {other.arm}' for other in where)}"
+    if item.status == "shifted":
+        where = [other for other, _ in item.terms if other.shifted]
+        return f"runs of {listed(f'{other.format} {other.arm}' for other in where)} needed a shift of formats"
     if item.status in ("measured", "identical") and not cell.learned:
         return "has not learned"
     if item.status == "one seed":
@@ -100,7 +103,7 @@ def _decided_texts(study: Study, tested: Sequence[Contrast]) -> list[str]:
     if len(beyond_fp32) < len(controls):
         texts.append(
             f"Against the same steps over float32 weights {len(controls) - len(beyond_fp32)} of {len(controls)} could "
-            "not be compared (stopped, lost or unshared runs)."
+            "not be compared (stopped, shifted, lost or unshared runs)."
         )
     if decided := [item for item in beyond_fp32 if item.decided]:
         texts.append(f"Against the same steps over float32 weights (decided): {_effects(decided)}.")

@@ -87,7 +87,7 @@ def chosen(settings: Sequence[Cell], compared: Rates | None) -> Cell:
     """The best of a cell's settings over the seeds that they share; `compared` None: of all, exploratory."""
     rates = tuple(sorted({cell.lr for cell in settings})) if compared is None else compared
     rivals = [cell for cell in settings if cell.lr in rates]
-    whole = [cell for cell in rivals if cell.losses and not cell.pruned and not cell.stops]
+    whole = [cell for cell in rivals if cell.losses and not (cell.pruned or cell.stops or cell.shifted)]
     common = set.intersection(*(set(cell.losses) for cell in whole)) if whole else set()
 
     def rank(cell: Cell) -> tuple[float, ...]:

@@ -53,7 +53,8 @@ def how_to_read(study: Study) -> list[str]:
         f"{share(1 - ALPHA)} of sweeps.",
         f"A stopped run has no final {measure} and is never averaged. Gains with a stopped seed are compared by an "
         "exact test of stops and ranks, corrected by Holm. A run that a race pruned ranks its setting below the "
-        "others of its cell; a lost one costs its seed only.",
+        "others of its cell; a lost one costs its seed only. A run in which a layer was shifted to another format is "
+        "in no mean, no gain and no choice, and an arm with one is not said to train.",
         f"Of several learning rates a cell is shown at the one with the {choice}. Cells are compared over equal "
         "grids, so that choosing flatters all alike.",
         "Flip yield is realised over expected code changes under unbiased rounding; stall ratio is 1 − flips / "

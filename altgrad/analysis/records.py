@@ -7,6 +7,8 @@ distinction was for:
 
     finished      all steps trained, and a finite validation loss: the only trials whose loss is ever averaged
     failed        stopped by a guard, or trained to the end with a loss that is no number: censored, a result
+    shifted       ended, with a layer that an intervention had moved to another format: a result, but not one of the
+                  format under which the trial stands, of which it says only that a layer failed in it
     unresolved    not run yet, interrupted, pruned, or not evaluated at the last step: says nothing of the format
 
 Trials compare at equal steps only. A folder may hold a trial that an earlier sweep trained for longer than was
@@ -23,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,12 @@ from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
 from altgrad.training.metrics import perplexity
-from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
+from altgrad.training.outcome import AFTER_SHIFT, GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import flat, from_plain
 from altgrad.training.residence import control_arm, plain_arm
 
 PENDING = "pending"
-FINISHED, FAILED, UNRESOLVED = "finished", "failed", "unresolved"
+FINISHED, FAILED, SHIFTED, UNRESOLVED = "finished", "failed", "shifted", "unresolved"
 FINAL_SIGNALS = (
     "flip_yield",
     "stall_ratio",
@@ -71,6 +73,7 @@ RESULT_COLUMNS = (
     "value",
     "limit",
     "message",
+    "formats",
     "train_loss",
     "val_loss",
     "perplexity",
@@ -111,13 +114,16 @@ def load(out_dir: Path) -> Records:
         entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
         endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
         evaluations = connection.execute(
-            "SELECT trial_id, step, train_loss, val_loss, bits_per_byte FROM rows WHERE val_loss IS NOT NULL"
+            "SELECT trial_id, step, train_loss, val_loss, bits_per_byte, formats FROM rows WHERE val_loss IS NOT NULL"
         )
         evaluated = {(row["trial_id"], row["step"]): row for row in evaluations}
         names = ", ".join(ROW_SIGNALS)
         connection.row_factory = None
         rows = _rows_frame(connection.execute(f"SELECT trial_id, step, {names} FROM rows ORDER BY trial_id, step"))
-    records = [_trial(entry, endings.get(entry["trial_id"]), evaluated) for entry in entries]
+        moved = dict(connection.execute("SELECT trial_id, formats FROM rows WHERE formats IS NOT NULL ORDER BY step"))
+    records = [
+        _trial(entry, endings.get(entry["trial_id"]), evaluated, moved.get(entry["trial_id"])) for entry in entries
+    ]
     if not records:
         return Records(pd.DataFrame(columns=list(RESULT_COLUMNS)), rows)
     trials = pd.DataFrame(records)
@@ -182,6 +188,11 @@ def unevaluated(trials: pd.DataFrame) -> int:
     return int(((trials["outcome"] == OutcomeKind.DONE) & (trials["state"] == UNRESOLVED)).sum())
 
 
+def ending_of(trial: Mapping[Hashable, Any]) -> str:
+    """How the trial ended, in the word that counts it."""
+    return f"{trial['outcome']}{AFTER_SHIFT if trial['state'] == SHIFTED else ''}"
+
+
 def _rows_frame(values: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
     frame = pd.DataFrame.from_records(list(values), columns=["trial_id", "step", *ROW_SIGNALS])
     return frame.assign(**{name: _floats(frame[name]) for name in ROW_SIGNALS})
@@ -200,8 +211,9 @@ def _number(value: Any) -> float:
 
 
 def _trial(
-    entry: sqlite3.Row, ending: sqlite3.Row | None, evaluated: Mapping[tuple[str, int], sqlite3.Row]
+    entry: sqlite3.Row, ending: sqlite3.Row | None, evaluated: Mapping[tuple[str, int], sqlite3.Row], moved: str | None
 ) -> dict[str, Any]:
+    """The trial's line; `moved`: which layers have moved to another format so far, for one that has not ended."""
     config = TrainConfig.model_validate_json(entry["config"])
     row = evaluated.get((entry["trial_id"], config.steps))
     at_step = None if row is None else {name: from_plain(row[name]) for name in row.keys()}  # noqa: SIM118
@@ -225,6 +237,7 @@ def _trial(
         "value": _number(known.get("value")),
         "limit": _number(known.get("limit")),
         "message": known.get("message") or "",
+        "formats": (known.get("formats") if outcome is not None else moved) or "",
         "train_loss": _number(known.get("train_loss")),
         "val_loss": loss,
         "perplexity": perplexity(loss) if config.task == "lm" else math.nan,
@@ -257,6 +270,8 @@ def _outcome(ending: sqlite3.Row) -> Outcome:
 def _state(outcome: Outcome | None) -> str:
     if outcome is None:
         return UNRESOLVED
+    if outcome.formats and outcome.kind in GUARD_KINDS | {OutcomeKind.DONE}:
+        return SHIFTED
     if outcome.kind in GUARD_KINDS:
         return FAILED
     if outcome.kind is not OutcomeKind.DONE or outcome.val_loss is None:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,18 @@ from altgrad.analysis import curves, figures
 from altgrad.analysis.finding import Finding, find
 from altgrad.analysis.frames import results_table
 from altgrad.analysis.reading import GAIN, how_to_read, words
-from altgrad.analysis.records import FINISHED, UNRESOLVED, Records, mutations, unevaluated
+from altgrad.analysis.records import FINISHED, UNRESOLVED, Records, ending_of, mutations, unevaluated
 from altgrad.analysis.scores import geometry_scores_table, judged, scores_table
 from altgrad.analysis.study import Study, build_study
 from altgrad.analysis.sweeps import read_sweep
-from altgrad.analysis.tables import cells_table, choices_table, geometry_table, mutations_table, stops_table
+from altgrad.analysis.tables import (
+    cells_table,
+    choices_table,
+    geometry_table,
+    mutations_table,
+    shifts_table,
+    stops_table,
+)
 from altgrad.analysis.twins import twin_control
 from altgrad.sweep.ledger import outdated_text
 from altgrad.training.outcome import OutcomeKind
@@ -175,7 +183,8 @@ def _context(
         "cells": cells_table(study),
         "geometry": geometry_table(study),
         "stops": stops_table(trials),
-        "counts": trials["outcome"].value_counts().to_dict(),
+        "shifts": shifts_table(trials),
+        "counts": dict(Counter(map(ending_of, trials.to_dict("records"))).most_common()),
         "control": twin_control(study.cells),
         "hours": trials["seconds"].sum() / 3600,
         "provenance": None if manifest is None else _flat(manifest),
@@ -219,8 +228,10 @@ def _pictures(records: Records, study: Study, folder: Path) -> list[Picture]:
         stale.unlink()
     policies = list(dict.fromkeys(cell.policy for cell in study.cells))
     pictures = []
+    # A curve under a format's name is of that format alone.
+    trials = records.trials[records.trials["formats"] == ""]
     for policy in policies:
-        own = records.trials[records.trials["trial_id"].isin(_chosen_ids(records.trials, study, policy))]
+        own = trials[trials["trial_id"].isin(_chosen_ids(trials, study, policy))]
         suffix = "" if len(policies) == 1 else f"_{policy}"
         title = "" if len(policies) == 1 else f", policy {policy}"
         pictures += _policy_pictures(own, records.rows, study, policy, folder, suffix, title)

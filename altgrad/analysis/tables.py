@@ -1,4 +1,4 @@
-"""The tables of a report, as texts: every cell, geometry against plain steps, stops, learning rates."""
+"""The tables of a report, as texts: every cell, geometry against plain steps, stops, learning rates, shifts."""
 
 from __future__ import annotations
 
@@ -153,6 +153,27 @@ def stops_table(trials: pd.DataFrame) -> Table:
     return slim(Table(columns, lines, frozenset({4, 5, 9, 10, 11})), ("policy", "lr"))
 
 
+def shifts_table(trials: pd.DataFrame) -> Table:
+    """Every trial of which a layer moved to another format."""
+    columns = ("trial", "format", "arm", "policy", "lr", "seed", "outcome", "step", "loss", "layers moved")
+    lines = [
+        (
+            row["trial_id"],
+            row["format"],
+            row["optimizer"],
+            row["policy"],
+            number(row["lr"], "g"),
+            str(row["seed"]),
+            row["outcome"] + (f" by {row['signal']}" if row["signal"] else ""),
+            number(row["step"], ".0f"),
+            number(row["val_loss"], ".3f", missing=DASH),
+            row["formats"],
+        )
+        for _, row in trials[trials["formats"] != ""].iterrows()
+    ]
+    return slim(Table(columns, lines, frozenset({4, 5, 7, 8})), ("policy", "lr"))
+
+
 def choices_table(study: Study) -> Table:
     """Sensitivity to the learning rate: every setting's mean loss and its distance from the cell's chosen one."""
     lines = []
@@ -219,11 +240,16 @@ def _reference_text(cell: Cell) -> str:
 
 
 def loss_text(cell: Cell) -> str:
-    """A cell's mean loss ± half its interval, or how many of its seeds failed."""
+    """A cell's mean loss ± half its interval, or how many of its seeds failed or were shifted to another format."""
+    shifted = f"shifted {len(cell.shifted)} of {cell.n + len(cell.shifted)}" if cell.shifted else ""
     if cell.stops:
-        return f"failed {len(cell.stops)} of {cell.n}"
-    low, high = cell.interval
-    return number(cell.mean, ".3f") + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
+        own = f"failed {len(cell.stops)} of {cell.n}"
+    elif cell.losses:
+        low, high = cell.interval
+        own = number(cell.mean, ".3f") + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
+    else:
+        own = ""
+    return ", ".join(filter(None, (own, shifted))) or DASH
 
 
 def effect_text(item: Contrast | None) -> str:
@@ -256,6 +282,8 @@ def _settings_text(cell: Cell) -> str:
 def _verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
     if cell is study.reference:
         return _reference_text(cell)
+    if cell.shifted and not cell.n:
+        return "needed rescue"
     if verdict is None or verdict.word == "no result":
         return DASH if not cell.is_judged else "pruned" if cell.pruned else "no result"
     return "not decided" if verdict.word == "open" else verdict.word
@@ -271,7 +299,7 @@ def _reading(study: Study, gain: Contrast, more: Contrast | None) -> str:
         return counts + word
     if more is None:
         return DASH
-    if more.status in ("identical", "no result", "one seed", "exploratory", "stopped"):
+    if more.status in ("identical", "no result", "one seed", "exploratory", "stopped", "shifted"):
         return more.status
     may = any(item.cell is more.cell for group in study.best for item in group)
     tail = "" if not may else "; gains most" if study.leads else "; may gain most"

@@ -7,7 +7,9 @@ all have to agree (Berger 1982): of each 20 sweeps at most one says anything fal
 
 A stopped run has no loss. An arm with one never trains; whether it fails is judged with the loss of the run's first
 step in its place, a composite endpoint (ICH E9 R1). An arm that ends no lower than it began has not learned, and does
-not train either. A format of which an arm has no result (all runs lost or pruned) cannot be said to fail.
+not train either. Nor is an arm said to train with a run that needed a shift to another format: such a run is left out,
+and what the others reach is not what the format always does. A format of which an arm has no result (all runs lost,
+pruned or shifted) cannot be said to fail.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def verdicts(cells: Sequence[Cell], reference: Cell, margin: float, twins: Mappi
         if shown is None or above is None or as_format is None:
             continue
         word: Word = "open"
-        if own is not None and own.high < limit and cell.learned:
+        if own is not None and own.high < limit and cell.learned and not cell.shifted:
             word = "trains"
         elif above.low > limit:
             word = "fails"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from altgrad.sweep import best, monitor
 from altgrad.sweep.complaints import SpecError, check_choice
+from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.schema import json_schema
 
@@ -25,6 +26,7 @@ def show_best(request: argparse.Namespace) -> int:
         asked = best.asked_in(request.out)
         if fields:
             _print_each(best.find_best_per(ledger, fields, asked), fields)
+            _print_shifted(ledger, asked)
             return 0
         winner = best.find_best(ledger, asked)
         config = winner.config
@@ -34,10 +36,16 @@ def show_best(request: argparse.Namespace) -> int:
             f"{len(winner.scores)} seeds, the best of {winner.rivals} configurations"
         )
         print(f"{values}\ntrials: {', '.join(winner.trial_ids)}")
+        _print_shifted(ledger, asked)
         if request.export is not None:
             best.export(winner, ledger, request.export)
             print(f"altgrad run {request.export} trains it again")
     return 0
+
+
+def _print_shifted(ledger: Ledger, asked: list[str] | None) -> None:
+    if said := best.shifted_text(ledger, asked):
+        print(said)
 
 
 def _groups_of(text: str | None) -> list[str]:

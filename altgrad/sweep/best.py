@@ -2,7 +2,8 @@
 
 Best by validation score, averaged over seeds: the loss of language modelling, F1 micro of a classifier, both on
 validation documents, at the last step asked for. A configuration competes when all its seeds have run to their end;
-one with a seed that a guard stopped does not. The references (AdamW in BF16 and FP32) are what others are compared
+one with a seed that a guard stopped does not, nor one with a seed of which a layer had to be moved to another format:
+what it reached is not its own. The references (AdamW in BF16 and FP32) are what others are compared
 with and compete only where there is nothing else.
 
 The sweep of one spells every value out, so that it means the same whatever the defaults become. Its trials have the ids
@@ -88,16 +89,35 @@ def _best_of(competing: Sequence[Winner]) -> Winner:
 
 def _whole(ledger: Ledger, asked: list[str] | None) -> list[Winner]:
     """Every configuration that has run to its end with all its seeds, in their order."""
-    trials = ledger.configs(None if asked is None else set(asked))
-    groups: dict[str, dict[str, TrainConfig]] = {}
-    for trial_id, config in trials.items():
-        pooled = trial_id.partition("-")[0] if "-" in trial_id else ""
-        key = pooled + config.model_dump_json(exclude={"seed"})
-        groups.setdefault(key, {})[trial_id] = config
-    whole = [winner for group in groups.values() if (winner := _scored(ledger, group)) is not None]
+    whole = [winner for group in _groups(ledger, asked) if (winner := _scored(ledger, group)) is not None]
     if not whole:
-        raise SpecError(f"{ledger.path.parent}: no configuration has run to its end with all its seeds yet")
+        shifted = shifted_text(ledger, asked)
+        raise SpecError(
+            f"{ledger.path.parent}: no configuration has run to its end with all its seeds yet"
+            f"{f'; {shifted}' if shifted else ''}"
+        )
     return whole
+
+
+def shifted_text(ledger: Ledger, asked: list[str] | None = None) -> str:
+    """How many configurations do not compete for a shift of formats, or nothing."""
+    groups = [list(group.items()) for group in _groups(ledger, asked)]
+    count = sum(any(ledger.formats_at(name, config.steps) for name, config in group) for group in groups)
+    if not count:
+        return ""
+    return (
+        f"{count} configuration{'s' if count > 1 else ''} left out: a layer had to be moved to another format "
+        "(altgrad why)"
+    )
+
+
+def _groups(ledger: Ledger, asked: list[str] | None) -> list[dict[str, TrainConfig]]:
+    """The seeds of each configuration, by id."""
+    groups: dict[str, dict[str, TrainConfig]] = {}
+    for trial_id, config in ledger.configs(None if asked is None else set(asked)).items():
+        pooled = trial_id.partition("-")[0] if "-" in trial_id else ""
+        groups.setdefault(pooled + config.model_dump_json(exclude={"seed"}), {})[trial_id] = config
+    return list(groups.values())
 
 
 def _scored(ledger: Ledger, group: Mapping[str, TrainConfig]) -> Winner | None:

@@ -135,8 +135,7 @@ class Follower(tune.Callback):
         trial_id = trial_id_of(trial)
         outcome = self._recorder.finish(trial_id)
         if outcome is None:
-            outcome = fault(trial, self._recorder.folder / trial_id)
-            self._recorder.ledger.record_outcome(trial_id, outcome)
+            outcome = self._recorder.ledger.record_outcome(trial_id, fault(trial, self._recorder.folder / trial_id))
         self._ended(trial_id, outcome)
         self.settle()
 

@@ -39,7 +39,7 @@ from altgrad.training.reference import ReferenceCurve
 from altgrad.training.trainer import Trainer
 from altgrad.training.workers import ALONE, Workers
 
-REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro", "samples_per_s")
+REPORTED = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_s", "f1_micro", "samples_per_s", "formats")
 GUARDED = "guarded"
 """Where a result carries what the scheduler's own look at the guards needs, as JSON."""
 PAUSED = "paused"
@@ -79,9 +79,10 @@ def run_request(
 
 
 def read_reference(trials: Path, reference: str) -> ReferenceCurve | None:
-    """The curve of the reference among these trials' folders, where it ran to its end."""
+    """The curve of the reference among these trials' folders, where it ran to its end in its own format."""
     outcome = read_outcome(trials / reference / "outcome.json") if reference else None
-    is_done = outcome is not None and outcome.kind is OutcomeKind.DONE
+    # One of which a layer had to be moved to another format is no healthy run to hold others against.
+    is_done = outcome is not None and outcome.kind is OutcomeKind.DONE and outcome.formats is None
     return ReferenceCurve.read(trials / reference) if is_done else None
 
 
@@ -146,11 +147,12 @@ class TrialRun:
             assert row is not None, "a run without an outcome goes on"
             self._reached = row["step"]
             reported = {name: row[name] for name in REPORTED if name in row}
+            reported |= {GUARDED: json.dumps(to_plain(guarded_view(row, self._trainer.config.guards)))}
             if self._until and row["step"] >= self._until and row["step"] % self._trainer.config.eval_interval == 0:
                 self._trainer.checkpoint()
                 self.release()
                 return {PAUSED: True, "done": True, **reported}
-            return reported | {GUARDED: json.dumps(to_plain(guarded_view(row, self._trainer.config.guards)))}
+            return reported
         self.release()
         (self._folder / TRACEBACK).unlink(missing_ok=True)
         return _ending(outcome)
@@ -162,11 +164,14 @@ class TrialRun:
         return self._workers.micro_batches == 1 and self._workers.world == 1 and shares % 2 == 0
 
     def _failed(self, kind: OutcomeKind, error: BaseException) -> dict[str, Any]:
+        formats = None if self._trainer is None else self._trainer.interventions.formats
         self.release()
         if self._workers.world > 1:
             # Those that wait for this worker in a collective learn of it at once.
             torch.distributed.destroy_process_group()
-        outcome = Outcome(kind=kind, step=self._reached, message=f"{headline(error)} {_place(error)}")
+        outcome = Outcome(
+            kind=kind, step=self._reached, message=f"{headline(error)} {_place(error)}", formats=formats or None
+        )
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._workers.world > 1:
             try:

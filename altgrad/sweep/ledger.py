@@ -15,6 +15,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -119,12 +120,13 @@ class Ledger:
 
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Enters rows in one transaction; a step that is known is replaced."""
-        names = ("trial_id", "step", *ROW_SIGNALS, "events")
+        names = ("trial_id", "step", *ROW_SIGNALS, "formats", "events")
         values = [
             (
                 trial_id,
                 row["step"],
                 *(to_plain(row.get(name)) for name in ROW_SIGNALS),
+                row.get("formats"),
                 json.dumps(events) if (events := {name: row[name] for name in EVENTS if row.get(name)}) else None,
             )
             for row in rows
@@ -135,14 +137,19 @@ class Ledger:
                 f"INSERT OR REPLACE INTO rows ({','.join(names)}) VALUES ({','.join('?' * len(names))})", values
             )
 
-    def record_outcome(self, trial_id: str, outcome: Outcome) -> None:
-        """Enters how the trial ended; a later ending of the same trial replaces an earlier one."""
+    def record_outcome(self, trial_id: str, outcome: Outcome) -> Outcome:
+        """Enters how the trial ended; a later ending of the same trial replaces an earlier one.
+
+        Returns it with the formats that layers had moved to, which the rows know where the ending does not say.
+        """
+        outcome = replace(outcome, formats=outcome.formats or self.formats_at(trial_id, outcome.step) or None)
         fields = {"limit_" if name == "limit" else name: to_plain(value) for name, value in outcome.to_dict().items()}
         names = ("trial_id", *OUTCOME_FIELDS, "recorded")
         self._connection.execute(
             f"INSERT OR REPLACE INTO outcomes ({','.join(names)}) VALUES ({','.join('?' * len(names))})",
             (trial_id, *(fields[name] for name in OUTCOME_FIELDS), time.time()),
         )
+        return outcome
 
     def add_sample(self, search: str, number: int, params: Mapping[str, Any], trial_ids: Sequence[str]) -> None:
         """Enters what a search chose, and the trials that are to tell what it is worth."""
@@ -252,6 +259,29 @@ class Ledger:
         )
         return [(step, float(from_plain(value))) for step, value in found]
 
+    def scores(self, trial_id: str) -> list[tuple[int, float]]:
+        """(step, validation loss) as races rank it: infinite from where a layer has moved to another format."""
+        found = self._connection.execute(
+            "SELECT step, CASE WHEN formats != '' THEN 'inf' ELSE val_loss END FROM rows "
+            "WHERE trial_id = ? AND val_loss IS NOT NULL ORDER BY step",
+            (trial_id,),
+        )
+        return [(step, float(from_plain(value))) for step, value in found]
+
+    def formats_at(self, trial_id: str, step: int) -> str | None:
+        """Which layers had moved to another format by the step; None or '' for none.
+
+        Where the rows do not say, all that the recorded ending names.
+        """
+        found = self._connection.execute(
+            "SELECT formats FROM rows WHERE trial_id = ? AND step <= ? AND formats IS NOT NULL ORDER BY step DESC",
+            (trial_id, step),
+        ).fetchone()
+        found = (
+            found or self._connection.execute("SELECT formats FROM outcomes WHERE trial_id = ?", (trial_id,)).fetchone()
+        )
+        return None if found is None else found[0]
+
     def row_counts(self) -> dict[str, int]:
         """How many steps of each trial are recorded."""
         return dict(self._connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))
@@ -320,7 +350,8 @@ def as_asked(outcome: Outcome | None, config: TrainConfig, row: Mapping[str, Any
 
     Trials compare at equal steps only, so a run that went on is read at the step asked for: whatever ended it
     later is not seen. None where the ending holds no longer: more steps were asked for, or the guard is gone.
-    A done trial without an evaluation at that step has no `val_loss`, and its message says so.
+    A done trial without an evaluation at that step has no `val_loss`, and its message says so. Where the row does not
+    say which layers had moved to another format by then, all that ever did count.
     """
     if outcome is None or outcome.kind not in RESULT_KINDS:
         return outcome
@@ -333,8 +364,15 @@ def as_asked(outcome: Outcome | None, config: TrainConfig, row: Mapping[str, Any
     at_step = {name: None if row is None else row[name] for name in ("train_loss", "val_loss", "bits_per_byte")}
     missing = at_step["val_loss"] is None
     message = f"not evaluated at step {config.steps} (trained to step {outcome.step})" if missing else ""
+    moved = None if row is None else row.get("formats")
     return Outcome(
-        OutcomeKind.DONE, config.steps, **at_step, message=message, seconds=outcome.seconds, device=outcome.device
+        OutcomeKind.DONE,
+        config.steps,
+        **at_step,
+        message=message,
+        formats=(outcome.formats if moved is None else moved) or None,
+        seconds=outcome.seconds,
+        **{name: getattr(outcome, name) for name in ("device", "driver", "host")},
     )
 
 

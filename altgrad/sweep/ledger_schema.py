@@ -61,7 +61,7 @@ CREATE TABLE IF NOT EXISTS trials (
     lr REAL, rung_clip REAL, seed INTEGER, data_sha256 TEXT, created REAL, numerics INTEGER);
 CREATE TABLE IF NOT EXISTS rows (
     trial_id TEXT NOT NULL, step INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in ROW_SIGNALS)},
-    events TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
+    formats TEXT, events TEXT, PRIMARY KEY (trial_id, step)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
@@ -76,7 +76,7 @@ CREATE TABLE IF NOT EXISTS mutations (
 CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, message TEXT NOT NULL);
 """
 ADDED = {
-    "rows": dict.fromkeys(ROW_SIGNALS, "REAL") | {"events": "TEXT"},
+    "rows": dict.fromkeys(ROW_SIGNALS, "REAL") | {"formats": "TEXT", "events": "TEXT"},
     "outcomes": {"formats": "TEXT", "device": "TEXT", "driver": "TEXT", "host": "TEXT"},
     "trials": {"numerics": "INTEGER"},
 }

@@ -69,7 +69,10 @@ def status(out: Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
-    """Rows of WHY_COLUMNS: every trial that began and did not run to its end, or those whose id begins with `trial`."""
+    """Rows of WHY_COLUMNS: every trial that began and did not run to its end in its own format.
+
+    With `trial` those whose id begins so.
+    """
     with open_ledger(out) as ledger:
         trials, outcomes, steps = ledger.trials(), ledger.outcomes(), ledger.row_counts()
     wanted = {trial_id: found for trial_id, found in trials.items() if trial_id.startswith(trial or "")}
@@ -79,7 +82,7 @@ def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
         wanted = {
             trial_id: found
             for trial_id, found in wanted.items()
-            if (trial_id in outcomes and outcomes[trial_id].kind is not OutcomeKind.DONE)
+            if (trial_id in outcomes and not _is_own(outcomes[trial_id]))
             or (trial_id not in outcomes and (trial_id in steps or (out / "trials" / trial_id).exists()))
         }
     is_driven = has_driver(out)
@@ -87,6 +90,11 @@ def why(out: Path, trial: str | None = None) -> list[tuple[str, ...]]:
         _line(found, outcomes.get(trial_id), steps.get(trial_id, 0), out / "trials" / trial_id, is_driven)
         for trial_id, found in wanted.items()
     ]
+
+
+def _is_own(outcome: Outcome) -> bool:
+    """Whether the trial ran to its end, in its own format."""
+    return outcome.kind is OutcomeKind.DONE and not outcome.formats
 
 
 def mutations(out: Path, trial: str | None = None) -> list[str]:
@@ -110,7 +118,9 @@ def _line(trial: dict[str, Any], outcome: Outcome | None, steps: int, folder: Pa
     if outcome is None:
         ending = ("unfinished", "", str(steps), _unfinished(folder, is_driven))
     else:
-        ending = (ending_name(outcome), outcome.layer or "", str(outcome.step), outcome.message)
+        shifted = f"shifted: {outcome.formats}" if outcome.formats else ""
+        message = "; ".join(filter(None, (outcome.message, shifted)))
+        ending = (ending_name(outcome), outcome.layer or "", str(outcome.step), message)
     text = folder / TRACEBACK
     if text.exists() and (outcome is None or outcome.kind not in RESULT_KINDS):
         ending = (*ending[:3], "; ".join(filter(None, (ending[3], f"traceback: {text}"))))

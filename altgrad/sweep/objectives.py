@@ -1,7 +1,8 @@
 """What a search optimizes: a trial's signals as numbers that an optimizer may be told.
 
-A trial that a guard ended, or whose loss is no number, is a result, and a bad one: it counts as worse than any other,
-by a finite number, so that what is told stays a number and the search learns to stay away. A trial that a fault ended
+A trial that a guard ended, whose loss is no number, or of which a layer had to be moved to another format, is a result,
+and a bad one: it counts as worse than any other, by a finite number, so that what is told stays a number and the search
+learns to stay away. A trial that a fault ended
 says nothing of its configuration; it has no value.
 """
 
@@ -37,6 +38,8 @@ def value_of(ledger: Ledger, trial_id: str, config: TrainConfig, objective: str)
     if outcome is None or not is_settled(outcome, config):
         return None
     if outcome.kind not in (OutcomeKind.DONE, OutcomeKind.PRUNED) and outcome.step <= config.steps:
+        return OBJECTIVES[objective].worst
+    if ledger.formats_at(trial_id, config.steps):
         return OBJECTIVES[objective].worst
     measured = [value for step, value in ledger.signal(trial_id, objective) if step <= config.steps]
     if not measured:

@@ -6,7 +6,8 @@ is held over all of them at once. Optuna chooses by what has ended, so nobody ca
 rung is compared with those that have come there before, and goes on if it is among the best 1 / reduction of them,
 rounded up. The first to come goes on; which ones do depends on the order of arrival, as in any asynchronous halving.
 
-A group that diverged, or that a guard ended, loses against every finite one and enters no rung with a number.
+A group that diverged, that a guard ended or that needed a shift of formats loses against every finite one and enters no
+rung with a number.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class PooledRace:
             return
         cutoff = sorted(finite)[math.ceil(len(finite) / self._config.reduction) - 1]
         if not score <= cutoff:
-            mean = f"{SCORE} {score:.4g}" if math.isfinite(score) else "a seed diverged"
+            mean = f"{SCORE} {score:.4g}" if math.isfinite(score) else "a seed diverged or shifted"
             self._stop(group, rung, score, cutoff, f"pruned at rung {rung} of the search: {mean}, cutoff {cutoff:.4g}")
 
     def _stop(self, group: Group, rung: int, score: float, cutoff: float, message: str) -> None:

@@ -56,10 +56,19 @@ class Members:
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     exchanged: set[int] = field(default_factory=set)
+    sources: dict[tuple[str, int], str] = field(default_factory=dict)
+    """from whom a member took over at a step"""
 
     @property
     def present(self) -> list[str]:
         return [name for name in self.names if name not in self.gone]
+
+    def take_over(self, exchange: Sequence[Mutation]) -> None:
+        """Enters what has been exchanged at a step."""
+        for item in exchange:
+            self.values[item.trial_id][item.field] = item.after
+            self.sources[item.trial_id, item.step] = item.source
+            self.exchanged.add(item.step)
 
 
 def named(spec: SweepSpec, data_sha256: str) -> dict[str, TrainConfig]:
@@ -133,6 +142,10 @@ class Population:
         """Nobody is stopped."""
         return None
 
+    def source(self, trial_id: str, step: int) -> str | None:
+        """The member whose checkpoint the trial took over at the step; None where it kept its own."""
+        return self._place[trial_id].sources.get((trial_id, step)) if trial_id in self._place else None
+
     def pause_step(self, trial_id: str) -> int | None:
         """The step at which the member waits for the others; None where nothing more is exchanged."""
         members = self._place.get(trial_id)
@@ -167,11 +180,9 @@ class Population:
             exchange = [Mutation(*mutation) for mutation in known if mutation[1] == step]
             if step in unfinished:
                 self._apply(exchange)
-            for mutation in exchange:
-                members.values[mutation.trial_id][mutation.field] = mutation.after
-            members.exchanged.add(step)
+            members.take_over(exchange)
         for name in members.names:
-            for step, loss in self._ledger.signal(name, "val_loss"):
+            for step, loss in self._ledger.scores(name):
                 if step % self._every == 0:
                     members.scores.setdefault(step, {})[name] = loss
         self._exchange_if_due(members)
@@ -190,9 +201,7 @@ class Population:
                 return
             self._ledger.add_mutations(exchange)
             self._apply(exchange)
-            for item in exchange:
-                members.values[item.trial_id][item.field] = item.after
-            members.exchanged.add(step)
+            members.take_over(exchange)
 
     def _choose(self, members: Members, step: int) -> list[Mutation]:
         losses = members.scores[step]

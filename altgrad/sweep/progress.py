@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.outcome import AFTER_SHIFT, Outcome, OutcomeKind
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -172,10 +172,11 @@ class Progress:
 
 
 def ending_name(outcome: Outcome) -> str:
-    """'done', or the kind with the signal that decided it."""
+    """'done', or the kind with the signal that decided it; and whether a layer had moved to another format."""
+    shifted = AFTER_SHIFT if outcome.formats else ""
     if outcome.signal is None or outcome.kind is OutcomeKind.DONE:
-        return str(outcome.kind)
-    return f"{outcome.kind} by {outcome.signal}"
+        return f"{outcome.kind}{shifted}"
+    return f"{outcome.kind}{shifted} by {outcome.signal}"
 
 
 def duration(seconds: float) -> str:

@@ -13,8 +13,9 @@ that on few cores it saves little and decides by the order of arrival. Here
 * a group pauses at a rung until every group of its cell has come there; then they are compared, once. Which
   ones go on depends on their losses alone, not on how many run at a time or in which order. Waiting costs no
   slot: other cells run meanwhile, and who goes on does so from its checkpoint;
-* comparison is by rank. A group with a leader that diverged, or that a guard ended, ranks behind every finite
-  group and lends its value to no cutoff;
+* comparison is by rank. A group with a leader that diverged, that a guard ended, or in which a layer had to be moved
+  to another format (its loss is no longer one of its format), ranks behind every finite group, and its value is
+  excluded when the cutoff is computed;
 * rungs lie at first_rung · reduction^k steps (where first_rung is not given: at 1 / (reduction + 1) of the
   steps, and at least one evaluation); of n groups at a rung the best ceil(n / reduction) go on. One group alone
   is never stopped nor paused, and references never are.
@@ -177,7 +178,9 @@ class Race:
 
     def _stop(self, group: Group, rung: int, score: float, cutoff: float) -> None:
         of = f" of {len(group.leaders)} seeds" if len(group.leaders) > 1 else ""
-        mean = f"{SCORE} {score:.4g}{of}" if math.isfinite(score) else "a seed diverged or was ended by a guard"
+        mean = (
+            f"{SCORE} {score:.4g}{of}" if math.isfinite(score) else "a seed diverged, was ended by a guard or shifted"
+        )
         lost = Outcome(
             kind=OutcomeKind.PRUNED,
             step=evaluated_at(rung, self._every),

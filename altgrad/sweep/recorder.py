@@ -51,14 +51,17 @@ class Recorder:
     def finish(self, trial_id: str, stopped: Outcome | None = None) -> Outcome | None:
         """Records the last rows and the ending: the worker's own, else `stopped`, the driver's reason."""
         self.follow(trial_id)
-        outcome = self._left(trial_id)
-        if outcome is None and stopped is not None:
-            outcome = replace(stopped, **self._places(trial_id))  # type: ignore[arg-type]
+        own = self._left(trial_id)
+        if own is not None:
+            outcome = self.ledger.record_outcome(trial_id, own)
+        elif stopped is not None:
+            outcome = self.ledger.record_outcome(trial_id, replace(stopped, **self._places(trial_id)))  # type: ignore[arg-type]
+        else:
+            return None
+        if own is None:
             (self.folder / trial_id).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
-        if outcome is not None:
-            self.ledger.record_outcome(trial_id, outcome)
-            self._tidy(trial_id, outcome)
+        self._tidy(trial_id, outcome)
         return outcome
 
     def ingest(self, trial_ids: Iterable[str]) -> int:

@@ -234,7 +234,7 @@ def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) ->
         race = Race(trials, spec.race, pooled=spec.search == "random")
     outcomes = ledger.outcomes()
     for trial_id in trials:
-        for step, loss in ledger.signal(trial_id, "val_loss"):
+        for step, loss in ledger.scores(trial_id):
             race.observe(trial_id, step, loss)
     for trial_id in trials:
         outcome = outcomes.get(trial_id)

@@ -13,6 +13,7 @@ A trial that a guard ended, on either side, enters no rung of a race with a numb
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from altgrad.sweep.backstop import Backstop
 from altgrad.sweep.executors import GUARDED, PAUSED
+from altgrad.sweep.population import Population
 from altgrad.sweep.queue import Pace
 from altgrad.sweep.racing import SCORE
 from altgrad.training.config import TrainConfig
-from altgrad.training.guards import GuardPanel, GuardRule, verdict_fields
+from altgrad.training.guards import verdict_fields
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import from_plain
 
@@ -52,7 +55,8 @@ class HealthScheduler(FIFOScheduler):
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials
         self._race = race
-        self._panels: dict[str, GuardPanel] = {}
+        self._backstops: dict[str, Backstop] = {}
+        """of trials that run or wait"""
         self._busy: set[str] = set()
         """trials that run, or have come to an ending of their own"""
         self._paused: dict[str, dict[str, Any]] = {}
@@ -90,11 +94,15 @@ class HealthScheduler(FIFOScheduler):
         trial_id = trial_id_of(trial)
         if "outcome" not in result:
             self._busy.discard(trial_id)
+        if PAUSED in result:
+            self._backstop(trial_id, result)  # the worker's counts go on from here; a verdict can wait
+        else:
+            self._backstops.pop(trial_id, None)
         if self._race is None or trial_id in self.verdicts:
             return
         if PAUSED in result:
             self._paused[trial_id] = result
-            self._race.observe(trial_id, int(result["step"]), float(result[SCORE]))
+            self._race.observe(trial_id, int(result["step"]), _score(result))
         if "outcome" not in result:
             return
         kind = OutcomeKind(result["outcome"])
@@ -123,27 +131,25 @@ class HealthScheduler(FIFOScheduler):
         if self._race is None:
             return None
         if result.get(SCORE) is not None:
-            self._race.observe(trial_id, int(result["step"]), float(result[SCORE]))
+            self._race.observe(trial_id, int(result["step"]), _score(result))
         verdict = self._race.verdict(trial_id)
         return None if verdict is None else _at(verdict, result)
 
     def _backstop(self, trial_id: str, result: Mapping[str, Any]) -> Outcome | None:
         if GUARDED not in result:
             return None
-        if trial_id not in self._panels:
-            self._panels[trial_id] = GuardPanel(backstop_rules(self._trials[trial_id]))
-        verdict = self._panels[trial_id].check([from_plain(json.loads(result[GUARDED]))])
+        row = from_plain(json.loads(result[GUARDED]))
+        if trial_id not in self._backstops:
+            self._backstops[trial_id] = Backstop(self._trials[trial_id])
+        own, giver = self._backstops[trial_id], None
+        if isinstance(self._race, Population):
+            source = self._race.source(trial_id, own.check_before(row["step"]))
+            giver = None if source is None else self._backstops.get(source) or Backstop(self._trials[source])
+        verdict = own.check(row, giver)
         if verdict is None:
             return None
         fields = verdict_fields(verdict)
         return _at(Outcome(**(fields | {"message": f"{fields['message']}; stopped by the scheduler"})), result)
-
-
-def backstop_rules(config: TrainConfig) -> tuple[GuardRule, ...]:
-    """The trial's own rules that end a run, with the patience of one more check: the worker answers first."""
-    return tuple(
-        rule.model_copy(update={"checks": rule.checks + 1}) for rule in config.guards if rule.kind != "warning"
-    )
 
 
 def trial_id_of(trial: Trial) -> str:
@@ -151,11 +157,17 @@ def trial_id_of(trial: Trial) -> str:
     return str(trial.config["trial"]["trial_id"])
 
 
+def _score(result: Mapping[str, Any]) -> float:
+    """What the race ranks by: of a trial in which a layer moved to another format, behind every finite loss."""
+    return math.inf if result.get("formats") else float(result[SCORE])
+
+
 def _at(outcome: Outcome, result: Mapping[str, Any]) -> Outcome:
-    """The outcome with the losses and the time of the result at which the trial was stopped."""
+    """The outcome with the losses, the formats and the time of the result at which the trial was stopped."""
     return replace(
         outcome,
         step=int(result["step"]),
+        formats=result.get("formats") or None,
         train_loss=result.get("train_loss"),
         val_loss=result.get("val_loss"),
         bits_per_byte=result.get("bits_per_byte"),

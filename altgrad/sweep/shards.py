@@ -41,6 +41,7 @@ VERSION = 1
 _VERSION = b"altgrad.export"
 AT_EVERY_STEP = ("train_loss",)
 AT_CHECKS = tuple(name for name in ROW_SIGNALS if name not in AT_EVERY_STEP)
+IN_CHECKS = (*AT_CHECKS, "formats", "events")
 TEXTS = {
     *("trial_id", "config", "task", "format", "arm", "policy", "data_sha256", "record", "fingerprint", "kind"),
     *("signal", "layer", "message", "formats", "device", "driver", "host", "events", "search", "params", "trials"),
@@ -51,7 +52,7 @@ TABLES = {
     "trials": (*TRIAL_FIELDS, "record", "fingerprint"),
     "outcomes": ("trial_id", *OUTCOME_FIELDS, "recorded"),
     "steps": ("trial_id", "step", *AT_EVERY_STEP),
-    "checks": ("trial_id", "step", *AT_CHECKS, "events"),
+    "checks": ("trial_id", "step", *IN_CHECKS),
     "layers": ("trial_id", "step", "layer", "signal", "value"),
     "spend": ("started", "hours", "gpu_hours", "usd"),
     "samples": ("search", "number", "params", "trials"),
@@ -148,9 +149,8 @@ def as_ledger(folder: Path) -> Iterator[sqlite3.Connection]:
         _enter(connection, "trials", TRIAL_FIELDS, export.rows("trials", TRIAL_FIELDS))
         _enter(connection, "outcomes", TABLES["outcomes"], export.rows("outcomes"))
         _enter(connection, "rows", TABLES["steps"], export.rows("steps"))
-        columns = (*AT_CHECKS, "events")
         connection.executemany(
-            f"UPDATE rows SET {','.join(f'{name}=?' for name in columns)} WHERE trial_id=? AND step=?",
+            f"UPDATE rows SET {','.join(f'{name}=?' for name in IN_CHECKS)} WHERE trial_id=? AND step=?",
             ((*(to_plain(value) for value in row[2:]), *row[:2]) for row in export.rows("checks")),
         )
         for table in OF_SWEEP:
@@ -167,7 +167,7 @@ def step_rows(export: Export) -> dict[str, list[dict[str, Any]]]:
         found.setdefault(trial_id, {})[step] = {"step": step} | {k: v for k, v in known.items() if v is not None}
     for trial_id, step, *values, events in export.rows("checks"):
         row: dict[str, Any] = found[trial_id][step]
-        row |= {name: value for name, value in zip(AT_CHECKS, values, strict=True) if value is not None}
+        row |= {name: value for name, value in zip(IN_CHECKS[:-1], values, strict=True) if value is not None}
         row |= json.loads(events) if events else {}
     layers = export.layers()
     columns = (layers[name].to_pylist() for name in TABLES["layers"])

@@ -30,7 +30,7 @@ from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, TRIAL_FIELDS
 from altgrad.sweep.read_only import LEDGER, MANIFEST, shards
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.references import references
-from altgrad.sweep.shards import AT_CHECKS, AT_EVERY_STEP, OF_LAYERS, OF_SWEEP, TABLES, Export, step_rows, write_shard
+from altgrad.sweep.shards import AT_EVERY_STEP, IN_CHECKS, OF_LAYERS, OF_SWEEP, TABLES, Export, step_rows, write_shard
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
@@ -95,7 +95,7 @@ def export_sweep(out: Path, folder: Path) -> Exported:
             "trials": [(*row, _heading(out / "trials" / row[0]), prints[row[0]]) for row in new],
             "outcomes": [endings[trial_id] for trial_id in ended],
             "steps": _rows(connection, ended, AT_EVERY_STEP, ""),
-            "checks": _checks(_rows(connection, ended, (*AT_CHECKS, "events"), f"AND ({_IS_CHECK})")),
+            "checks": _checks(_rows(connection, ended, IN_CHECKS, f"AND ({_IS_CHECK})")),
             "layers": _layers(out / "trials", {name: configs[name] for name in ended}, held),
             **{table: connection.execute(f"SELECT {','.join(TABLES[table])} FROM {table}") for table in OF_SWEEP},
         }
@@ -180,8 +180,8 @@ def _rows(connection: Any, trial_ids: Sequence[str], columns: Sequence[str], mor
 
 def _checks(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
     """The rows of CHECKS checks of each trial, and of the others what an evaluation or the trainer had to say."""
-    names = ("trial_id", "step", *AT_CHECKS, "events")
-    stays = [name in ("trial_id", "step", *EVALUATED, "events") for name in names]
+    names = ("trial_id", "step", *IN_CHECKS)
+    stays = [name in ("trial_id", "step", *EVALUATED, "formats", "events") for name in names]
     says = [place for place, name in enumerate(names) if name in ("val_loss", "events")]
     for _, own in groupby(rows, key=itemgetter(0)):
         found = list(own)

@@ -80,7 +80,7 @@ def metric_name(signal: str) -> str:
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `metrics.jsonl` under W&B's names, layers as `layers/<layer>/<signal>`."""
-    found = {metric_name(name): value for name, value in row.items() if name not in ("step", "layers")}
+    found = {metric_name(name): value for name, value in row.items() if name not in ("step", "layers", "formats")}
     for layer, signals in row.get("layers", {}).items():
         found |= {f"layers/{layer}/{name}": value for name, value in signals.items()}
     return found | {STEP: row["step"]}

@@ -231,6 +231,9 @@ class Verdict:
         return f"{self.signal}{where} was {self.value:g} at step {self.step}{limit}{since}"
 
 
+Counts = tuple[tuple[int | None, int], ...]
+
+
 class GuardPanel:
     """Checks the rules on row after row and remembers how long each has held.
 
@@ -252,9 +255,18 @@ class GuardPanel:
         self.warnings = [verdict for verdict in found if verdict is not None and verdict.kind == "warning"]
         return next((verdict for verdict in found if verdict is not None and verdict.kind != "warning"), None)
 
+    @property
+    def counts(self) -> Counts:
+        """Of each rule the step since which it holds, None where it does not, and for how many checks."""
+        return tuple(zip(self._since, self._held, strict=True))
+
+    @counts.setter
+    def counts(self, counts: Counts) -> None:
+        self._since, self._held = [since for since, _ in counts], [held for _, held in counts]
+
     def forget(self) -> None:
         """Starts every rule's count again."""
-        self._since, self._held = [None] * len(self.rules), [0] * len(self.rules)
+        self.counts = ((None, 0),) * len(self.rules)
 
     def _check_rule(self, index: int, rule: GuardRule, rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
         values = {row["step"]: read_signal(row, rule.signal) for row in rows}
@@ -322,10 +334,11 @@ def worst_layer(rule: GuardRule, row: Mapping[str, Any], last: Mapping[str, Any]
 
 
 def guarded_view(row: Mapping[str, Any], rules: Iterable[GuardRule]) -> dict[str, Any]:
-    """The part of a row that these rules read."""
+    """The part of a row that these rules read, and whether they start to count again behind it."""
     bases = {rule.signal.partition("/")[0] for rule in rules}
     layers = {name: {k: v for k, v in values.items() if k in bases} for name, values in row.get("layers", {}).items()}
-    kept = {name: value for name, value in row.items() if name in bases or name in ("step", "nonfinite_layer")}
+    others = ("step", "nonfinite_layer", "shifts")
+    kept = {name: value for name, value in row.items() if name in bases or name in others}
     return kept | {"layers": {name: values for name, values in layers.items() if values}}
 
 

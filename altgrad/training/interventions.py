@@ -6,7 +6,8 @@
 | format_shift | moves a failing layer to the next format of a ladder that ends at FP32 | at a check |
 
 The arithmetic, its bounds and the ladder are in `quantization.stability`. What an intervention did stands in the
-rows: `clipped_tensors` and `clip_factor` at every step, `shifts` where a layer moved; an outcome names both formats.
+rows: `clipped_tensors` and `clip_factor` at every step, `shifts` where a layer moved and, at each check, in `formats`
+every move so far; an outcome names both formats.
 
 A shift is decided by rules like a guard's: a stalled layer gets a mantissa bit more, an overflowing or non-finite one
 an exponent bit. It comes before the guards, and after a shift their counts start again, so that the mended run has
@@ -90,6 +91,11 @@ class Interventions:
     def shifts(self) -> list[FormatShift]:
         """The shifts so far."""
         return self._ladder.events
+
+    @property
+    def formats(self) -> str | None:
+        """Every shift so far, as in "lm_head: E4M3->E5M2", '' for none yet; None where none was declared."""
+        return None if self._panel is None else ", ".join(f"{shift.layer}: {shift.label}" for shift in self.shifts)
 
     def before_step(self, parameters: Mapping[str, Tensor], formats: Mapping[str, str]) -> Tensor:
         """Clips `.grad` in place where declared; [clipped tensors, smallest factor], for `describe_clip`, or [0]."""

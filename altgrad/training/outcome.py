@@ -37,6 +37,8 @@ FAILED = "failed"
 """There too: the mark of the worker that failed first, until the trial is handed out again."""
 HUNG = "hung"
 """How the files begin in which watchdogs leave a stack."""
+AFTER_SHIFT = " after a shift"
+"""What stands behind the kind of an ending that is not one of the trial's first format."""
 RESULT_KINDS = GUARD_KINDS | {OutcomeKind.DONE, OutcomeKind.PRUNED}
 
 

@@ -164,6 +164,7 @@ class Trainer:
             else:
                 verdict = self.workers.from_first(self.panel.check(rows) if decides else None)
                 rows[-1] |= {"warnings": [w.message() for w in self.panel.warnings]} if self.panel.warnings else {}
+            rows[-1] |= {} if self.interventions.formats is None else {"formats": self.interventions.formats}
             self._keep(rows, verdict)
             if verdict is not None or self.step >= self.config.steps:
                 self._finish(verdict)
@@ -328,8 +329,7 @@ class Trainer:
         ending: dict[str, Any] = {"kind": OutcomeKind.DONE, "step": self.step}
         if verdict is not None:
             ending = verdict_fields(verdict)
-        if self.interventions.shifts:
-            ending["formats"] = ", ".join(f"{shift.layer}: {shift.label}" for shift in self.interventions.shifts)
+        ending["formats"] = self.interventions.formats or None
         places = places_of(self.devices)
         self.outcome = Outcome(**ending, **self._last, seconds=self._seconds, **places)  # type: ignore[arg-type]
         if self.folder is not None:

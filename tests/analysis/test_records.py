@@ -6,6 +6,7 @@ import math
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,17 @@ def test_non_finite_numbers_come_back(tmp_path: Path, value: float) -> None:
         (Outcome(OutcomeKind.PRUNED, 20, val_loss=3.0), "unresolved", "pruned"),
         (Outcome(OutcomeKind.OOM, 20), "unresolved", "oom"),
         (Outcome(OutcomeKind.BUG, 0, message="boom"), "unresolved", "bug"),
+        (Outcome(OutcomeKind.DONE, 100, formats="lm_head: E5M2->E4M3"), "shifted", "done"),
+        (replace(stall(), formats="lm_head: E5M2->E4M3"), "shifted", "stalled"),
+        (Outcome(OutcomeKind.PRUNED, 20, formats="lm_head: E5M2->E4M3"), "unresolved", "pruned"),
+        (Outcome(OutcomeKind.OOM, 20, formats="lm_head: E5M2->E4M3"), "unresolved", "oom"),
     ],
 )
 def test_state_of_an_ending(tmp_path: Path, outcome: Outcome | None, state: str, shown: str) -> None:
     record(tmp_path, TrainConfig(steps=100), outcome, [{"step": 100, "val_loss": 2.5}])
     trial = load(tmp_path).trials.iloc[0]
     assert (trial["state"], trial["outcome"]) == (state, shown)
+    assert trial["formats"] == ((outcome and outcome.formats) or "")
 
 
 @pytest.mark.parametrize(("value", "state"), [(2.5, "finished"), (math.nan, "failed"), (None, "unresolved")])

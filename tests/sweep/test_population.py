@@ -1,17 +1,23 @@
 """Populations exchange alike in every order and after every interruption; their trials are nobody else's."""
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from altgrad.sweep.executors import GUARDED, PAUSED
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.population import PREFIX, Population
+from altgrad.sweep.schedulers import HealthScheduler
 from altgrad.sweep.spec import SweepSpec, is_reference
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.record import to_plain
 
 SHA = "a" * 64
 SPEC = SweepSpec.model_validate(
@@ -156,3 +162,22 @@ def test_who_a_guard_ended_leaves_and_the_last_one_runs_through(out: tuple[Ledge
     ledger.record_outcome(GRID[0], Outcome(OutcomeKind.DIVERGED, 30, rule.signal, None, 9.0, rule.limit))
     ledger.record_outcome(GRID[3], Outcome(OutcomeKind.DIVERGED, 30, rule.signal, None, 9.0, rule.limit))
     assert Population(TRIALS, SPEC, ledger, folder).pause_step(GRID[1]) is None
+
+
+def test_a_member_is_judged_by_the_counts_of_the_weights_that_it_took_over(out: tuple[Ledger, Path]) -> None:
+    """Its own checkpoint's gradient was not finite; the one it goes on from was."""
+    ledger, folder = out
+    scheduler = HealthScheduler(TRIALS, Population(TRIALS, SPEC, ledger, folder))
+
+    def result(name: str, step: int, norm: float) -> tuple[SimpleNamespace, dict[str, Any]]:
+        row = json.dumps(to_plain({"step": step, "grad_norm": norm}))
+        return SimpleNamespace(config={"trial": {"trial_id": name}}), {"step": step, GUARDED: row}
+
+    for name in GRID:
+        arrive(ledger, folder, name)
+        trial, paused = result(name, 20, 1.0 if name == GRID[1] else math.nan)
+        scheduler.on_trial_complete(None, trial, paused | {"val_loss": LOSSES[name], PAUSED: True, "done": True})
+    assert {item[0] for item in ledger.mutations(GRID)[0]} == {GRID[3]}
+    answers = {name: scheduler.on_trial_result(None, *result(name, 30, math.nan)) for name in (GRID[0], GRID[3])}
+    assert answers == {GRID[0]: "STOP", GRID[3]: "CONTINUE"}
+    assert scheduler.on_trial_result(None, *result(GRID[3], 40, math.nan)) == "STOP"

@@ -53,10 +53,10 @@ class Bench:
         self.scheduler.on_trial_add(None, self._trial(name))
         self.scheduler.on_trial_complete(None, self._trial(name), {"step": step, "outcome": kind, "done": True})
 
-    def pause(self, name: str, step: int, loss: float) -> None:
+    def pause(self, name: str, step: int, loss: float, **rest: str) -> None:
         """The trial has come to the rung and gives its slot back."""
         self.scheduler.on_trial_complete(
-            None, self._trial(name), {"step": step, "val_loss": loss, "paused": True, "done": True}
+            None, self._trial(name), {"step": step, "val_loss": loss, "paused": True, "done": True} | rest
         )
 
     def arrive(self, group: str, losses: tuple[float, float], step: int = RUNG) -> None:
@@ -129,6 +129,18 @@ def test_a_member_that_a_guard_ended_puts_its_group_last() -> None:
     bench.end("E5M2-2-0", 20, "stalled")
     bench.pause("E5M2-2-1", RUNG, 0.1)
     assert sorted(bench.scheduler.pruned()) == ["E5M2-2-1", "E5M2-4-0", "E5M2-4-1"]
+    assert bench.scheduler.verdicts["E5M2-4-0"].limit == 2.0
+
+
+def test_a_member_that_a_shift_mended_puts_its_group_last_and_keeps_its_own_loss() -> None:
+    bench = Bench()
+    bench.arrive("E5M2-1", (2.0, 2.0))
+    bench.arrive("E5M2-4", (2.1, 2.0))
+    bench.pause("E5M2-2-0", RUNG, 0.1, formats="lm_head: E5M2->E4M3")
+    bench.pause("E5M2-2-1", RUNG, 0.1, formats="")
+    assert sorted(bench.scheduler.pruned()) == ["E5M2-2-0", "E5M2-2-1", "E5M2-4-0", "E5M2-4-1"]
+    verdicts = [bench.scheduler.verdicts[f"E5M2-2-{seed}"] for seed in (0, 1)]
+    assert [(verdict.formats, verdict.val_loss) for verdict in verdicts] == [("lm_head: E5M2->E4M3", 0.1), (None, 0.1)]
     assert bench.scheduler.verdicts["E5M2-4-0"].limit == 2.0
 
 

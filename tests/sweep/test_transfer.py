@@ -239,6 +239,7 @@ def test_non_finite_numbers_and_words_come_through(tmp_path: Path) -> None:
         {"step": 1, "train_loss": 5.0, "lr": 1e-3},
         {"step": 2, "train_loss": float("nan"), "grad_norm": float("inf"), "tokens_per_s": 9.0, "shifts": ["a: b->c"]},
     ]
+    rows[1]["formats"] = "a: b->c"
     with Ledger(out / "ledger.sqlite") as ledger:
         ledger.add_trials(trials, sha)
         ledger.record_rows(name, rows)
@@ -248,7 +249,8 @@ def test_non_finite_numbers_and_words_come_through(tmp_path: Path) -> None:
     text = (tmp_path / "there" / "trials" / name / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in text] == [
         {"step": 1, "train_loss": 5.0},
-        {"step": 2, "train_loss": "nan", "grad_norm": "inf", "tokens_per_s": 9.0, "shifts": ["a: b->c"]},
+        {"step": 2, "train_loss": "nan", "grad_norm": "inf", "tokens_per_s": 9.0}
+        | {"shifts": ["a: b->c"], "formats": "a: b->c"},
     ]
     for place in ("sweep", "export", "there"):
         with Ledger.reading(tmp_path / place / "ledger.sqlite") as ledger:
