@@ -372,7 +372,7 @@ def as_asked(outcome: Outcome | None, config: TrainConfig, row: Mapping[str, Any
         message=message,
         formats=(outcome.formats if moved is None else moved) or None,
         seconds=outcome.seconds,
-        **{name: getattr(outcome, name) for name in ("device", "driver", "host")},
+        **{name: getattr(outcome, name) for name in ("device", "driver", "hostname")},
     )
 
 

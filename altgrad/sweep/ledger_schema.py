@@ -38,7 +38,7 @@ OUTCOME_FIELDS = (
     "formats",
     "device",
     "driver",
-    "host",
+    "hostname",
 )
 TRIAL_FIELDS = (
     "trial_id",
@@ -65,7 +65,7 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
-    seconds REAL, formats TEXT, device TEXT, driver TEXT, host TEXT, recorded REAL);
+    seconds REAL, formats TEXT, device TEXT, driver TEXT, hostname TEXT, recorded REAL);
 CREATE TABLE IF NOT EXISTS spend (started REAL PRIMARY KEY, hours REAL, gpu_hours REAL, usd REAL);
 CREATE TABLE IF NOT EXISTS samples (
     search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
@@ -77,7 +77,7 @@ CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, mes
 """
 ADDED = {
     "rows": dict.fromkeys(ROW_SIGNALS, "REAL") | {"formats": "TEXT", "events": "TEXT"},
-    "outcomes": {"formats": "TEXT", "device": "TEXT", "driver": "TEXT", "host": "TEXT"},
+    "outcomes": {"formats": "TEXT", "device": "TEXT", "driver": "TEXT", "hostname": "TEXT"},
     "trials": {"numerics": "INTEGER"},
 }
 """Columns that earlier versions lack."""

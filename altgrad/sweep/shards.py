@@ -44,7 +44,7 @@ AT_CHECKS = tuple(name for name in ROW_SIGNALS if name not in AT_EVERY_STEP)
 IN_CHECKS = (*AT_CHECKS, "formats", "events")
 TEXTS = {
     *("trial_id", "config", "task", "format", "arm", "policy", "data_sha256", "record", "fingerprint", "kind"),
-    *("signal", "layer", "message", "formats", "device", "driver", "host", "events", "search", "params", "trials"),
+    *("signal", "layer", "message", "formats", "device", "driver", "hostname", "events", "search", "params", "trials"),
     *("field", "source"),
 }
 INTEGERS = {"seed", "numerics", "step", "first_seen", "number", "applied"}

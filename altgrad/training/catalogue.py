@@ -113,7 +113,7 @@ SIGNALS: dict[str, Signal] = {
     "ulp_travel": Signal("sum of |code change|", "codes", row="own", least=0),
     "bit_position": Signal("sum of signed code changes", "codes", row="own"),
     "flip_rate": Signal("flips per weight and step", "share", "check", "own", 0, 1),
-    "flip_rate_epoch": Signal(
+    "flip_rate_per_epoch": Signal(
         "flips per weight in as many steps as a pass over the training data takes", "number", row="own", least=0
     ),
     "stall_ratio": Signal("1 - flips / updates; 0 with no updates", "share", "check", "own", 0, 1),

@@ -85,9 +85,9 @@ def device_of(name: torch.device | str) -> Device:
 
 
 def places_of(devices: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """`device`, `driver` and `host` of an outcome, from the devices that a trial's record names, in their order."""
+    """`device`, `driver` and `hostname` of an outcome, from the devices that a trial's record names, in their order."""
     found = list(devices)
-    names = {"device": "kind", "driver": "driver", "host": "host"}
+    names = {"device": "kind", "driver": "driver", "hostname": "host"}
     texts = {field: "; ".join(dict.fromkeys(d[name] for d in found if d.get(name))) for field, name in names.items()}
     return {field: text for field, text in texts.items() if text}
 

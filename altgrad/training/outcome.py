@@ -50,7 +50,7 @@ class Outcome:
     None elsewhere. `formats` names the layers that an emergency moved to another format, as in "lm_head: E4M3->E5M2",
     and is None where there are none. `train_loss`, `val_loss` are in nats per token, `bits_per_byte` in bits,
     `seconds` is the wall time of all attempts. `device` is the model of the GPU or CPU that trained it, `driver` the
-    version of the GPU's, `host` the machine; several of them, joined by "; ", where it went on elsewhere.
+    version of the GPU's, `hostname` the machine; several of them, joined by "; ", where it went on elsewhere.
     """
 
     kind: OutcomeKind
@@ -68,7 +68,7 @@ class Outcome:
     seconds: float = 0.0
     device: str | None = None
     driver: str | None = None
-    host: str | None = None
+    hostname: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"kind": str(self.kind)}

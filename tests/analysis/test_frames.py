@@ -40,7 +40,9 @@ def recorded(out: Path, spec: SweepSpec) -> Path:
         ledger.add_trials(trials, SHA)
         for name in list(trials)[:-1]:
             ledger.record_rows(name, [{"step": spec.steps, "train_loss": 2.0, "val_loss": 2.0, "flip_rate": 0.25}])
-            ledger.record_outcome(name, Outcome(OutcomeKind.DONE, spec.steps, val_loss=2.0, driver="570.1", host="a"))
+            ledger.record_outcome(
+                name, Outcome(OutcomeKind.DONE, spec.steps, val_loss=2.0, driver="570.1", hostname="a")
+            )
     write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), "trials": list(trials)})
     return out
 
@@ -68,7 +70,7 @@ def test_results_have_a_column_per_axis_and_a_row_per_trial(
     if not columns:
         assert not [name for name in fixed if "." in name]
     assert list(results["perplexity"].dropna()) == pytest.approx([math.exp(2.0)] * (len(results) - 1))
-    assert set(results["host"].dropna()) == {"a"} and set(results["driver"].dropna()) == {570.1}
+    assert set(results["hostname"].dropna()) == {"a"} and set(results["driver"].dropna()) == {570.1}
     assert set(results["flip_rate"].dropna()) == {0.25} and set(results["steps"]) == {40}
 
 
@@ -93,11 +95,13 @@ def test_what_a_trained_trial_says_of_itself(sweep: Path) -> None:
     found = load(sweep)
     trial = found.trials.query("format == 'E5M2' and state == 'finished'").iloc[0]
     assert trial["perplexity"] == pytest.approx(math.exp(trial["val_loss"]))
-    assert trial["tokens_per_s"] > 0 and trial["host"] and trial["device"]
+    assert trial["tokens_per_s"] > 0 and trial["hostname"] and trial["device"]
     last = found.rows.query("trial_id == @trial.trial_id").iloc[-1]
     weights = last["flips"] / last["flip_rate"] / SPEC.log_interval
     assert weights == pytest.approx(4 * 16 * 16 * 3 + 16 * 256, rel=1e-9), "attention, MLP and head of the tiny model"
-    assert last["flip_rate_epoch"] / last["flip_rate"] > 1000, "a pass over the text takes that many steps of 32 bytes"
+    assert last["flip_rate_per_epoch"] / last["flip_rate"] > 1000, (
+        "a pass over the text takes that many steps of 32 bytes"
+    )
     layers = found.layer_signals("flip_rate", "flips")
     assert set(layers.columns) == {"trial_id", "step", "layer", "flip_rate", "flips"}
 

@@ -99,7 +99,7 @@ def test_the_drivers_ending_says_where_the_trial_was(recorder: Recorder) -> None
     with TrialFolder(recorder.folder / "t") as folder:
         folder.begin({"devices": devices}, after_step=0)
     outcome = recorder.finish("t", Outcome(kind=OutcomeKind.PRUNED, step=3))
-    assert outcome is not None and (outcome.device, outcome.driver, outcome.host) == ("A; B", "570", "one")
+    assert outcome is not None and (outcome.device, outcome.driver, outcome.hostname) == ("A; B", "570", "one")
     assert recorder.ledger.outcomes()["t"] == outcome
 
 

@@ -74,7 +74,7 @@ class CountsObserver(Observer):
             "ulp_travel": int(sums[Count.TRAVEL]),
             "bit_position": int(sums[Count.POSITION]),
             "flip_rate": rate,
-            "flip_rate_epoch": rate * self._epoch,
+            "flip_rate_per_epoch": rate * self._epoch,
             "stall_ratio": compute_stall_ratio(flips, applied),
             "flip_yield": flip_yield(flips, sums[Count.EXPECTED] * 2.0**-FIXED),
             "zero_updates": 1.0 - applied / chances,
