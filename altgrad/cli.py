@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 from altgrad.commands.interrupts import Terminated
 from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.folder import FolderError
+from altgrad.sweep.held import HeldError
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
@@ -61,7 +62,7 @@ def _answer(parser: Parser, argv: list[str]) -> int:
         return code
     except FolderError as error:
         return _complain(f"--out: {error}")
-    except SpecError as error:
+    except (SpecError, HeldError) as error:
         return _complain(str(error))
     except BrokenPipeError:
         # The reader (head, less) has left; the interpreter's own flush at exit must not complain either.

@@ -55,6 +55,8 @@ GROWS = "KUBERAY_GEN_RAY_START_CMD"
 RETRIES = 2
 KIND_SHARE = 0.001
 """Of a node's one unit of its kind of accelerator."""
+LAST_WORDS_SECONDS = 5.0
+"""How long an interrupted driver waits for a ledger that another program holds."""
 PAUSES = 32
 """More times than a trial can pause in a race: rungs lie a factor apart."""
 
@@ -252,12 +254,16 @@ def drive(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    except BaseException:
+        recorder.ledger.hurry(LAST_WORDS_SECONDS)
+        raise
     finally:
-        if meter is not None:
-            meter.save()
-        recorder.ledger.note(WAITING, None)
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+        with recorder.ledger.unless_held():
+            if meter is not None:
+                meter.save()
+            recorder.ledger.note(WAITING, None)
         if mirror is not None:
             mirror.close()
     return breaker.reason

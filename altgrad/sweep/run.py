@@ -8,6 +8,7 @@ with kill -9, loses at most the steps since the last checkpoints: the same comma
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -177,7 +178,7 @@ def anchor(source: str) -> str:
 def _is_any_left(trials: Mapping[str, TrainConfig], options: RunOptions) -> bool:
     """Whether Ray will be needed, as far as can be seen without touching the folder."""
     path = options.out / "ledger.sqlite"
-    if options.fresh or not check_ledger(path):
+    if options.fresh or not check_ledger(path, math.inf):
         return True
     with Ledger(path) as ledger:
         return bool(ledger.remaining(trials))
