@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from smallest import SMALLEST
 
 from altgrad.cli import main
 from altgrad.sweep import held, monitor, read_only
@@ -20,7 +21,6 @@ from altgrad.sweep.options import RunOptions
 from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
-from smallest import SMALLEST
 
 SHA = "a" * 64
 SPEC = SweepSpec.model_validate(SMALLEST | {"name": "held", "seeds": 1, "steps": 20})
