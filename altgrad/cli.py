@@ -3,7 +3,8 @@
 Flags and configuration files say the same things as a `SweepSpec`; nothing is interpreted here that the spec
 does not validate. Bad input ends with exit code 2 and one line that names the flag or path, the value, what
 is allowed and the nearest match, before Ray starts and before any folder is touched. Exit code 1 means that
-trials are left unfinished; an interrupt ends with 130, SIGTERM with 143, both with what is recorded kept.
+trials are left unfinished, or an answer could not be printed; an interrupt ends with 130, SIGTERM with 143, a terminal
+that goes away with 129, all with what is recorded kept.
 
 A command's file is imported when the command is called, and the flags of a sweep are defined where they are asked for:
 `altgrad status` answers without loading torch.
@@ -11,8 +12,9 @@ A command's file is imported when the command is called, and the flags of a swee
 
 from __future__ import annotations
 
+from altgrad import search_path  # isort: skip  (before anything that a file beside the program could hide)
+
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from altgrad.commands import output
 from altgrad.commands.interrupts import Terminated
 from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.folder import FolderError
@@ -53,30 +56,38 @@ def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(parser: Parser, argv: list[str]) -> int:
+    """The exit code. A sweep goes on where its output is lost: what it is for is its folder."""
     try:
+        with output.guarded() as out:
+            return _code(parser, argv, out)
+    except output.LostError as error:
+        # Of a reader that has left (head, less) nobody wants to hear.
+        return 128 + signal.SIGPIPE if isinstance(error.cause, BrokenPipeError) else _complain(str(error), code=1)
+
+
+def _code(parser: Parser, argv: list[str], out: output.Stream) -> int:
+    try:
+        if (line := search_path.hiding()) is not None:
+            raise SpecError(line)
         request, unknown = parser.parse_known_args(argv)
         if unknown:
             raise SpecError(_unknown_argument(parser, request, unknown[0]))
-        code = int(handler_of(request.handler)(request))
-        sys.stdout.flush()
-        return code
+        out.goes_on = request.handler == "sweeps.run" and not request.plan
+        return handler_of(request.handler)(request)
     except FolderError as error:
         return _complain(f"--out: {error}")
     except (SpecError, HeldError) as error:
         return _complain(str(error))
-    except BrokenPipeError:
-        # The reader (head, less) has left; the interpreter's own flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
-        word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        number, word = (error.number, "terminated") if isinstance(error, Terminated) else (signal.SIGINT, "interrupted")
         print(f"{word}; what is recorded stays, and the same command goes on from there", file=sys.stderr)
-        return code
+        return 128 + number
 
 
-def _complain(message: str) -> int:
-    print(f"altgrad: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _complain(message: str, code: int = 2) -> int:
+    if sys.stderr is not None:
+        print(f"altgrad: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _unknown_argument(parser: Parser, request: argparse.Namespace, word: str) -> str:

@@ -60,8 +60,6 @@ def run(request: argparse.Namespace) -> int:
     try:
         with terminable():
             result = run_sweep(spec, options)
-    except BrokenPipeError:
-        raise
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"--address: {options.address!r}: no Ray cluster answers ({reason})") from None

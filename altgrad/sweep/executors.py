@@ -170,7 +170,9 @@ class TrialRun:
                 (self._folder / FAILED).touch(exist_ok=False)
             except FileExistsError:
                 return _ending(outcome)  # another worker failed first, and this one of it
-        (self._folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
+        (self._folder / TRACEBACK).write_text(
+            "".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace"
+        )
         write_json(self._folder / "outcome.json", outcome.to_dict())
         return _ending(outcome)
 
@@ -182,7 +184,7 @@ class TrialRun:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{HUNG}.{os.getpid()}"
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback_later(self._patience, exit=True, file=file)
             try:
                 yield
@@ -232,7 +234,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def hung_at(folder: Path) -> str | None:
     """Where a trial hung when its watchdog ended it last: a line of its stack; None where it did not."""
-    left = [path.read_text() for path in folder.glob(f"{HUNG}.*")]
+    left = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob(f"{HUNG}.*")]
     lines = [line.strip() for text in left for line in text.splitlines() if line.startswith("  File")]
     return lines[0] if lines else None
 

@@ -170,7 +170,7 @@ def has_driver(out: Path) -> bool:
 def is_locked(file: Path) -> bool:
     """Whether a live process holds the lock; one of another machine is seen where the file system tells."""
     try:
-        with file.open() as lock:
+        with file.open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -180,7 +180,7 @@ def is_locked(file: Path) -> bool:
 
 
 def _lock(out: Path) -> IO[str]:
-    file = (out / LOCK).open("a+")
+    file = (out / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -231,7 +231,8 @@ def _git() -> dict[str, Any] | None:
                 ["git", *words],
                 cwd=Path(altgrad.__file__).parent,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=10,
                 check=True,
             )

@@ -53,7 +53,7 @@ def cached(parts: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) ->
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
+        with folder.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return _read(folder) or _build(folder, build)
     except OSError as error:
@@ -76,7 +76,7 @@ def file_sha256(paths: Iterable[Path], start: bytes = b"") -> str:
 def _read(folder: Path) -> Entry | None:
     """The entry, or None where there is none, or its files are not as long as they were written."""
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -94,7 +94,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Entry:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
-        with (partial / META).open("w") as meta:
+        with (partial / META).open("w", encoding="utf-8") as meta:
             json.dump({"files": sizes, "content": content}, meta)
             meta.flush()
             os.fsync(meta.fileno())

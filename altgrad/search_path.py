@@ -1,0 +1,109 @@
+"""Files that hide modules: a random.py beside a sweep file, a torch.py in the current folder or in one of PYTHONPATH.
+
+Python looks into the folder of the program, or with -m into the current one, before it looks for its own modules.
+Importing this module, which the command line does first of all, puts that folder last where something in it would hide
+a module: the rest of it can still be imported. What PYTHONPATH hides was asked for, and every worker inherits it; but
+an error that nobody catches is then told as what it comes of, and a command refuses to start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from types import TracebackType
+
+import altgrad
+
+
+def _own_folder() -> str | None:
+    """Where Python looks first by itself: the program's folder or the current one; None where it does not."""
+    if sys.flags.safe_path or not sys.path:
+        return None
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    own = {os.getcwd(), *([] if program is None else [os.path.dirname(os.path.realpath(program))])}  # noqa: PTH109, PTH120
+    return sys.path[0] if os.path.realpath(sys.path[0] or ".") in map(os.path.realpath, own) else None
+
+
+def variable_folders() -> list[str]:
+    """The folders of PYTHONPATH."""
+    value = os.environ.get("PYTHONPATH")
+    return [os.path.realpath(place or ".") for place in value.split(os.pathsep)] if value else []
+
+
+def _modules_in(folder: str) -> Iterator[tuple[str, str]]:
+    """Names and files of the modules and packages in a folder."""
+    try:
+        names = sorted(os.listdir(folder or "."))  # noqa: PTH208
+    except OSError:
+        return
+    for name in names:
+        path = os.path.join(folder, name)  # noqa: PTH118
+        stem, ending = os.path.splitext(name)  # noqa: PTH122
+        if ending == ".py" and stem.isidentifier():
+            yield stem, path
+        elif name.isidentifier() and os.path.isfile(os.path.join(path, "__init__.py")):  # noqa: PTH113, PTH118
+            yield name, path
+
+
+def _is_elsewhere(name: str, folder: str) -> bool:
+    """Whether Python, or another folder of the path, has a module of this name."""
+    if name in sys.stdlib_module_names:
+        return True
+    other = [place for place in sys.path if place != folder]
+    found = PathFinder.find_spec(name, other)
+    return found is not None and found.origin is not None
+
+
+def settle() -> str | None:
+    """Puts the own folder last where it hides modules; returns it."""
+    folder = _own_folder()
+    if folder is not None and any(_is_elsewhere(name, folder) for name, _ in _modules_in(folder)):
+        sys.path.remove(folder)
+        sys.path.append(folder)
+    return folder
+
+
+def hiding(*, by_dependency: bool = False) -> str | None:
+    """A line on a module that is loaded from the own folder, or from one of PYTHONPATH, in place of Python's own.
+
+    `by_dependency`: or in place of an installed one, which somebody may have meant.
+    """
+    variable = variable_folders()
+    for folder in [*([] if OWN is None else [os.path.realpath(OWN or ".")]), *variable]:
+        for name, path in _modules_in(folder):
+            loaded = getattr(sys.modules.get(name), "__file__", None) or ""
+            is_it = os.path.realpath(loaded).startswith(os.path.realpath(path)) and name != altgrad.__name__
+            if is_it and (name in sys.stdlib_module_names or (by_dependency and _is_elsewhere(name, folder))):
+                owner = "Python's own" if name in sys.stdlib_module_names else "the installed"
+                way = "PYTHONPATH: " if folder in variable else ""
+                return f"{way}{path} hides {owner} module {name}: give it another name, or keep it elsewhere"
+    return None
+
+
+def is_found_by_workers() -> bool:
+    """Whether a process with the same environment, but another program in another folder, would import this package."""
+    own = None if OWN is None or os.path.realpath(OWN or ".") in variable_folders() else os.path.realpath(OWN or ".")
+    places = [place for place in sys.path if os.path.realpath(place or ".") != own]
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is None:
+            continue
+        spec = PathFinder.find_spec(altgrad.__name__, places) if finder is PathFinder else find(altgrad.__name__, None)
+        if spec is not None:
+            return spec.origin is not None and os.path.realpath(spec.origin) == os.path.realpath(altgrad.__file__)
+    return False
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's hook for errors that nobody catches."""
+    line = hiding(by_dependency=True)
+    if line is None or sys.stderr is None:
+        _before(kind, error, trace)
+    else:
+        print(f"altgrad: {line} ({kind.__name__}: {error})", file=sys.stderr)
+
+
+OWN = settle()
+_before, sys.excepthook = sys.excepthook, _tell
