@@ -15,6 +15,7 @@ from __future__ import annotations
 from altgrad import search_path  # isort: skip  (before anything that a file beside the program could hide)
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,12 +25,27 @@ from typing import TYPE_CHECKING, NoReturn
 
 from altgrad.commands import output
 from altgrad.commands.interrupts import Terminated
-from altgrad.sweep.complaints import SpecError, nearest
+from altgrad.sweep.complaints import SpecError, nearest, place_of
 from altgrad.sweep.folder import FolderError
 from altgrad.sweep.held import HeldError
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
+
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # a sweep file's SweepSpec may be wrong: its line says how
+
+
+being_read: Path | None = None
+"""A sweep file that `submit` runs for its values."""
+
+
+def _wrong_values(error: BaseException) -> str | None:
+    """A line on the values of a sweep file, where they are what is wrong."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return place_of(error, program) if type(error).__name__ == "ValidationError" and program else None
+
+
+search_path.EXPLAIN.append(_wrong_values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
     """The command line of a sweep file: `spec` as it stands, changed by flags. Returns the exit code."""
+    if being_read is not None:
+        raise SpecError(
+            f'{being_read} starts its sweep when it is only read: a line `if __name__ == "__main__":` above '
+            "sweep_main is expected"
+        )
     from altgrad.commands.flags import add_sweep_flags
 
     parser = Parser(description=f"Runs the sweep {spec.name!r}.", allow_abbrev=False)
@@ -57,6 +78,7 @@ def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
 
 def _answer(parser: Parser, argv: list[str]) -> int:
     """The exit code. A sweep goes on where its output is lost: what it is for is its folder."""
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib would end at its import of one that it does not know
     try:
         with output.guarded() as out:
             return _code(parser, argv, out)

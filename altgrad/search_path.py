@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
+from traceback import walk_tb
 from types import TracebackType
 
 import altgrad
@@ -65,18 +66,22 @@ def settle() -> str | None:
     return folder
 
 
-def hiding(*, by_dependency: bool = False) -> str | None:
+def hiding(error: BaseException | None = None) -> str | None:
     """A line on a module that is loaded from the own folder, or from one of PYTHONPATH, in place of Python's own.
 
-    `by_dependency`: or in place of an installed one, which somebody may have meant.
+    With an error: or in place of an installed one, which somebody may have meant; or one whose code raised the error.
     """
     variable = variable_folders()
+    trace = None if error is None else error.__traceback__
+    raised_in = {os.path.realpath(frame.f_code.co_filename) for frame, _ in walk_tb(trace)}
     for folder in [*([] if OWN is None else [os.path.realpath(OWN or ".")]), *variable]:
         for name, path in _modules_in(folder):
+            if name == altgrad.__name__ or (not (is_pythons := name in sys.stdlib_module_names) and error is None):
+                continue
             loaded = getattr(sys.modules.get(name), "__file__", None) or ""
-            is_it = os.path.realpath(loaded).startswith(os.path.realpath(path)) and name != altgrad.__name__
-            if is_it and (name in sys.stdlib_module_names or (by_dependency and _is_elsewhere(name, folder))):
-                owner = "Python's own" if name in sys.stdlib_module_names else "the installed"
+            files = {os.path.realpath(loaded), *raised_in}
+            if any(file.startswith(os.path.realpath(path)) for file in files) and _is_elsewhere(name, folder):
+                owner = "Python's own" if is_pythons else "the installed"
                 way = "PYTHONPATH: " if folder in variable else ""
                 return f"{way}{path} hides {owner} module {name}: give it another name, or keep it elsewhere"
     return None
@@ -98,12 +103,21 @@ def is_found_by_workers() -> bool:
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python's hook for errors that nobody catches."""
-    line = hiding(by_dependency=True)
-    if line is None or sys.stderr is None:
+    line = next((said for explain in EXPLAIN if (said := explain(error))), None)
+    if line is None:
         _before(kind, error, trace)
     else:
-        print(f"altgrad: {line} ({kind.__name__}: {error})", file=sys.stderr)
+        if sys.stderr is not None:
+            print(f"altgrad: {line}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _hidden(error: BaseException) -> str | None:
+    line = hiding(error)
+    return None if line is None else f"{line} ({type(error).__name__}: {error})"
 
 
 OWN = settle()
+EXPLAIN: list[Callable[[BaseException], str | None]] = [_hidden]
+"""What may have a line for an error that nobody has caught, in place of its traceback."""
 _before, sys.excepthook = sys.excepthook, _tell

@@ -10,10 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from altgrad import cli
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.sweeps import checked_data
 from altgrad.sweep import monitor
-from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.complaints import SpecError, place_of
 from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.jobs import Job, Parcel
 from altgrad.sweep.spec import SweepSpec
@@ -84,10 +85,17 @@ def _check(request: argparse.Namespace) -> SweepSpec:
 
 
 def _sweep_in(file: Path) -> SweepSpec:
+    cli.being_read = file
     try:
         values = runpy.run_path(str(file)).values()
-    except OSError as error:
-        raise SpecError(f"{file}: {error.strerror}") from None
+    except SpecError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a person's own code raises
+        if isinstance(error, OSError) and not file.is_file():
+            raise SpecError(f"{file}: {error.strerror}") from None
+        raise SpecError(place_of(error, str(file))) from None
+    finally:
+        cli.being_read = None
     found = [value for value in values if isinstance(value, SweepSpec)]
     if len(found) != 1:
         raise SpecError(f"{file} holds {len(found)} sweeps; one SweepSpec is expected")

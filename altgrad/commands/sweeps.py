@@ -11,7 +11,7 @@ from pathlib import Path
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.interrupts import terminable
 from altgrad.sweep import monitor
-from altgrad.sweep.complaints import SpecError, nearest
+from altgrad.sweep.complaints import SpecError, headline, nearest
 from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
 from altgrad.sweep.held import READER_SECONDS
 from altgrad.sweep.ledger import outdated_text
@@ -136,7 +136,7 @@ def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainC
     try:
         found = estimate(left, concurrent, min(concurrent, cores()), options)
     except Exception as error:  # whatever a trial raises in its probe it would raise in the sweep
-        raise SpecError(f"a probe of the sweep's trials failed: {error}") from None
+        raise SpecError(f"a probe of the sweep's trials failed: {headline(error)}") from None
     if not left:
         print("nothing is left to run")
         return

@@ -20,6 +20,7 @@ from altgrad.sweep.complaints import SpecError
 
 RAY_ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
+    "PYDANTIC_ERRORS_INCLUDE_URL": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -32,11 +33,11 @@ RAY_ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "30",
 }
 """Ray reads these at import: no telemetry, no chatter, no second record; how many trials wait for an actor is for our
-queue to say. The first keeps the current folder off the path of Python processes that anything starts. A user's own
-values win."""
+queue to say. The first two keep the current folder off the path of Python processes that anything starts, and an
+address out of the messages that a trial leaves. A user's own values win."""
 SOCKET_BYTES = 107
 """The longest path of a Unix socket."""
-SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead"
+SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/dash_MetricsHead"
 """The longest that Ray puts below its scratch folder."""
 RAYS_OWN = re.compile(r"RAY_[a-z]\w*")
 """Settings of Ray's C++ side, which has lower case where its Python side has capitals."""
@@ -123,7 +124,7 @@ def _check_scratch() -> None:
     place = "/tmp" if name is None else os.environ[name]
     if not os.path.isabs(place):  # noqa: PTH117
         raise SpecError(f"{name}: {place!r} is not allowed: the absolute path of a folder is expected")
-    most = SOCKET_BYTES - len(SOCKET)
+    most = SOCKET_BYTES - len(SOCKET.format(pid=os.getpid()))
     if len(os.fsencode(place.rstrip("/"))) > most:
         raise SpecError(
             f"{name}: {place!r} is too long: Ray makes Unix sockets below it, whose paths have {SOCKET_BYTES} bytes at "

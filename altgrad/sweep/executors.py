@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from ray import tune
 
+from altgrad.sweep.complaints import headline
 from altgrad.sweep.folder import is_disk_full
 from altgrad.training.config import TrainConfig
 from altgrad.training.devices import NoGpu, own_device
@@ -216,15 +216,6 @@ class TrialActor(tune.Trainable):
 
     def cleanup(self) -> None:
         self._run.release()
-
-
-def headline(error: BaseException) -> str:
-    """The error's class and first line; of a configuration, the first field that is wrong and why."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -59,6 +59,9 @@ def preflight(spec: SweepSpec) -> Corpus | Documents:
     # Seeds differ in nothing that the data must serve: one of each stands for all.
     one = spec.model_copy(update={"seeds": 1})
     trials = [*one.expand(), *(examples(one) if spec.search == "optuna" else ())]
+    for trial in trials:
+        if TrainConfig.model_validate_json(trial.model_dump_json()) != trial:
+            raise ValueError(f"{type(trial.optimizer).__name__} of this program does not reach a sweep's workers whole")
     tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()

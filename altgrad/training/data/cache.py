@@ -14,15 +14,21 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = 1
 META = "meta.json"
 BUFFER = 1 << 20
+SAID_AFTER_SECONDS = 5.0
+PAUSE_SECONDS = 0.1
 
 
 class Entry(NamedTuple):
@@ -54,7 +60,7 @@ def cached(parts: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) ->
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock)
             return _read(folder) or _build(folder, build)
     except OSError as error:
         raise ValueError(
@@ -81,6 +87,20 @@ def _read(folder: Path) -> Entry | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return Entry(folder, meta["content"]) if whole else None
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Takes the lock, and says so once where another process keeps it for long."""
+    begun, is_said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not is_said and time.monotonic() - begun > SAID_AFTER_SECONDS:
+                is_said = True
+                logger.warning("%s: another process holds this file, to tokenize the same text; waiting", lock.name)
+            time.sleep(PAUSE_SECONDS)
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Entry:
