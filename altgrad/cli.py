@@ -91,6 +91,7 @@ def _code(parser: Parser, argv: list[str], out: output.Stream) -> int:
     try:
         if (line := search_path.hiding()) is not None:
             raise SpecError(line)
+        _check_current_folder()
         request, unknown = parser.parse_known_args(argv)
         if unknown:
             raise SpecError(_unknown_argument(parser, request, unknown[0]))
@@ -104,6 +105,13 @@ def _code(parser: Parser, argv: list[str], out: output.Stream) -> int:
         number, word = (error.number, "terminated") if isinstance(error, Terminated) else (signal.SIGINT, "interrupted")
         print(f"{word}; what is recorded stays, and the same command goes on from there", file=sys.stderr)
         return 128 + number
+
+
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise SpecError("the current folder does not exist any more: go to another one") from None
 
 
 def _complain(message: str, code: int = 2) -> int:

@@ -23,14 +23,22 @@ def _own_folder() -> str | None:
     if sys.flags.safe_path or not sys.path:
         return None
     program = getattr(sys.modules.get("__main__"), "__file__", None)
-    own = {os.getcwd(), *([] if program is None else [os.path.dirname(os.path.realpath(program))])}  # noqa: PTH109, PTH120
-    return sys.path[0] if os.path.realpath(sys.path[0] or ".") in map(os.path.realpath, own) else None
+    own = [""] if program is None else ["", os.path.dirname(os.path.realpath(program))]  # noqa: PTH120
+    return sys.path[0] if _real(sys.path[0]) in map(_real, own) else None
+
+
+def _real(place: str) -> str:
+    """The folder that an entry of a path means; its own text where the current folder, which it is about, is gone."""
+    try:
+        return os.path.realpath(place or ".")
+    except FileNotFoundError:
+        return place
 
 
 def variable_folders() -> list[str]:
     """The folders of PYTHONPATH."""
     value = os.environ.get("PYTHONPATH")
-    return [os.path.realpath(place or ".") for place in value.split(os.pathsep)] if value else []
+    return [_real(place) for place in value.split(os.pathsep)] if value else []
 
 
 def _modules_in(folder: str) -> Iterator[tuple[str, str]]:
@@ -60,7 +68,9 @@ def _is_elsewhere(name: str, folder: str) -> bool:
 def settle() -> str | None:
     """Puts the own folder last where it hides modules; returns it."""
     folder = _own_folder()
-    if folder is not None and any(_is_elsewhere(name, folder) for name, _ in _modules_in(folder)):
+    if folder is not None and any(
+        _is_elsewhere(name, folder) for name, _ in _modules_in(folder) if name != altgrad.__name__
+    ):
         sys.path.remove(folder)
         sys.path.append(folder)
     return folder
@@ -74,13 +84,14 @@ def hiding(error: BaseException | None = None) -> str | None:
     variable = variable_folders()
     trace = None if error is None else error.__traceback__
     raised_in = {os.path.realpath(frame.f_code.co_filename) for frame, _ in walk_tb(trace)}
-    for folder in [*([] if OWN is None else [os.path.realpath(OWN or ".")]), *variable]:
+    for folder in [*([] if OWN is None else [_real(OWN)]), *variable]:
         for name, path in _modules_in(folder):
             if name == altgrad.__name__ or (not (is_pythons := name in sys.stdlib_module_names) and error is None):
                 continue
             loaded = getattr(sys.modules.get(name), "__file__", None) or ""
             files = {os.path.realpath(loaded), *raised_in}
-            if any(file.startswith(os.path.realpath(path)) for file in files) and _is_elsewhere(name, folder):
+            is_in_use = any(f"{file}/".startswith(f"{os.path.realpath(path)}/") for file in files)
+            if is_in_use and _is_elsewhere(name, folder):
                 owner = "Python's own" if is_pythons else "the installed"
                 way = "PYTHONPATH: " if folder in variable else ""
                 return f"{way}{path} hides {owner} module {name}: give it another name, or keep it elsewhere"
@@ -89,8 +100,8 @@ def hiding(error: BaseException | None = None) -> str | None:
 
 def is_found_by_workers() -> bool:
     """Whether a process with the same environment, but another program in another folder, would import this package."""
-    own = None if OWN is None or os.path.realpath(OWN or ".") in variable_folders() else os.path.realpath(OWN or ".")
-    places = [place for place in sys.path if os.path.realpath(place or ".") != own]
+    own = None if OWN is None or _real(OWN) in variable_folders() else _real(OWN)
+    places = [place for place in sys.path if _real(place) != own]
     for finder in sys.meta_path:
         find = getattr(finder, "find_spec", None)
         if find is None:

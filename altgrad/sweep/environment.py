@@ -43,6 +43,8 @@ RAYS_OWN = re.compile(r"RAY_[a-z]\w*")
 """Settings of Ray's C++ side, which has lower case where its Python side has capitals."""
 PLAIN_VALUE = re.compile(r"[0-9]{1,9}|true|false")
 CRASH_SECONDS = 60
+_given: set[str] = set()
+"""Ray's variables that were set before Ray itself sets some."""
 
 
 def set_ray_environment() -> None:
@@ -58,6 +60,7 @@ def check_environment(address: str) -> None:
         check_kernels()
     except (ValueError, ModuleNotFoundError) as error:
         raise SpecError(str(error)) from None
+    _given.update(name for name in os.environ if name.startswith(("RAY_", "TUNE_")) and name not in RAY_ENVIRONMENT)
     _check_python()
     _check_numbers()
     _check_rays_own()
@@ -71,17 +74,13 @@ def blamed() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        own = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_rays(name, value)]
+        own = [f"{name}={os.environ[name]}" for name in sorted(_given & set(os.environ))]
         if isinstance(error, ConnectionError | SpecError) or not own:
             raise
         said = " ".join(str(error).split())[:200]
         raise SpecError(
             f"Ray does not start ({type(error).__name__}: {said}); set in the environment: {', '.join(own)}"
         ) from error
-
-
-def _is_rays(name: str, value: str) -> bool:
-    return name.startswith(("RAY_", "TUNE_")) and RAY_ENVIRONMENT.get(name) != value
 
 
 def _check_python() -> None:
