@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import PathFinder
 from traceback import walk_tb
 from types import TracebackType
@@ -86,16 +86,34 @@ def hiding(error: BaseException | None = None) -> str | None:
     raised_in = {os.path.realpath(frame.f_code.co_filename) for frame, _ in walk_tb(trace)}
     for folder in [*([] if OWN is None else [_real(OWN)]), *variable]:
         for name, path in _modules_in(folder):
-            if name == altgrad.__name__ or (not (is_pythons := name in sys.stdlib_module_names) and error is None):
+            if name == altgrad.__name__ or (error is None and name not in sys.stdlib_module_names):
                 continue
             loaded = getattr(sys.modules.get(name), "__file__", None) or ""
             files = {os.path.realpath(loaded), *raised_in}
             is_in_use = any(f"{file}/".startswith(f"{os.path.realpath(path)}/") for file in files)
             if is_in_use and _is_elsewhere(name, folder):
-                owner = "Python's own" if is_pythons else "the installed"
-                way = "PYTHONPATH: " if folder in variable else ""
-                return f"{way}{path} hides {owner} module {name}: give it another name, or keep it elsewhere"
+                return _line(path, name, "PYTHONPATH: " if folder in variable else "")
     return None
+
+
+def hidden_installation(names: Iterable[str]) -> str | None:
+    """A line on a file or folder in one of PYTHONPATH that stands before an installed package of one of these names.
+
+    Not on one that is an installation itself: beside it stands which version it is.
+    """
+    for folder in variable_folders():
+        here = dict(_modules_in(folder))
+        for name in sorted(set(names) & here.keys()):
+            about = [entry for entry in os.listdir(folder) if entry.endswith(("-info", ".egg-link"))]  # noqa: PTH208
+            is_installed = any(entry.lower().replace("-", "_").startswith(name.lower()) for entry in about)
+            if not is_installed and _is_elsewhere(name, folder):
+                return _line(here[name], name, "PYTHONPATH: ")
+    return None
+
+
+def _line(path: str, name: str, way: str) -> str:
+    owner = "Python's own" if name in sys.stdlib_module_names else "the installed"
+    return f"{way}{path} hides {owner} module {name}: give it another name, or keep it elsewhere"
 
 
 def is_found_by_workers() -> bool:

@@ -12,6 +12,7 @@ from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.interrupts import terminable
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError, headline, nearest
+from altgrad.sweep.environment import check_environment
 from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
 from altgrad.sweep.held import READER_SECONDS
 from altgrad.sweep.ledger import outdated_text
@@ -105,6 +106,7 @@ def _conclude(result: SweepResult) -> int:
 def plan(request: argparse.Namespace) -> int:
     spec = spec_of(request)
     options = options_of(request, spec)
+    check_environment(options.address)
     trials = spec.trials(_checked_corpus(spec, options, request, READER_SECONDS).sha256)
     cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
     print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, {spec.seeds} seeds")

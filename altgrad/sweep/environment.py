@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from altgrad import search_path
 from altgrad.sweep.complaints import SpecError
 
 RAY_ENVIRONMENT = {
@@ -39,6 +40,21 @@ SOCKET_BYTES = 107
 """The longest path of a Unix socket."""
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/dash_MetricsHead"
 """The longest that Ray puts below its scratch folder."""
+NEEDED = (
+    "torch",
+    "numpy",
+    "numba",
+    "llvmlite",
+    "ray",
+    "pydantic",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "psutil",
+    "yaml",
+    "grpc",
+)
+"""What workers import."""
 RAYS_OWN = re.compile(r"RAY_[a-z]\w*")
 """Settings of Ray's C++ side, which has lower case where its Python side has capitals."""
 PLAIN_VALUE = re.compile(r"[0-9]{1,9}|true|false")
@@ -91,6 +107,8 @@ def _check_python() -> None:
                 f"PYTHONWARNINGS: {part!r} is not allowed: Ray's processes give warnings themselves, and would end of "
                 "them; python -W error is for one process alone"
             )
+    if (line := search_path.hidden_installation(NEEDED)) is not None:
+        raise SpecError(line)
     if sys.flags.optimize > 1:
         raise SpecError("PYTHONOPTIMIZE: 2 (or -OO) is not allowed: Ray needs its docstrings; 1 is allowed")
 
