@@ -40,20 +40,7 @@ SOCKET_BYTES = 107
 """The longest path of a Unix socket."""
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/dash_MetricsHead"
 """The longest that Ray puts below its scratch folder."""
-NEEDED = (
-    "torch",
-    "numpy",
-    "numba",
-    "llvmlite",
-    "ray",
-    "pydantic",
-    "pandas",
-    "pyarrow",
-    "scipy",
-    "psutil",
-    "yaml",
-    "grpc",
-)
+NEEDED = ("torch", "numpy", "numba", "llvmlite", "ray", "pydantic", "pandas", "pyarrow", "psutil", "yaml", "grpc")
 """What workers import."""
 RAYS_OWN = re.compile(r"RAY_[a-z]\w*")
 """Settings of Ray's C++ side, which has lower case where its Python side has capitals."""
