@@ -25,6 +25,7 @@ from altgrad.sweep.sampling import sample_count
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
+from altgrad.training.data.cache import CacheError
 from altgrad.training.devices import gpu_count
 
 
@@ -43,6 +44,8 @@ def checked_data(spec: SweepSpec, request: argparse.Namespace) -> Corpus | Docum
     """The corpus; SpecError where there is none, or none for this model."""
     try:
         return preflight(spec)
+    except CacheError as error:
+        raise SpecError(str(error)) from None
     except ValueError as error:
         path = Path(spec.data.source)
         is_missing = spec.data.source not in NAMED and not path.exists() and path.parent.is_dir()

@@ -69,6 +69,7 @@ def check_environment(address: str) -> None:
     _check_rays_own()
     if address == "local":
         _check_scratch()
+        _check_token()
 
 
 @contextlib.contextmanager
@@ -144,4 +145,28 @@ def _check_scratch() -> None:
         raise SpecError(
             f"{where}: Ray's scratch folder {scratch} can't be written ({error.strerror}); RAY_TMPDIR names another "
             "place"
+        ) from None
+
+
+def _check_token() -> None:
+    """Whether Ray finds the token of its cluster, or can leave one where it looks for it."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    if (named := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
+        if not os.access(named, os.R_OK) or not Path(named).is_file():
+            raise SpecError(f"RAY_AUTH_TOKEN_PATH: {named!r} is not allowed: the file of a token is expected")
+        return
+    home = os.environ.get("HOME", "")
+    try:
+        place = Path.home() / ".ray" / "auth_token"
+        if place.is_file():
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except (OSError, RuntimeError) as error:
+        raise SpecError(
+            f"HOME: {home!r}: Ray keeps its cluster's token in ~/.ray/auth_token, which can't be written "
+            f"({getattr(error, 'strerror', None) or error}); RAY_AUTH_TOKEN_PATH names the file of a token, and "
+            "RAY_AUTH_MODE=disabled goes without"
         ) from None

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from smallest import SMALLEST
 
+from altgrad.cli import main
 from altgrad.sweep import environment
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.environment import RAY_ENVIRONMENT, blamed, check_environment
@@ -35,6 +36,10 @@ LONG = "/tmp/" + "d" * 95
         ("RAY_TMPDIR", "/dev/null/below", "can't be written"),
         ("TMPDIR", "", "absolute path"),
         ("TMPDIR", "tmp", "absolute path"),
+        ("HOME", "/proc/nope", "auth_token"),
+        ("HOME", "/dev/null", "auth_token"),
+        ("RAY_AUTH_TOKEN_PATH", "/proc/nope", "file of a token"),
+        ("RAY_AUTH_TOKEN_PATH", "", "file of a token"),
         ("PYTHONWARNINGS", "error", "not allowed"),
         ("PYTHONWARNINGS", "ignore,error::DeprecationWarning", "error::DeprecationWarning"),
         ("NUMBA_DISABLE_JIT", "1", "ALTGRAD_KERNEL=reference"),
@@ -44,7 +49,8 @@ LONG = "/tmp/" + "d" * 95
     ],
 )
 def test_a_variable_is_named(variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for name in ("RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
     with pytest.raises(SpecError) as error:
         check_environment("local")
@@ -151,6 +157,20 @@ def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProc
         check=False,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize("variable", ["ALTGRAD_CACHE", "XDG_CACHE_HOME", "HOME"])
+@pytest.mark.parametrize("place", ["/proc/nope", "/dev/null"])
+def test_a_cache_that_cant_be_written_is_named(
+    variable: str, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ALTGRAD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, place)
+    assert main(["plan", "--formats", "E5M2", "--optimizers", "adamw"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"altgrad: {variable}: {place!r}: the cache") and said.count("\n") == 1
+    assert "ALTGRAD_CACHE names another place" in said
 
 
 @pytest.mark.parametrize("words", [(), ("--plan",)], ids=["run", "plan"])

@@ -31,6 +31,10 @@ SAID_AFTER_SECONDS = 5.0
 PAUSE_SECONDS = 0.1
 
 
+class CacheError(ValueError):
+    """The cache can't be written; the message begins with the variable that says where it is."""
+
+
 class Entry(NamedTuple):
     """A finished entry: where its files are, and what its builder said of them."""
 
@@ -40,17 +44,26 @@ class Entry(NamedTuple):
 
 def cache_folder() -> Path:
     """Where entries are kept; see the module."""
+    return _named_folder()[1]
+
+
+def _named_folder() -> tuple[str, Path]:
+    """The variable that says where entries are kept, and where."""
     if own := os.environ.get("ALTGRAD_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "altgrad"
+        return "ALTGRAD_CACHE", Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return "XDG_CACHE_HOME", Path(base, "altgrad")
+    try:
+        return "HOME", Path.home() / ".cache" / "altgrad"
+    except RuntimeError as error:
+        raise CacheError(f"HOME: {error}; the environment variable ALTGRAD_CACHE names a place for the cache") from None
 
 
 def cached(parts: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> Entry:
     """The entry for `parts` (JSON values that determine the content), built by `build(folder)` where it is missing.
 
-    `build` writes its files into the folder and returns what is to be remembered, as JSON values. ValueError where
-    the cache can't be written.
+    `build` writes its files into the folder and returns what is to be remembered, as JSON values. CacheError where it
+    can't be written.
     """
     canonical = json.dumps({"layout": LAYOUT, **parts}, sort_keys=True)
     folder = cache_folder() / hashlib.sha256(canonical.encode()).hexdigest()[:24]
@@ -63,9 +76,10 @@ def cached(parts: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) ->
             _wait_for(lock)
             return _read(folder) or _build(folder, build)
     except OSError as error:
-        raise ValueError(
-            f"the cache of tokenized text in {folder.parent} can't be written ({error.strerror}); "
-            "the environment variable ALTGRAD_CACHE names another place"
+        name = _named_folder()[0]
+        raise CacheError(
+            f"{name}: {os.environ.get(name, '')!r}: the cache of tokenized text in {folder.parent} can't be written "
+            f"({error.strerror}); ALTGRAD_CACHE names another place"
         ) from None
 
 
