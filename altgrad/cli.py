@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from altgrad.commands import output
 from altgrad.commands.interrupts import Terminated
+from altgrad.commands.sweep_file import check_started
 from altgrad.sweep.complaints import SpecError, nearest, place_of
 from altgrad.sweep.folder import FolderError
 from altgrad.sweep.held import HeldError
@@ -35,14 +36,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # a sweep file's SweepSpec may be wrong: its line says how
 
 
-being_read: Path | None = None
-"""A sweep file that `submit` runs for its values."""
-
-
 def _wrong_values(error: BaseException) -> str | None:
     """A line on the values of a sweep file, where they are what is wrong."""
     program = getattr(sys.modules["__main__"], "__file__", None)
-    return place_of(error, program) if type(error).__name__ == "ValidationError" and program else None
+    return place_of(error, program) if getattr(error, "title", None) == "SweepSpec" and program else None
 
 
 search_path.EXPLAIN.append(_wrong_values)
@@ -63,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
     """The command line of a sweep file: `spec` as it stands, changed by flags. Returns the exit code."""
-    if being_read is not None:
-        raise SpecError(
-            f'{being_read} starts its sweep when it is only read: a line `if __name__ == "__main__":` above '
-            "sweep_main is expected"
-        )
+    check_started()
     from altgrad.commands.flags import add_sweep_flags
 
     parser = Parser(description=f"Runs the sweep {spec.name!r}.", allow_abbrev=False)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
 
-from altgrad import cli
 from altgrad.commands.flags import options_of, spec_of
+from altgrad.commands.sweep_file import sweep_in
 from altgrad.commands.sweeps import checked_data
 from altgrad.sweep import monitor
-from altgrad.sweep.complaints import SpecError, place_of
+from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.jobs import Job, Parcel
 from altgrad.sweep.spec import SweepSpec
@@ -73,7 +72,7 @@ def _check(request: argparse.Namespace) -> SweepSpec:
     wandb = "off" if request.wandb in (None, "online") else request.wandb
     here = argparse.Namespace(**vars(request) | {"address": "auto", "wandb": wandb})
     if _is_python(request.file):
-        here.base, here.file = _sweep_in(request.file), None
+        here.base, here.file = sweep_in(request.file), None
     spec = spec_of(here)
     options_of(here, spec)
     source = Path(spec.data.source)
@@ -82,24 +81,6 @@ def _check(request: argparse.Namespace) -> SweepSpec:
     ):
         checked_data(spec, here)
     return spec
-
-
-def _sweep_in(file: Path) -> SweepSpec:
-    cli.being_read = file
-    try:
-        values = runpy.run_path(str(file)).values()
-    except SpecError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a person's own code raises
-        if isinstance(error, OSError) and not file.is_file():
-            raise SpecError(f"{file}: {error.strerror}") from None
-        raise SpecError(place_of(error, str(file))) from None
-    finally:
-        cli.being_read = None
-    found = [value for value in values if isinstance(value, SweepSpec)]
-    if len(found) != 1:
-        raise SpecError(f"{file} holds {len(found)} sweeps; one SweepSpec is expected")
-    return found[0]
 
 
 def _is_python(file: Path | None) -> bool:
