@@ -18,7 +18,7 @@ from altgrad.sweep import held, monitor, read_only
 from altgrad.sweep.budget import Spend
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.run import run_sweep
+from altgrad.sweep.run import preflight, run_sweep
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 
@@ -140,6 +140,26 @@ def test_an_interrupt_is_answered_while_a_write_waits(sweep: Path) -> None:
         assert time.monotonic() - begun < 2 * held.TRY_SECONDS
     with Ledger.reading(path) as ledger:
         assert ledger.notices() == {}
+
+
+def test_a_driver_waits_at_its_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "TRY_SECONDS", 0.01)
+    monkeypatch.setattr(held, "SAID_AFTER_SECONDS", 0.1)
+    path = tmp_path / "sweep" / "ledger.sqlite"
+    trials = SPEC.trials(preflight(SPEC).sha256)
+    with Ledger(path) as ledger:
+        ledger.add_trials(trials, SHA)
+        for name in trials:
+            ledger.record_outcome(name, Outcome(OutcomeKind.DONE, 20, val_loss=2.0, train_loss=2.0))
+    with holding(path, HOLDS["exclusive"]) as other:
+        free = threading.Timer(1.0, other.close)
+        free.start()
+        result = run_sweep(SPEC, RunOptions(out=path.parent))
+        free.join()
+    assert result.endings == {"done": 2} and not result.ran
+    assert sum("another program holds" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.slow
