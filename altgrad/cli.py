@@ -3,13 +3,16 @@
 Flags and configuration files say the same things as a `SweepSpec`; nothing is interpreted here that the spec
 does not validate. Bad input ends with exit code 2 and one line that names the flag or path, the value, what
 is allowed and the nearest match, before Ray starts and before any folder is touched. Exit code 1 means that
-trials are left unfinished; an interrupt ends with 130, SIGTERM with 143, both with what is recorded kept.
+trials are left unfinished, or an answer could not be printed; an interrupt ends with 130, SIGTERM with 143, a terminal
+that goes away with 129, all with what is recorded kept.
 
 A command's file is imported when the command is called, and the flags of a sweep are defined where they are asked for:
 `altgrad status` answers without loading torch.
 """
 
 from __future__ import annotations
+
+from altgrad import search_path  # isort: skip  (before anything that a file beside the program could hide)
 
 import argparse
 import os
@@ -20,12 +23,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from altgrad.commands import output
 from altgrad.commands.interrupts import Terminated
-from altgrad.sweep.complaints import SpecError, nearest
+from altgrad.commands.sweep_file import check_started
+from altgrad.sweep.complaints import SpecError, nearest, place_of
 from altgrad.sweep.folder import FolderError
+from altgrad.sweep.held import HeldError
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
+
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # a sweep file's SweepSpec may be wrong: its line says how
+
+
+def _wrong_values(error: BaseException) -> str | None:
+    """A line on the values of a sweep file, where they are what is wrong."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return place_of(error, program) if getattr(error, "title", None) == "SweepSpec" and program else None
+
+
+search_path.EXPLAIN.append(_wrong_values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
     """The command line of a sweep file: `spec` as it stands, changed by flags. Returns the exit code."""
+    check_started()
     from altgrad.commands.flags import add_sweep_flags
 
     parser = Parser(description=f"Runs the sweep {spec.name!r}.", allow_abbrev=False)
@@ -52,30 +70,47 @@ def sweep_main(spec: SweepSpec, argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(parser: Parser, argv: list[str]) -> int:
+    """The exit code. A sweep goes on where its output is lost: what it is for is its folder."""
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib would end at its import of one that it does not know
     try:
+        with output.guarded() as out:
+            return _code(parser, argv, out)
+    except output.LostError as error:
+        # Of a reader that has left (head, less) nobody wants to hear.
+        return 128 + signal.SIGPIPE if isinstance(error.cause, BrokenPipeError) else _complain(str(error), code=1)
+
+
+def _code(parser: Parser, argv: list[str], out: output.Stream) -> int:
+    try:
+        if (line := search_path.hiding()) is not None:
+            raise SpecError(line)
+        _check_current_folder()
         request, unknown = parser.parse_known_args(argv)
         if unknown:
             raise SpecError(_unknown_argument(parser, request, unknown[0]))
-        code = int(handler_of(request.handler)(request))
-        sys.stdout.flush()
-        return code
+        out.goes_on = request.handler == "sweeps.run" and not request.plan
+        return handler_of(request.handler)(request)
     except FolderError as error:
         return _complain(f"--out: {error}")
-    except SpecError as error:
+    except (SpecError, HeldError) as error:
         return _complain(str(error))
-    except BrokenPipeError:
-        # The reader (head, less) has left; the interpreter's own flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
-        word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        number, word = (error.number, "terminated") if isinstance(error, Terminated) else (signal.SIGINT, "interrupted")
         print(f"{word}; what is recorded stays, and the same command goes on from there", file=sys.stderr)
-        return code
+        return 128 + number
 
 
-def _complain(message: str) -> int:
-    print(f"altgrad: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise SpecError("the current folder does not exist any more: go to another one") from None
+
+
+def _complain(message: str, code: int = 2) -> int:
+    if sys.stderr is not None:
+        print(f"altgrad: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _unknown_argument(parser: Parser, request: argparse.Namespace, word: str) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM unwinds a command in order, as an interrupt does."""
+"""SIGTERM, and a terminal that goes away, unwind a command in order, as an interrupt does."""
 
 from __future__ import annotations
 
@@ -7,28 +7,38 @@ import signal
 from collections.abc import Iterator
 from typing import NoReturn
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: as an interrupt it unwinds everything in order."""
+    """One of ENDING has come: as an interrupt it unwinds everything in order."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """While it lasts, SIGTERM interrupts the main thread and leaves as Terminated."""
-    came = False
+    """While it lasts, the signals interrupt the main thread and leave as Terminated; ignored ones (nohup) stay so."""
+    came = 0
 
     def stop(number: int, frame: object) -> NoReturn:
         nonlocal came
-        came = True
-        raise Terminated
+        came = number
+        raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     except KeyboardInterrupt:
         # Inside Ray's calls any exception of a signal handler comes out as a bare KeyboardInterrupt.
         if came:
-            raise Terminated from None
+            raise Terminated(came) from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -38,10 +38,10 @@ def test_matrix(request: argparse.Namespace) -> int:
 
     path, text = Path("TEST_MATRIX.md"), render()
     if request.check:
-        same = path.exists() and path.read_text() == text
+        same = path.exists() and path.read_text(encoding="utf-8") == text
         print(f"{path} is {'current' if same else 'not current: run altgrad test-matrix'}")
         return 0 if same else 1
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     print(f"{path} written")
     return 0
 

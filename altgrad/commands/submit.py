@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
 
 from altgrad.commands.flags import options_of, spec_of
+from altgrad.commands.sweep_file import sweep_in
 from altgrad.commands.sweeps import checked_data
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
@@ -72,7 +72,7 @@ def _check(request: argparse.Namespace) -> SweepSpec:
     wandb = "off" if request.wandb in (None, "online") else request.wandb
     here = argparse.Namespace(**vars(request) | {"address": "auto", "wandb": wandb})
     if _is_python(request.file):
-        here.base, here.file = _sweep_in(request.file), None
+        here.base, here.file = sweep_in(request.file), None
     spec = spec_of(here)
     options_of(here, spec)
     source = Path(spec.data.source)
@@ -81,17 +81,6 @@ def _check(request: argparse.Namespace) -> SweepSpec:
     ):
         checked_data(spec, here)
     return spec
-
-
-def _sweep_in(file: Path) -> SweepSpec:
-    try:
-        values = runpy.run_path(str(file)).values()
-    except OSError as error:
-        raise SpecError(f"{file}: {error.strerror}") from None
-    found = [value for value in values if isinstance(value, SweepSpec)]
-    if len(found) != 1:
-        raise SpecError(f"{file} holds {len(found)} sweeps; one SweepSpec is expected")
-    return found[0]
 
 
 def _is_python(file: Path | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.interrupts import terminable
 from altgrad.sweep import monitor
-from altgrad.sweep.complaints import SpecError, nearest
+from altgrad.sweep.complaints import SpecError, headline, nearest
+from altgrad.sweep.environment import check_environment
 from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
+from altgrad.sweep.held import READER_SECONDS
 from altgrad.sweep.ledger import outdated_text
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.options import GROWING, RunOptions
@@ -22,13 +25,16 @@ from altgrad.sweep.sampling import sample_count
 from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
+from altgrad.training.data.cache import CacheError
 from altgrad.training.devices import gpu_count
 
 
-def _checked_corpus(spec: SweepSpec, options: RunOptions, request: argparse.Namespace) -> Corpus | Documents:
+def _checked_corpus(
+    spec: SweepSpec, options: RunOptions, request: argparse.Namespace, patience: float = math.inf
+) -> Corpus | Documents:
     """The corpus, its notes printed; SpecError or FolderError, before a word is said, where a run can't be."""
     corpus = checked_data(spec, request)
-    check_folder(options.out, fresh=options.fresh)
+    check_folder(options.out, fresh=options.fresh, patience=patience)
     for note in corpus.notes:
         print(f"data: {note}")
     return corpus
@@ -38,6 +44,8 @@ def checked_data(spec: SweepSpec, request: argparse.Namespace) -> Corpus | Docum
     """The corpus; SpecError where there is none, or none for this model."""
     try:
         return preflight(spec)
+    except CacheError as error:
+        raise SpecError(str(error)) from None
     except ValueError as error:
         path = Path(spec.data.source)
         is_missing = spec.data.source not in NAMED and not path.exists() and path.parent.is_dir()
@@ -56,8 +64,6 @@ def run(request: argparse.Namespace) -> int:
     try:
         with terminable():
             result = run_sweep(spec, options)
-    except BrokenPipeError:
-        raise
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"--address: {options.address!r}: no Ray cluster answers ({reason})") from None
@@ -76,6 +82,7 @@ def run(request: argparse.Namespace) -> int:
 def _conclude(result: SweepResult) -> int:
     from altgrad.analysis.report import write_report
 
+    check_ledger(result.out / "ledger.sqlite", math.inf)  # the report's own reading does not wait for long
     finding = write_report(result.out)
     print(finding)
     endings = ", ".join(f"{count} {name}" for name, count in result.endings.most_common())
@@ -102,7 +109,8 @@ def _conclude(result: SweepResult) -> int:
 def plan(request: argparse.Namespace) -> int:
     spec = spec_of(request)
     options = options_of(request, spec)
-    trials = spec.trials(_checked_corpus(spec, options, request).sha256)
+    check_environment(options.address)
+    trials = spec.trials(_checked_corpus(spec, options, request, READER_SECONDS).sha256)
     cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
     print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, {spec.seeds} seeds")
     rows = [(*cell, str(count)) for cell, count in cells.items()]
@@ -113,7 +121,7 @@ def plan(request: argparse.Namespace) -> int:
     for exclusion in spec.exclusions():
         print(f"left out: {exclusion.trials} trials by {exclusion.rule} ({exclusion.reason})")
     left = trials
-    if not options.fresh and check_ledger(options.out / "ledger.sqlite"):
+    if not options.fresh and check_ledger(options.out / "ledger.sqlite", READER_SECONDS):
         with monitor.open_ledger(options.out) as ledger:
             left = ledger.remaining(trials)
             print(f"{options.out} lacks {len(left)} of them")
@@ -133,7 +141,7 @@ def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainC
     try:
         found = estimate(left, concurrent, min(concurrent, cores()), options)
     except Exception as error:  # whatever a trial raises in its probe it would raise in the sweep
-        raise SpecError(f"a probe of the sweep's trials failed: {error}") from None
+        raise SpecError(f"a probe of the sweep's trials failed: {headline(error)}") from None
     if not left:
         print("nothing is left to run")
         return

@@ -216,7 +216,7 @@ def _parse(name: str) -> FloatFormat:
     canonical = name.strip().upper()
     match = _NAME.fullmatch(_ALIASES.get(canonical, canonical).upper())
     if match is None:
-        known = tuple(FORMATS)
+        known = _REGISTERED
         raise ValueError(
             f"{unknown_message('format', name, known)}; any ExMy of 4 to 16 bits takes /ieee, /fn, /finite"
         )

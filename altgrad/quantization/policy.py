@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.roles import Role, as_role
+from altgrad.registry import Registry
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head")
 """Last parts of the names that an output layer goes by."""
@@ -106,14 +107,16 @@ def _classic(fmt: str) -> tuple[LayerRule, ...]:
     )
 
 
-POLICIES: dict[str, Callable[[str], tuple[LayerRule, ...]]] = {
-    "uniform": _uniform,
-    "uniform_act": _uniform_act,
-    "uniform_full": _uniform_full,
-    "attention_bf16": _attention_bf16,
-    "head_bf16": _head_bf16,
-    "classic": _classic,
-}
+POLICIES: Registry[Callable[[str], tuple[LayerRule, ...]]] = Registry(
+    {
+        "uniform": _uniform,
+        "uniform_act": _uniform_act,
+        "uniform_full": _uniform_full,
+        "attention_bf16": _attention_bf16,
+        "head_bf16": _head_bf16,
+        "classic": _classic,
+    }
+)
 """Named policies: name to rules for a format."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+import traceback
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,3 +23,24 @@ def nearest(name: str, allowed: Any) -> str:
     """'; nearest: …' for the closest allowed name, or nothing where none is close."""
     close = get_close_matches(name, list(allowed), n=1, cutoff=0.4)
     return f"; nearest: {close[0]}" if close else ""
+
+
+def headline(error: BaseException) -> str:
+    """The error's class and first line; of a configuration, the first field that is wrong and why."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        text = str(first["msg"])
+        if first["type"] != "value_error":  # those name the value themselves
+            text = f"{reprlib.repr(first['input'])} is not allowed: {text[:1].lower()}{text[1:]}"
+        where = ".".join(map(str, first["loc"])) or error.title
+        return f"{where}: {text.removeprefix('Value error, ')}"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def place_of(error: BaseException, file: str) -> str:
+    """The error's headline, after the file and the line of it where it was raised or called for."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{file}{f':{lines[-1]}' if lines else ''}: {headline(error)}"

@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,9 +21,13 @@ from typing import Any
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
+import altgrad
+from altgrad import search_path
 from altgrad.sweep.budget import Meter
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.environment import blamed
 from altgrad.sweep.executors import PAUSED, TrialActor, run_request
 from altgrad.sweep.faults import Breaker, fault
 from altgrad.sweep.folder import cores
@@ -36,7 +39,7 @@ from altgrad.sweep.options import RunOptions
 from altgrad.sweep.placement import ACCELERATOR, Placement
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
-from altgrad.sweep.preflight import check_cluster, refusal
+from altgrad.sweep.preflight import check_cluster, knock, refusal
 from altgrad.sweep.progress import Progress
 from altgrad.sweep.queue import Pace, TrialQueue
 from altgrad.sweep.recorder import Recorder
@@ -49,12 +52,13 @@ from altgrad.training.devices import gpu_count
 from altgrad.training.outcome import Outcome
 
 OBJECT_STORE_BYTES = 200_000_000
-REACH_SECONDS = 5
 GROWS = "KUBERAY_GEN_RAY_START_CMD"
 """What KubeRay sets in its pods; its autoscaler's configuration is in none of them."""
 RETRIES = 2
 KIND_SHARE = 0.001
 """Of a node's one unit of its kind of accelerator."""
+LAST_WORDS_SECONDS = 5.0
+"""How long an interrupted driver waits for a ledger that another program holds."""
 PAUSES = 32
 """More times than a trial can pause in a race: rungs lie a factor apart."""
 
@@ -252,12 +256,16 @@ def drive(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    except BaseException:
+        recorder.ledger.hurry(LAST_WORDS_SECONDS)
+        raise
     finally:
-        if meter is not None:
-            meter.save()
-        recorder.ledger.note(WAITING, None)
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+        with recorder.ledger.unless_held():
+            if meter is not None:
+                meter.save()
+            recorder.ledger.note(WAITING, None)
         if mirror is not None:
             mirror.close()
     return breaker.reason
@@ -294,13 +302,7 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
     Stays connected to none. Raises ConnectionError where no Ray cluster answers, SpecError where this sweep can't run
     on it, ValueError where the options can't be met there.
     """
-    if options.address != "auto":
-        # Ray itself would knock for minutes at a port that nobody listens on.
-        host, _, port = options.address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            raise ConnectionError(str(error)) from None
+    knock(options.address)
     try:
         _start(options.address)
         options = with_gpus(options, *ClusterSize().read())
@@ -339,9 +341,26 @@ def _start(address: str) -> str | None:
     if address == "local":
         quiet |= {"num_cpus": cores(), "num_gpus": gpu_count()}
         quiet |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
-    with _sigterm_stays_the_callers():
-        found = ray.init(address=address, **quiet).dashboard_url
+    with _sigterm_stays_the_callers(), blamed():
+        found = ray.init(address=address, job_config=OwnPath(), **quiet).dashboard_url
     return f"http://{found}" if found else None
+
+
+class OwnPath(JobConfig):
+    """Of Ray's driver. Its workers find this package where the driver does, and nothing else of the driver's path.
+
+    Ray itself puts the driver's current folder, and the folder of its script, before all others on its workers' path:
+    a file random.py there would end every worker.
+    """
+
+    def __init__(self) -> None:
+        # A checkout that is not installed is found only from where the driver stands or was started.
+        root = str(Path(altgrad.__file__).parents[1])
+        super().__init__(_py_driver_sys_path=[] if search_path.is_found_by_workers() else [root])
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        """What Ray asks before it adds the two folders, and asks for nothing else."""
+        return True
 
 
 @contextlib.contextmanager

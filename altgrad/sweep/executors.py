@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from ray import tune
 
+from altgrad.sweep.complaints import headline
 from altgrad.sweep.folder import is_disk_full
 from altgrad.training.config import TrainConfig
 from altgrad.training.devices import NoGpu, own_device
@@ -178,7 +178,9 @@ class TrialRun:
                 (self._folder / FAILED).touch(exist_ok=False)
             except FileExistsError:
                 return _ending(outcome)  # another worker failed first, and this one of it
-        (self._folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
+        (self._folder / TRACEBACK).write_text(
+            "".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace"
+        )
         write_json(self._folder / "outcome.json", outcome.to_dict())
         return _ending(outcome)
 
@@ -190,7 +192,7 @@ class TrialRun:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{HUNG}.{os.getpid()}"
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback_later(self._patience, exit=True, file=file)
             try:
                 yield
@@ -224,15 +226,6 @@ class TrialActor(tune.Trainable):
         self._run.release()
 
 
-def headline(error: BaseException) -> str:
-    """The error's class and first line; of a configuration, the first field that is wrong and why."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, of the host or of a device, was what lacked."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -240,7 +233,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def hung_at(folder: Path) -> str | None:
     """Where a trial hung when its watchdog ended it last: a line of its stack; None where it did not."""
-    left = [path.read_text() for path in folder.glob(f"{HUNG}.*")]
+    left = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob(f"{HUNG}.*")]
     lines = [line.strip() for text in left for line in text.splitlines() if line.startswith("  File")]
     return lines[0] if lines else None
 

@@ -76,7 +76,9 @@ class Breaker(tune.Stopper):
 def fault(trial: Any, folder: Path) -> Outcome:
     """What ended a trial that could not end itself, from Ray's own words, which are left in its folder."""
     file = None if trial.error_file is None else Path(trial.error_file)
-    text = (file.read_text().strip() if file is not None and file.exists() else "") or "the actor died"
+    text = (
+        file.read_text(encoding="utf-8", errors="replace").strip() if file is not None and file.exists() else ""
+    ) or "the actor died"
     step = int((trial.last_result or {}).get("step", 0))
     hung = hung_at(folder)
     if hung is not None:
@@ -88,7 +90,7 @@ def told(text: str, step: int, folder: Path) -> Outcome:
     """The ending that a text with tracebacks tells of; the text is left in the trial's folder."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TRACEBACK).write_text(text + "\n")
+        (folder / TRACEBACK).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     error = raised(text)
     return Outcome(_kind(text, error), step, message=(error or text.splitlines()[-1])[:MESSAGE])
 

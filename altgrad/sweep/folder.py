@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import sqlite3
@@ -27,6 +28,7 @@ import altgrad
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep import file_systems, read_only
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.held import HeldError
 
 LOCK = ".lock"
 PACKAGES = ("altgrad", "torch", "ray", "numba", "numpy", "pydantic", "pandas")
@@ -36,18 +38,18 @@ class FolderError(RuntimeError):
     """The sweep's folder can't be used; the message says which and why."""
 
 
-def check_folder(out: Path, *, fresh: bool = False) -> None:
+def check_folder(out: Path, *, fresh: bool = False, patience: float = math.inf) -> None:
     """Raises FolderError where `out` is no place for a sweep, or can't be moved aside for a `fresh` one.
 
-    Touches nothing.
+    Touches nothing. A ledger that another program holds is waited for, for `patience` seconds.
     """
     try:
-        _check_folder(out, fresh)
+        _check_folder(out, fresh, patience)
     except OSError as error:
         raise FolderError(f"{out} can't be used: {error.strerror}") from None
 
 
-def _check_folder(out: Path, fresh: bool) -> None:
+def _check_folder(out: Path, fresh: bool, patience: float) -> None:
     if out.exists() and not out.is_dir():
         raise FolderError(f"{out} is a file; a folder is expected")
     if out.is_dir():
@@ -62,7 +64,7 @@ def _check_folder(out: Path, fresh: bool) -> None:
         if fresh and content and Path.cwd().is_relative_to(out.resolve()):
             raise FolderError(f"{out} with --fresh: the folder you stand in can't be moved aside; call from outside it")
         if not fresh:
-            check_ledger(out / "ledger.sqlite")
+            check_ledger(out / "ledger.sqlite", patience)
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise FolderError(f"{out}: {standing} is a file; a folder is expected")
@@ -90,18 +92,21 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 def damaged_text(path: Path, error: Exception) -> str:
     """What is wrong with a ledger, and the mend."""
+    if isinstance(error, HeldError):
+        return str(error)
     return (
         f"{path} is no readable ledger ({error}); move it aside, and the sweep's own command makes it again from the "
         "records under trials/"
     )
 
 
-def check_ledger(path: Path) -> bool:
-    """Whether a sweep is recorded at `path`; FolderError where the file is something else. Touches nothing."""
+def check_ledger(path: Path, patience: float) -> bool:
+    """Whether a sweep is recorded at `path`; FolderError where the file is something else, or another program holds it
+    for longer than `patience`. Touches nothing."""
     if not path.exists() or not path.stat().st_size:
         return False
     try:
-        with read_only.reading(path) as connection:
+        with read_only.reading(path, patience) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.DatabaseError as error:
         raise FolderError(damaged_text(path, error)) from None
@@ -168,7 +173,7 @@ def has_driver(out: Path) -> bool:
 def is_locked(file: Path) -> bool:
     """Whether a live process holds the lock; one of another machine is seen where the file system tells."""
     try:
-        with file.open() as lock:
+        with file.open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -178,7 +183,7 @@ def is_locked(file: Path) -> bool:
 
 
 def _lock(out: Path) -> IO[str]:
-    file = (out / LOCK).open("a+")
+    file = (out / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -229,7 +234,8 @@ def _git() -> dict[str, Any] | None:
                 ["git", *words],
                 cwd=Path(altgrad.__file__).parent,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=10,
                 check=True,
             )

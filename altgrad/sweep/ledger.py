@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from altgrad import NUMERICS_VERSION
-from altgrad.sweep import file_systems, read_only
+from altgrad.sweep import file_systems, held, read_only
 from altgrad.sweep.budget import Spend
 from altgrad.sweep.ledger_schema import EVENTS, OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
@@ -31,17 +32,22 @@ if TYPE_CHECKING:
     from altgrad.training.config import TrainConfig
     from altgrad.training.guards import GuardRule
 
+logger = logging.getLogger(__name__)
+
 WAITING = "waiting"
 """The subject of the notice that holds while a driver runs: what trials wait for."""
 
 
 class Ledger:
-    """Opens or creates the ledger at `path`; a context manager. One process writes, any number may read."""
+    """Opens or creates the ledger at `path`; a context manager. One process writes, any number may read.
+
+    Where another program holds it, every method waits and says so (`held`).
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(self.path, timeout=read_only.BUSY_SECONDS, isolation_level=None)
+        self._connection = held.connect(self.path)
         if self._connection.execute("PRAGMA page_count").fetchone()[0] == 0:
             self.suit_file_system()
         bring_up_to_date(self._connection)
@@ -63,10 +69,9 @@ class Ledger:
         journal_mode = file_systems.journal_mode(self.path)
         (current,) = self._connection.execute("PRAGMA journal_mode").fetchone()
         if current != journal_mode:
-            with contextlib.suppress(sqlite3.OperationalError):  # in use, or no shared memory here: as it was, it works
-                self._connection.execute("PRAGMA busy_timeout=0")
+            # In use, or no shared memory here: as it was, it works.
+            with contextlib.suppress(sqlite3.OperationalError), self._connection.impatient():
                 self._connection.execute(f"PRAGMA journal_mode={journal_mode}")
-            self._connection.execute(f"PRAGMA busy_timeout={read_only.BUSY_SECONDS * 1000}")
 
     def __enter__(self) -> Ledger:
         return self
@@ -75,6 +80,18 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def hurry(self, seconds: float) -> None:
+        """From now on, a ledger that another program holds is waited for no longer than that."""
+        self._connection.patience = seconds
+
+    @contextlib.contextmanager
+    def unless_held(self) -> Iterator[None]:
+        """Leaves out what is entered in it, with a word, where another program holds the ledger for too long."""
+        try:
+            yield
+        except held.HeldError as error:
+            logger.warning("%s", error)
 
     def close(self) -> None:
         self._connection.close()
@@ -102,8 +119,7 @@ class Ledger:
             )
             for trial_id, config in configs.items()
         ]
-        with self._connection:
-            self._connection.execute("BEGIN")
+        with self._connection.transaction():
             self._connection.executemany(
                 f"INSERT INTO trials ({','.join(TRIAL_FIELDS)}) VALUES ({','.join('?' * len(TRIAL_FIELDS))}) "
                 "ON CONFLICT (trial_id) DO UPDATE SET config = excluded.config, numerics = excluded.numerics",
@@ -112,10 +128,10 @@ class Ledger:
 
     def restore(self, table: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
         """Enters rows of another ledger of the sweep, all or none; what is known by its key stays as it is."""
-        with self._connection:
-            self._connection.execute("BEGIN")
+        with self._connection.transaction():
             self._connection.executemany(
-                f"INSERT OR IGNORE INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})", rows
+                f"INSERT OR IGNORE INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})",
+                list(rows),
             )
 
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -131,8 +147,7 @@ class Ledger:
             )
             for row in rows
         ]
-        with self._connection:
-            self._connection.execute("BEGIN")
+        with self._connection.transaction():
             self._connection.executemany(
                 f"INSERT OR REPLACE INTO rows ({','.join(names)}) VALUES ({','.join('?' * len(names))})", values
             )
@@ -165,14 +180,12 @@ class Ledger:
 
     def add_mutations(self, exchange: Iterable[tuple[str, int, str, float, float, str]]) -> None:
         """Enters (trial, step, field, before, after, source), all or none, as not yet done."""
-        with self._connection:
-            self._connection.execute("BEGIN")
+        with self._connection.transaction():
             self._connection.executemany("INSERT OR REPLACE INTO mutations VALUES (?,?,?,?,?,?,0)", list(exchange))
 
     def mutations_applied(self, exchange: Iterable[tuple[str, int, str, float, float, str]]) -> None:
         """Notes that the trials have taken over what was entered."""
-        with self._connection:
-            self._connection.execute("BEGIN")
+        with self._connection.transaction():
             self._connection.executemany(
                 "UPDATE mutations SET applied = 1 WHERE trial_id = ? AND step = ?", [item[:2] for item in exchange]
             )

@@ -15,6 +15,7 @@ from typing import Any
 
 from altgrad.sweep.complaints import SpecError, nearest
 from altgrad.sweep.folder import FolderError, check_ledger, damaged_text, has_driver, is_locked
+from altgrad.sweep.held import READER_SECONDS
 from altgrad.sweep.ledger import WAITING, Ledger, outdated_text
 from altgrad.sweep.progress import ending_name
 from altgrad.sweep.read_only import shards
@@ -28,7 +29,7 @@ def open_ledger(out: Path) -> Iterator[Ledger]:
     """The ledger in `out`, for reading; SpecError, with the nearest sweep beside it, for none or a damaged one."""
     path = out / "ledger.sqlite"
     try:
-        is_recorded = check_ledger(path) or bool(shards(out))
+        is_recorded = check_ledger(path, READER_SECONDS) or bool(shards(out))
     except (FolderError, OSError) as error:
         raise SpecError(str(error)) from None
     if path.exists() and not is_recorded:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.options import RunOptions
 
+REACH_SECONDS = 5
 STATE_SECONDS = 10
 NODE_SECONDS = 60.0
 NOT_SHARED = (
@@ -40,6 +42,40 @@ def refusal(error: BaseException) -> str | None:
         theirs, ours = (" and ".join(" ".join(pair) for pair in pairs) for pairs in (found[:2], found[2:4]))
         return f"the cluster has {theirs}, this driver {ours}; equal versions are expected"
     return None
+
+
+def knock(address: str) -> None:
+    """Whether a gRPC server, as Ray's head is one, answers there: Ray itself would knock for minutes.
+
+    ConnectionError where none does, SpecError where RAY_ADDRESS named it.
+    """
+    name = "--address"
+    if address == "auto":
+        name, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "")
+        if address in ("", "auto"):
+            return
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[\w.\-\[\]:]+", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise SpecError(f"{name}: {address!r} is not allowed: the HOST:PORT of a Ray cluster's head is expected")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+        _check_grpc(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        if name == "--address":
+            raise ConnectionError(str(error)) from None
+        raise SpecError(f"{name}: {address!r}: no Ray cluster answers ({error})") from None
+
+
+def _check_grpc(address: str) -> None:
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
+    import grpc
+
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=REACH_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise OSError("what listens there does not speak Ray's protocol") from None
 
 
 def check_cluster(options: RunOptions, worker: Mapping[str, float]) -> Iterator[str]:

@@ -48,7 +48,7 @@ class Progress:
         self.lacks: str | None = None
         """what trials wait for that can't start, in words"""
         self._live = None
-        if sys.stdout.isatty() if live is None else live:
+        if (sys.stdout is not None and sys.stdout.isatty()) if live is None else live:
             from rich.live import Live
 
             self._live = Live(get_renderable=self._table, refresh_per_second=2, transient=True)

@@ -15,19 +15,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from altgrad.sweep.held import READER_SECONDS, PatientConnection, connect
 from altgrad.sweep.ledger_schema import bring_up_to_date, is_outdated
 
-BUSY_SECONDS = 30
 LEDGER, MANIFEST = "ledger.sqlite", "sweep.json"
 SHARD = re.compile(r"\d{4,}-[0-9a-f]{8}")
 LOG = "-wal"
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that reads the database at `path`; sqlite3.DatabaseError where it is none, or damaged."""
+def reading(path: Path, patience: float = READER_SECONDS) -> Iterator[PatientConnection]:
+    """A connection that reads the database at `path`; sqlite3.DatabaseError where it is none, or damaged.
+
+    HeldError where another program holds it for longer than `patience`, in seconds.
+    """
     with contextlib.ExitStack() as stack:
-        connection = _connected(path, "mode=ro")
+        connection = connect(path, how="mode=ro", patience=patience)
         try:
             connection.execute("SELECT name FROM sqlite_master").fetchall()
         except sqlite3.OperationalError as error:
@@ -39,9 +42,9 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="altgrad-")))
                 for name in (path.name, log.name):
                     shutil.copyfile(path.with_name(name), folder / name)
-                connection = _connected(folder / path.name, "mode=rw")
+                connection = connect(folder / path.name, how="mode=rw", patience=patience)
             else:
-                connection = _connected(path, "mode=ro&immutable=1")
+                connection = connect(path, how="mode=ro&immutable=1", patience=patience)
         stack.callback(connection.close)
         yield connection
 
@@ -55,7 +58,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def current(path: Path) -> Iterator[sqlite3.Connection]:
+def current(path: Path) -> Iterator[PatientConnection]:
     """`reading` a ledger, or the export beside which it would stand; an earlier version's is completed in memory."""
     if not path.exists() and shards(path.parent):
         from altgrad.sweep.shards import as_ledger
@@ -67,11 +70,7 @@ def current(path: Path) -> Iterator[sqlite3.Connection]:
         if not is_outdated(connection):
             yield connection
             return
-        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+        with contextlib.closing(connect(Path(":memory:"))) as copy:
             connection.backup(copy)
             bring_up_to_date(copy)
             yield copy
-
-
-def _connected(path: Path, how: str) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=BUSY_SECONDS, isolation_level=None)

@@ -8,13 +8,14 @@ with kill -9, loses at most the steps since the last checkpoints: the same comma
 
 from __future__ import annotations
 
-import os
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from altgrad.sweep.budget import Meter
+from altgrad.sweep.environment import check_environment, set_ray_environment
 from altgrad.sweep.folder import check_folder, check_ledger, manifest, owned
 from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import Ledger
@@ -34,21 +35,6 @@ from altgrad.training.guards import check_layers
 from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import write_json
 from altgrad.training.tasks import build_task
-
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_WARN_THRESHOLD_S": "30",
-}
-"""Ray reads these at import: no telemetry, no chatter, no second record; how many trials wait for an actor is for our
-queue to say. A user's own values win."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,9 @@ def preflight(spec: SweepSpec) -> Corpus | Documents:
     # Seeds differ in nothing that the data must serve: one of each stands for all.
     one = spec.model_copy(update={"seeds": 1})
     trials = [*one.expand(), *(examples(one) if spec.search == "optuna" else ())]
+    for trial in trials:
+        if TrainConfig.model_validate_json(trial.model_dump_json()) != trial:
+            raise ValueError(f"{type(trial.optimizer).__name__} of this program does not reach a sweep's workers whole")
     tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()
@@ -104,13 +93,15 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         }
     )
     trials = anchored.trials(corpus.sha256)
-    if options.address != "local" and (spec.search == "optuna" or _is_any_left(trials, options)):
-        _set_ray_environment()
-        from altgrad.sweep.driver import reach
+    if spec.search == "optuna" or _is_any_left(trials, options):
+        check_environment(options.address)
+        set_ray_environment()
+        if options.address != "local":
+            from altgrad.sweep.driver import reach
 
-        options, notes = reach(options)
-        for note in notes:
-            print(note, flush=True)
+            options, notes = reach(options)
+            for note in notes:
+                print(note, flush=True)
     with owned(options.out, fresh=options.fresh) as out, Ledger(out / "ledger.sqlite") as ledger:
         ledger.suit_file_system()
         search = OptunaSearch(anchored, corpus.sha256, ledger) if spec.search == "optuna" else None
@@ -177,15 +168,10 @@ def anchor(source: str) -> str:
 def _is_any_left(trials: Mapping[str, TrainConfig], options: RunOptions) -> bool:
     """Whether Ray will be needed, as far as can be seen without touching the folder."""
     path = options.out / "ledger.sqlite"
-    if options.fresh or not check_ledger(path):
+    if options.fresh or not check_ledger(path, math.inf):
         return True
     with Ledger(path) as ledger:
         return bool(ledger.remaining(trials))
-
-
-def _set_ray_environment() -> None:
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def _drive(
@@ -203,7 +189,7 @@ def _drive(
         race = _race(spec, trials, recorder.ledger)
     elif spec.scheduler == "pbt":
         race = Population(trials, spec, recorder.ledger, recorder.folder)
-    _set_ray_environment()
+    set_ray_environment()
     with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
         from altgrad.sweep.driver import drive
 

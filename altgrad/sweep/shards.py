@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.held import PatientConnection, connect
 from altgrad.sweep.layer_table import read_parquet, write_parquet
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, SCHEMA, TRIAL_FIELDS
 from altgrad.sweep.read_only import MANIFEST, shards
@@ -140,10 +140,10 @@ class Export:
 
 
 @contextlib.contextmanager
-def as_ledger(folder: Path) -> Iterator[sqlite3.Connection]:
+def as_ledger(folder: Path) -> Iterator[PatientConnection]:
     """The export as a ledger in memory, for all that reads ledgers."""
     export = Export(folder)
-    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+    with contextlib.closing(connect(Path(":memory:"))) as connection:
         connection.executescript(SCHEMA)
         connection.execute("BEGIN")
         _enter(connection, "trials", TRIAL_FIELDS, export.rows("trials", TRIAL_FIELDS))
@@ -177,7 +177,7 @@ def step_rows(export: Export) -> dict[str, list[dict[str, Any]]]:
     return {trial_id: [rows[step] for step in sorted(rows)] for trial_id, rows in found.items()}
 
 
-def _enter(connection: sqlite3.Connection, table: str, columns: Sequence[str], rows: Rows) -> None:
+def _enter(connection: PatientConnection, table: str, columns: Sequence[str], rows: Rows) -> None:
     connection.executemany(
         f"INSERT INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})",
         (tuple(to_plain(value) for value in row) for row in rows),

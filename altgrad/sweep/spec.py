@@ -29,6 +29,8 @@ from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
 from altgrad.sweep.complaints import check_choice, nearest
 from altgrad.sweep.exclusions import BASELINE, RULES, Exclusion
 from altgrad.sweep.objectives import OBJECTIVES
+from altgrad.sweep.strict_yaml import refuse_booleans
+from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import (
     ARMS,
     MODELS,
@@ -42,6 +44,7 @@ from altgrad.training.config import (
 )
 from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
 from altgrad.training.interventions import InterventionConfig
+from altgrad.training.rules import RULES as UPDATES
 
 ALL_FORMATS = tuple(FORMATS)
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -179,7 +182,7 @@ class SweepSpec(Frozen):
         """YAML reads yes, on and true as True, which Python would count as 1."""
         is_checked_elsewhere = info.field_name in ("axes", "constraints")
         if not is_checked_elsewhere and not (info.field_name == "guards" and isinstance(value, bool)):
-            _refuse_booleans(value)
+            refuse_booleans(value)
         return value
 
     @field_validator("model", mode="before")
@@ -304,7 +307,12 @@ class SweepSpec(Frozen):
 
 
 def check_together(spec: SweepSpec) -> None:
-    """ValueError where two of the sweep's settings exclude each other."""
+    """ValueError where two of the sweep's settings exclude each other, or one means something in this program only."""
+    POLICIES.check_own("policies", spec.policies)
+    ARMS.check_own("optimizers", spec.optimizers)
+    UPDATES.check_own("optimizers", (kind for name in spec.optimizers if (kind := ARMS[name].kind) in UPDATES))
+    rules = [*spec.guards, *(rule for one in spec.interventions for rule in getattr(one, "rules", ()))]
+    SIGNALS.check_own("guards", (rule.signal.partition("/")[0] for rule in rules))
     ranges = [path for path, axis in spec.axes.items() if isinstance(axis, Range)]
     if spec.search == "grid":
         if ranges:
@@ -363,18 +371,6 @@ def _checked(rule: Constraint, arms: tuple[str, ...]) -> Constraint:
 def is_reference(config: TrainConfig) -> bool:
     """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
     return config.format in (UNQUANTIZED, BASELINE) and (config.arm, config.policy) == ("adamw", "uniform")
-
-
-def _refuse_booleans(value: Any, path: str = "") -> None:
-    """Raises ValueError for a truth value anywhere in plain data; no key of a sweep but `guards` takes one."""
-    if isinstance(value, bool):
-        raise ValueError(f"{f'{path}=' if path else ''}{value!r} is not allowed: a yes or no is not expected here")
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _refuse_booleans(item, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _refuse_booleans(item, path)
 
 
 def evaluated_at(rung: int, eval_interval: int) -> int:

@@ -93,7 +93,7 @@ class TrialRun:
         import wandb
 
         folder = out / "trials" / trial_id
-        record = json.loads((folder / "config.json").read_text())
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sweep = read_manifest(out) or {}
         config = TrainConfig.model_validate(record["config"])
         self._rows = RowReader(folder / "metrics.jsonl")

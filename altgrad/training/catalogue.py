@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from altgrad.registry import Registry
+
 Schedule = Literal["step", "check", "exact", "detail", "shadow", "reference", "evaluation"]
 RowRule = Literal["sum", "mean", "max", "own"]
 
@@ -98,82 +100,89 @@ def _of_roles() -> Iterator[tuple[str, Signal]]:
         yield f"{role}_sqnr", Signal(f"signal to quantization noise {of}", "dB", "detail", "mean")
 
 
-SIGNALS: dict[str, Signal] = {
-    "train_loss": Signal("loss of the step's batch, before the step", "nats", "step", least=0),
-    "val_loss": Signal("loss on validation batches", "nats", "evaluation", least=0),
-    "loss_excess": Signal("training loss minus that of the first step", "nats", "step"),
-    "loss_gap": Signal("training loss minus the reference's on the same batch", "nats", "reference"),
-    "grad_norm": Signal("L2 norm of the whole gradient, before clipping", "loss per weight", "step", least=0),
-    "grad_norm_z": Signal(
-        "grad_norm's distance from its moving mean in moving standard deviations (decay .97)", "ratio", "step"
-    ),
-    "flips": Signal("weights whose integer code changed", "number", row="own", least=0),
-    "updates": Signal("weights to which a non-zero change was applied", "number", row="own", least=0),
-    "gradient_updates": Signal("weights with |gradient| > 1e-10", "number", row="own", least=0),
-    "ulp_travel": Signal("sum of |code change|", "codes", row="own", least=0),
-    "bit_position": Signal("sum of signed code changes", "codes", row="own"),
-    "flip_rate": Signal("flips per weight and step", "share", "check", "own", 0, 1),
-    "flip_rate_per_epoch": Signal(
-        "flips per weight in as many steps as a pass over the training data takes", "number", row="own", least=0
-    ),
-    "stall_ratio": Signal("1 - flips / updates; 0 with no updates", "share", "check", "own", 0, 1),
-    "flip_yield": Signal(
-        "flips / sum of min(1, |change| / spacing): realised over expected under unbiased rounding",
-        "ratio",
-        row="own",
-        least=0,
-    ),
-    "zero_updates": Signal("weights to which a step applied no change", "share", "check", "own", 0, 1),
-    "frozen": Signal("layers with a gradient to which nothing was applied", "number", row="sum", least=0),
-    "overflow": Signal("weights that wanted to leave the grid", "number", row="own", least=0),
-    "skipped_tensors": Signal("tensors left out of a step for a non-finite gradient", "number", least=0),
-    "nonfinite_weights": Signal("weights that are NaN or infinite", "number", least=0),
-    "stable_rank": Signal("squared Frobenius norm over squared spectral norm", "rank", row="mean", least=0),
-    "spectral_norm": Signal("largest singular value of the weight", "the weight's", row="max", least=0),
-    "rank_drop": Signal("stable rank lost since the first check", "share", row="max", most=1),
-    "critical_rank_drop": Signal(
-        "rank_drop of the head and of the layers that write into the residual stream", "share", row="max", most=1
-    ),
-    "rank_ratio": Signal("stable rank over the reference's at the same step", "ratio", "reference", "mean", 0),
-    "spread": Signal(
-        "share of the weight's energy outside its first direction: 1 - 1 / stable_rank", "share", "check", "mean", 0, 1
-    ),
-    "spread_ratio": Signal("spread over the reference's at the same step", "ratio", "reference", "mean", 0),
-    "spectral_ratio": Signal("spectral norm over the reference's at the same step", "ratio", "reference", "max", 0),
-    "effective_rank": Signal("exp of the entropy of s / sum s over singular values s", "rank", "exact", "mean", 0),
-    "variance_rank": Signal(
-        "fewest directions that hold 99 % of the squared Frobenius norm", "rank", "exact", "mean", 0
-    ),
-    "grad_l2": Signal("L2 norm of the weight's gradient, before clipping", "loss per weight", row="max", least=0),
-    "grad_linf": Signal("largest magnitude of the weight's gradient", "loss per weight", row="max", least=0),
-    "grad_snr": Signal("|mean| over standard deviation of the gradient's elements", "ratio", row="mean", least=0),
-    "grad_zero": Signal("elements of the gradient that are 0", "share", "check", "mean", 0, 1),
-    "dead_units": Signal(
-        "output units whose gradients stayed below 1e-8 for 100 steps", "share", "check", "mean", 0, 1
-    ),
-    "update_ratio": Signal("RMS of the step's change over RMS of the weight", "ratio", row="mean", least=0),
-    **dict(_of_roles()),
-    "activation_kurtosis": Signal(
-        "fourth standardized moment of a layer's input; 3 for a normal one", "ratio", "detail", "max", 1
-    ),
-    "attention_logit_max": Signal(
-        "largest query-key product over the root of the head's width", "logits", "detail", "max"
-    ),
-    "stiffness": Signal("mean log2 of the format's spacing at the weights", "binades", "detail", "mean"),
-    "grid_distance": Signal("mean distance of the weights to the nearest grid point", "ULP", "detail", "mean", 0),
-    "on_grid": Signal("weights that lie on the grid", "share", "detail", "mean", 0, 1),
-    "codes_in_use": Signal(
-        "distinct codes among the weights, of the format's finite values", "share", "detail", "mean", 0, 1
-    ),
-    "stiffness_correlation": Signal(
-        "Pearson correlation of log |gradient| with log spacing", "-1 to 1", "detail", "mean", -1, 1
-    ),
-    "ulp_travel_max": Signal("largest |code change| of the step", "codes", "detail", "max", 0),
-    "gradient_cosine": Signal(
-        "cosine of the gradient with that of the float32 shadow", "-1 to 1", "shadow", "own", -1, 1
-    ),
-    "gradient_shadow_snr": Signal("shadow's gradient over its difference from ours", "dB", "shadow", "own"),
-}
+SIGNALS: Registry[Signal] = Registry(
+    {
+        "train_loss": Signal("loss of the step's batch, before the step", "nats", "step", least=0),
+        "val_loss": Signal("loss on validation batches", "nats", "evaluation", least=0),
+        "loss_excess": Signal("training loss minus that of the first step", "nats", "step"),
+        "loss_gap": Signal("training loss minus the reference's on the same batch", "nats", "reference"),
+        "grad_norm": Signal("L2 norm of the whole gradient, before clipping", "loss per weight", "step", least=0),
+        "grad_norm_z": Signal(
+            "grad_norm's distance from its moving mean in moving standard deviations (decay .97)", "ratio", "step"
+        ),
+        "flips": Signal("weights whose integer code changed", "number", row="own", least=0),
+        "updates": Signal("weights to which a non-zero change was applied", "number", row="own", least=0),
+        "gradient_updates": Signal("weights with |gradient| > 1e-10", "number", row="own", least=0),
+        "ulp_travel": Signal("sum of |code change|", "codes", row="own", least=0),
+        "bit_position": Signal("sum of signed code changes", "codes", row="own"),
+        "flip_rate": Signal("flips per weight and step", "share", "check", "own", 0, 1),
+        "flip_rate_per_epoch": Signal(
+            "flips per weight in as many steps as a pass over the training data takes", "number", row="own", least=0
+        ),
+        "stall_ratio": Signal("1 - flips / updates; 0 with no updates", "share", "check", "own", 0, 1),
+        "flip_yield": Signal(
+            "flips / sum of min(1, |change| / spacing): realised over expected under unbiased rounding",
+            "ratio",
+            row="own",
+            least=0,
+        ),
+        "zero_updates": Signal("weights to which a step applied no change", "share", "check", "own", 0, 1),
+        "frozen": Signal("layers with a gradient to which nothing was applied", "number", row="sum", least=0),
+        "overflow": Signal("weights that wanted to leave the grid", "number", row="own", least=0),
+        "skipped_tensors": Signal("tensors left out of a step for a non-finite gradient", "number", least=0),
+        "nonfinite_weights": Signal("weights that are NaN or infinite", "number", least=0),
+        "stable_rank": Signal("squared Frobenius norm over squared spectral norm", "rank", row="mean", least=0),
+        "spectral_norm": Signal("largest singular value of the weight", "the weight's", row="max", least=0),
+        "rank_drop": Signal("stable rank lost since the first check", "share", row="max", most=1),
+        "critical_rank_drop": Signal(
+            "rank_drop of the head and of the layers that write into the residual stream", "share", row="max", most=1
+        ),
+        "rank_ratio": Signal("stable rank over the reference's at the same step", "ratio", "reference", "mean", 0),
+        "spread": Signal(
+            "share of the weight's energy outside its first direction: 1 - 1 / stable_rank",
+            "share",
+            "check",
+            "mean",
+            0,
+            1,
+        ),
+        "spread_ratio": Signal("spread over the reference's at the same step", "ratio", "reference", "mean", 0),
+        "spectral_ratio": Signal("spectral norm over the reference's at the same step", "ratio", "reference", "max", 0),
+        "effective_rank": Signal("exp of the entropy of s / sum s over singular values s", "rank", "exact", "mean", 0),
+        "variance_rank": Signal(
+            "fewest directions that hold 99 % of the squared Frobenius norm", "rank", "exact", "mean", 0
+        ),
+        "grad_l2": Signal("L2 norm of the weight's gradient, before clipping", "loss per weight", row="max", least=0),
+        "grad_linf": Signal("largest magnitude of the weight's gradient", "loss per weight", row="max", least=0),
+        "grad_snr": Signal("|mean| over standard deviation of the gradient's elements", "ratio", row="mean", least=0),
+        "grad_zero": Signal("elements of the gradient that are 0", "share", "check", "mean", 0, 1),
+        "dead_units": Signal(
+            "output units whose gradients stayed below 1e-8 for 100 steps", "share", "check", "mean", 0, 1
+        ),
+        "update_ratio": Signal("RMS of the step's change over RMS of the weight", "ratio", row="mean", least=0),
+        **dict(_of_roles()),
+        "activation_kurtosis": Signal(
+            "fourth standardized moment of a layer's input; 3 for a normal one", "ratio", "detail", "max", 1
+        ),
+        "attention_logit_max": Signal(
+            "largest query-key product over the root of the head's width", "logits", "detail", "max"
+        ),
+        "stiffness": Signal("mean log2 of the format's spacing at the weights", "binades", "detail", "mean"),
+        "grid_distance": Signal("mean distance of the weights to the nearest grid point", "ULP", "detail", "mean", 0),
+        "on_grid": Signal("weights that lie on the grid", "share", "detail", "mean", 0, 1),
+        "codes_in_use": Signal(
+            "distinct codes among the weights, of the format's finite values", "share", "detail", "mean", 0, 1
+        ),
+        "stiffness_correlation": Signal(
+            "Pearson correlation of log |gradient| with log spacing", "-1 to 1", "detail", "mean", -1, 1
+        ),
+        "ulp_travel_max": Signal("largest |code change| of the step", "codes", "detail", "max", 0),
+        "gradient_cosine": Signal(
+            "cosine of the gradient with that of the float32 shadow", "-1 to 1", "shadow", "own", -1, 1
+        ),
+        "gradient_shadow_snr": Signal("shadow's gradient over its difference from ours", "dB", "shadow", "own"),
+    }
+)
 
 
 def _mean(values: list[float]) -> float:

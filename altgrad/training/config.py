@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from altgrad import NUMERICS_VERSION
 from altgrad.quantization import get_format, named_policy
+from altgrad.registry import Registry
 from altgrad.training.catalogue import check_signal
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 from altgrad.training.interventions import InterventionConfig
@@ -278,10 +279,10 @@ _DEFAULTS: tuple[AnyOptimizerConfig, ...] = (
     GridOptimConfig(),
     GridOptimConfig(normalize="none", step_unit="rungs", lr=6.0),
     RoundedAdamWConfig(rounding="stochastic", error_feedback=True),
-    *(RuleConfig(kind=name) for name in RULES),  # type: ignore[call-arg]
+    *(RuleConfig(kind=name) for name in RULES.own),  # type: ignore[call-arg]
 )
 
-ARMS = {config.arm: config for config in _DEFAULTS}
+ARMS: Registry[AnyOptimizerConfig] = Registry({config.arm: config for config in _DEFAULTS})
 """Arms by name, each with its default parameters."""
 
 

@@ -131,7 +131,11 @@ def _computes(device: str) -> bool:
 def _cpu() -> str:
     """The CPU's model."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$",
+            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"),
+            re.MULTILINE,
+        )
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
@@ -142,7 +146,7 @@ def _driver() -> str:
     """The NVIDIA driver's version; "" where none is loaded."""
     for file in DRIVER_FILES:
         try:
-            found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text())
+            found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text(encoding="utf-8"))
         except OSError:
             continue
         if found:

@@ -65,7 +65,7 @@ def flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON so that a reader sees the old file or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         json.dump(to_plain(value), file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
@@ -159,7 +159,7 @@ class TrialFolder:
 
     def __enter__(self) -> TrialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
         while True:
             try:
@@ -189,9 +189,9 @@ class TrialFolder:
         if self.metrics_path.exists():
             kept = [row for row in read_rows(self.metrics_path)[0] if row["step"] <= after_step]
         partial = self.metrics_path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(_line(row) for row in kept))
+        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         partial.replace(self.metrics_path)
-        self._metrics = self.metrics_path.open("a")
+        self._metrics = self.metrics_path.open("a", encoding="utf-8")
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Adds rows and flushes them to the operating system."""

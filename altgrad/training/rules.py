@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad.registry import Registry
+
 State = Mapping[str, Tensor]
 Update = Callable[[Tensor, Tensor, State, Mapping[str, Any], Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(grad, weight, state, group, number of this step) -> (direction, new state), all float32 of the weight's shape."""
@@ -98,12 +100,16 @@ class Rule:
     """Tensors with fewer axes take the rule 'adam'."""
 
 
-RULES: dict[str, Rule] = {
-    "sgdm": Rule(sgdm, ("exp_avg",), "weights per unit of gradient", {"lr": 0.1, "momentum": 0.9}),
-    "lion": Rule(lion, ("exp_avg",), "change of every weight per step", {"lr": 5e-4, "momentum": 0.9, "beta2": 0.95}),
-    "madam": Rule(madam, ("exp_avg_sq",), "relative change of a weight per step", {"lr": 3e-2, "beta2": 0.95}),
-    "muon": Rule(
-        muon, ("exp_avg",), "AdamW's: mean |change| per weight and step, by RMS", {"lr": 2e-3, "momentum": 0.95}, 2
-    ),
-}
+RULES: Registry[Rule] = Registry(
+    {
+        "sgdm": Rule(sgdm, ("exp_avg",), "weights per unit of gradient", {"lr": 0.1, "momentum": 0.9}),
+        "lion": Rule(
+            lion, ("exp_avg",), "change of every weight per step", {"lr": 5e-4, "momentum": 0.9, "beta2": 0.95}
+        ),
+        "madam": Rule(madam, ("exp_avg_sq",), "relative change of a weight per step", {"lr": 3e-2, "beta2": 0.95}),
+        "muon": Rule(
+            muon, ("exp_avg",), "AdamW's: mean |change| per weight and step, by RMS", {"lr": 2e-3, "momentum": 0.95}, 2
+        ),
+    }
+)
 """Arms by rule; each keeps its weights as a float32 master or on the grid, as `rounding` says."""

@@ -137,7 +137,8 @@ def import_problems(module: str, code: Path) -> Iterator[str]:
         env=environment,
         cwd=tempfile.gettempdir(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:

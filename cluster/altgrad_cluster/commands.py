@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ClusterError(f"{path}: can't be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict) or not isinstance(config.get("cluster_name"), str):

@@ -98,7 +98,8 @@ def over_ssh(cluster: str, pod: Pod) -> OnHead:
                 shell(command),
             ],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             stdin=subprocess.DEVNULL,
         )

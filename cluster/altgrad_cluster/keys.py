@@ -65,13 +65,13 @@ def ssh_key(cluster: str) -> tuple[Path, str]:
             )
         except (OSError, subprocess.CalledProcessError) as error:
             raise ClusterError(f"{path}: ssh-keygen could not make a key ({error}); is openssh installed?") from None
-    return path, path.with_name(path.name + ".pub").read_text().strip()
+    return path, path.with_name(path.name + ".pub").read_text(encoding="utf-8").strip()
 
 
 def own_fingerprint(cluster: str) -> str | None:
     """What stands in the names of the pods that this machine started for that cluster; None where it never did."""
     try:
-        return fingerprint((cluster_folder(cluster) / "id_ed25519.pub").read_text())
+        return fingerprint((cluster_folder(cluster) / "id_ed25519.pub").read_text(encoding="utf-8"))
     except OSError:
         return None
 
@@ -79,7 +79,7 @@ def own_fingerprint(cluster: str) -> str | None:
 def auth_token_file() -> Path:
     """The file with Ray's token; made on the first call."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not path.exists() or not path.read_text().strip():
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():
         write_private(path, secrets.token_hex(32))
     path.chmod(0o600)
     return path
@@ -89,7 +89,7 @@ def write_private(path: Path, text: str) -> Path:
     """Writes the text where only the user can read it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     return path
 
@@ -136,7 +136,7 @@ def _read_private(path: Path, missing: str) -> str:
     """The file's text. ClusterError where others can read it, and with the text `missing` where there is none."""
     try:
         mode = path.stat().st_mode
-        text = path.read_text().strip()
+        text = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         text, mode = "", 0
     except OSError as error:

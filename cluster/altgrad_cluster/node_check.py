@@ -50,7 +50,7 @@ def troubles(kind: str, ray_version: str) -> Iterator[str]:
     if kind == "worker":
         for line in _gpus():
             with contextlib.suppress(OSError):
-                (home() / HOPELESS).write_text(line)
+                (home() / HOPELESS).write_text(line, encoding="utf-8")
             yield line
 
 
@@ -77,7 +77,7 @@ def _software(ray_version: str) -> Iterator[str]:
 
 
 def _dependencies() -> list[str]:
-    return [str(text) for text in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]]
+    return [str(text) for text in tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]]
 
 
 def requirements(ray_version: str) -> list[str]:
@@ -88,7 +88,7 @@ def requirements(ray_version: str) -> list[str]:
 def _account() -> Iterator[str]:
     """Whether the mounted key opens the account: the head's autoscaler has no other."""
     try:
-        base = json.loads(BOOTSTRAP.expanduser().read_text())["provider"]["api_base"]
+        base = json.loads(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))["provider"]["api_base"]
     except (OSError, ValueError, KeyError):
         base = BASE
     try:

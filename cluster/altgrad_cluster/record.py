@@ -118,7 +118,9 @@ class Record:
         with contextlib.ExitStack() as stack:
             try:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                fcntl.flock(stack.enter_context(self._path.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+                fcntl.flock(
+                    stack.enter_context(self._path.with_suffix(".lock").open("w", encoding="utf-8")), fcntl.LOCK_EX
+                )
             except OSError as error:
                 self._say(f"{self._path}: can't be locked ({error.strerror or error})")
             yield
@@ -135,7 +137,7 @@ def _first_readable(places: tuple[Path, ...]) -> tuple[Pods | None, bool]:
     is_there = False
     for place in places:
         try:
-            return _parsed(place.read_text()), True
+            return _parsed(place.read_text(encoding="utf-8")), True
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError):
@@ -159,7 +161,7 @@ def _draft(path: Path, pods: Pods) -> Path:
     """A complete file beside `path`, on the disk and not only in its cache; removed where the disk is full."""
     draft = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(json.dumps({"pods": pods}))
             file.flush()
             os.fsync(file.fileno())

@@ -39,7 +39,7 @@ class LockedFile:
     def read(self) -> dict[str, Any]:
         """What stands there; nothing where there is no file, or none that can be read."""
         try:
-            found = json.loads(self.path.read_text())
+            found = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -54,13 +54,13 @@ class LockedFile:
             if after != before:
                 draft = self.path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
                 draft.touch(mode=0o600)
-                draft.write_text(after)
+                draft.write_text(after, encoding="utf-8")
                 draft.replace(self.path)
             return result
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._lock, self.path.with_suffix(".lock").open("w") as lock:
+        with self._lock, self.path.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

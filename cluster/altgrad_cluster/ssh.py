@@ -73,7 +73,8 @@ class PodSSH(SSHCommandRunner):
             # What is typed is for the command that follows.
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
         if done.returncode == 0:

@@ -87,7 +87,7 @@ def watch_head_from_worker(head_ip: str, patience: float, base: str) -> None:
             if answers(head_ip):
                 deadline.seen()
             if hopeless.exists():
-                why = hopeless.read_text()
+                why = hopeless.read_text(encoding="utf-8")
         if deadline.is_over:
             why = f"the head at {head_ip} has not answered for {patience:.0f} s"
         if not why:
@@ -215,7 +215,7 @@ def has_jobs() -> bool:
     token = Path(keys.REMOTE_TOKEN).expanduser()
     request = urllib.request.Request(JOBS)
     if token.exists():
-        request.add_header("Authorization", f"Bearer {token.read_text().strip()}")
+        request.add_header("Authorization", f"Bearer {token.read_text(encoding='utf-8').strip()}")
     with logged():
         with open_without_redirect(request, timeout=10) as answer:
             jobs = json.loads(answer.read())
@@ -225,7 +225,7 @@ def has_jobs() -> bool:
 
 def watch_cluster_from_head() -> None:
     """Returns once the head has asked for its own deletion."""
-    config = json.loads(BOOTSTRAP.expanduser().read_text())
+    config = json.loads(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
     settings = Settings.read(config["provider"])
     cluster = config["cluster_name"]
     api = Api(keys.mounted_api_key, settings.api_base)
@@ -273,7 +273,7 @@ def become_daemon() -> None:
     folder.chmod(0o700)
     pid_file = folder / "watch.pid"
     with contextlib.suppress(OSError, ValueError):
-        earlier = int(pid_file.read_text())
+        earlier = int(pid_file.read_text(encoding="utf-8"))
         if b"altgrad_cluster.watch" in Path(f"/proc/{earlier}/cmdline").read_bytes():
             os.kill(earlier, signal.SIGTERM)
     if os.fork():
@@ -283,7 +283,7 @@ def become_daemon() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    pid_file.write_text(str(os.getpid()))
+    pid_file.write_text(str(os.getpid()), encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

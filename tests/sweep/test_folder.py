@@ -89,7 +89,7 @@ def test_a_path_through_a_file_and_the_folder_one_stands_in_are_refused(
 def test_a_ledger_that_is_none_is_refused_and_an_empty_one_holds_no_sweep(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.touch()
-    assert not check_ledger(path)
+    assert not check_ledger(path, 0)
     path.write_text("garbage " * 100)
     with pytest.raises(FolderError, match="no readable ledger"):
         check_folder(tmp_path)
@@ -100,4 +100,4 @@ def test_a_ledger_that_is_none_is_refused_and_an_empty_one_holds_no_sweep(tmp_pa
         check_folder(tmp_path)
     path.unlink()
     Ledger(path).close()
-    assert check_ledger(path)
+    assert check_ledger(path, 0)

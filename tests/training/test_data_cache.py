@@ -1,15 +1,18 @@
 """One correct cache, however many processes want it; learned tokenizers; memory that does not grow with the corpus."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from altgrad.training.config import DataConfig
+from altgrad.training.data import cache as text_cache
 from altgrad.training.data import load_corpus, load_documents
 from altgrad.training.data.cache import cached
 
@@ -172,3 +175,20 @@ def test_a_gigabyte_needs_less_than_one_and_a_half(tmp_path: Path, name: str):
     _, peak, size = map(int, answer.split())
     print(f"{name}: {size / 1e9:.2f} GB of text, peak {peak / 1e6:.2f} GB")
     assert size > 0.99e9 and peak < 1.5e6
+
+
+def test_a_lock_that_another_process_keeps_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(text_cache, "SAID_AFTER_SECONDS", 0.1)
+    built = cached({"of": "this"}, lambda folder: {}).folder
+    (built / text_cache.META).unlink()
+    lock = built.with_suffix(".lock")
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        free = threading.Timer(0.5, fcntl.flock, (held, fcntl.LOCK_UN))
+        free.start()
+        cached({"of": "this"}, lambda folder: {})
+        free.join()
+    assert [str(lock) in record.getMessage() for record in caplog.records] == [True]

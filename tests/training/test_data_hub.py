@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from hub_server import REVISION, files_below, hub_of
 from test_data_labels import NAMES, write_eurlex57k, write_lex_glue
 
@@ -74,6 +75,19 @@ def test_eurlex_comes_from_lex_glue_with_its_revision_and_then_offline(tmp_path:
     assert text["train"] > 40 and text["provenance"]["revision"] == REVISION
     (empty,) = load(tmp_path / "elsewhere", newest, HF_HUB_OFFLINE="1")
     assert "it is not in the cache of datasets" in empty["error"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "place"),
+    [("HF_HOME", "/dev/null"), ("HF_HOME", "/proc/nope"), ("HF_DATASETS_CACHE", "/dev/null/below")],
+)
+def test_a_cache_of_datasets_that_cant_be_written_is_named(tmp_path: Path, variable: str, place: str):
+    source = write_lex_glue(tmp_path / "files", {"train": 4, "validation": 2, "test": 2})
+    repository = {"README.md": CARD.encode(), **files_below(source, "eurlex/")}
+    with hub_of({"coastalcph/lex_glue": repository}) as endpoint:
+        asked = {"HF_ENDPOINT": endpoint, "ALTGRAD_CACHE": str(tmp_path / "altgrad"), variable: place}
+        (found,) = load(tmp_path / "home", ("eurlex", "labels", None), **asked)
+    assert f"; {variable}: the cache {place}" in found["error"] and "can't be written" in found["error"]
 
 
 def test_eurlex_57k_comes_with_its_own_label_field(tmp_path: Path):

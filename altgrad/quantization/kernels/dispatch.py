@@ -205,6 +205,17 @@ def kernel_in_use(tensor: Tensor) -> Literal["numba", "triton", "reference"]:
     return "reference" if numba_for(tensor) is None else "numba"
 
 
+def check_kernels() -> None:
+    """ValueError or ModuleNotFoundError, naming the variable, where the environment asks for kernels that can't run."""
+    forced = os.environ.get("ALTGRAD_KERNEL", "")
+    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0")
+    if _may_use("numba", forced) and disabled.strip() not in ("", "0"):
+        raise ValueError(
+            f"NUMBA_DISABLE_JIT: {disabled!r} is not allowed with numba's kernels, which are nothing uncompiled; "
+            "ALTGRAD_KERNEL=reference does without them"
+        )
+
+
 def kernel_report() -> list[tuple[str, str]]:
     """The kernel each kind of device gets on this machine and why, in words; errors as in using one."""
     forced = os.environ.get("ALTGRAD_KERNEL", "")

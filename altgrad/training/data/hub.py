@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,7 @@ def load_hub(name: str, wanted: str | None = None) -> HubData:
         )
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError) as error:
         why = "it is not in the cache of datasets" if _is_offline() else "it can't be loaded"
-        raise ValueError(f"data {name!r}: {why} ({_one_line(error)}); {ALTERNATIVES}") from None
+        raise ValueError(f"data {name!r}: {why} ({_one_line(error)}){_unwritable()}; {ALTERNATIVES}") from None
     splits = {split: own for split, names in SPLITS.items() if (own := next((n for n in names if n in loaded), None))}
     if "train" not in splits:
         raise ValueError(f"data {name!r}: no split named train; it has: {', '.join(loaded)}")
@@ -124,6 +125,23 @@ def _label_column(own: Any, fields: Fields) -> str | None:
     return label
 
 
+def _unwritable() -> str:
+    """'; …' on the variable that puts a cache of datasets where nothing can be written; nothing where none does."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = {"HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE, "HF_HUB_CACHE": constants.HF_HUB_CACHE}
+    for own, place in places.items():
+        try:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            by = next((one for one in (own, "HF_HOME", "XDG_CACHE_HOME") if one in os.environ), "HOME")
+            return f"; {by}: the cache {place} can't be written ({error.strerror})"
+    return ""
+
+
 def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
@@ -140,7 +158,7 @@ def _revision(name: str, repository: Repository, wanted: str | None) -> str:
     except failures as error:
         raise ValueError(
             f"data {name!r}: the Hugging Face hub does not answer for {repository.path} "
-            f"({_one_line(error)}); {ALTERNATIVES}"
+            f"({_one_line(error)}){_unwritable()}; {ALTERNATIVES}"
         ) from None
     if not info.sha:
         raise ValueError(f"data {name!r}: the hub names no revision of {repository.path}")
