@@ -39,7 +39,7 @@ from altgrad.training.record import TrialFolder, read_config, write_json
 CHECKS = 24
 """Ends of log intervals at which all signals of a trial are exported; of the others, what an evaluation found."""
 POINTS = 5
-"""Steps of a trial at which all its layer signals are exported: the first check, the last, checkpoints between."""
+"""Steps of a trial at which a signal of layers is exported: the first measured, the last, checkpoints between."""
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
 REFERENCE_SIGNALS = ("stable_rank", "spectral_norm")
 """What other trials are held against: of references these are exported exactly, at every check."""
@@ -205,8 +205,7 @@ def _layers(trials: Path, configs: Mapping[str, TrainConfig], held: set[str]) ->
     found = [OF_LAYERS.empty_table()]
     for trial_id, config in configs.items():
         table = read_layers(trials / trial_id)
-        at = points(pc.unique(table["step"]).to_pylist(), config.checkpoint_interval)
-        kept = pc.is_in(table["step"], pa.array(at, pa.int64()))
+        kept = pc.is_in(_moments(table), _moments(_chosen(table, config.checkpoint_interval)))
         is_exact = pc.is_in(table["signal"], pa.array(REFERENCE_SIGNALS if trial_id in held else (), pa.string()))
         table = table.append_column("is_exact", is_exact).filter(pc.or_(kept, is_exact))
         value = table["value"].to_numpy()
@@ -218,11 +217,31 @@ def _layers(trials: Path, configs: Mapping[str, TrainConfig], held: set[str]) ->
     return pa.concat_tables(found).sort_by(order)
 
 
+def _chosen(table: pa.Table, checkpoint_interval: int) -> pa.Table:
+    """(signal, step) of what is exported of a trial: signals are measured at different checks."""
+    measured = table.group_by(["signal", "step"]).aggregate([]).sort_by("signal")
+    rows = zip(measured["signal"].to_pylist(), measured["step"].to_pylist(), strict=True)
+    chosen = [
+        (signal, step)
+        for signal, own in groupby(rows, key=itemgetter(0))
+        for step in points([step for _, step in own], checkpoint_interval)
+    ]
+    signals, steps = zip(*chosen, strict=True) if chosen else ((), ())
+    return pa.table({"signal": pa.array(signals, pa.string()), "step": pa.array(steps, pa.int64())})
+
+
+def _moments(table: pa.Table) -> pa.Array:
+    return pc.binary_join_element_wise(table["signal"], table["step"].cast(pa.string()), " ")
+
+
 def points(steps: Iterable[int], checkpoint_interval: int) -> list[int]:
-    """Of the steps at which layers were measured: the first, the last, checkpoints between; POINTS at most."""
-    ordered = sorted(steps)
-    ends = {*ordered[:1], *ordered[-1:]}
-    return _evenly(sorted(ends | {step for step in ordered if step % checkpoint_interval == 0}), POINTS)
+    """Of the steps at which a signal was measured POINTS at most: the first, the last, and evenly between them, of
+    checkpoints where there are enough."""
+    measured = sorted(steps)
+    at_checkpoints = [step for step in measured[1:-1] if step % checkpoint_interval == 0]
+    if len(at_checkpoints) >= POINTS - 2:
+        measured = [measured[0], *at_checkpoints, measured[-1]]
+    return _evenly(measured, POINTS)
 
 
 def _rounded(value: np.ndarray) -> np.ndarray:
