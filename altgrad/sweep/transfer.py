@@ -38,7 +38,7 @@ from altgrad.training.record import TrialFolder, read_config, write_json
 
 CHECKS = 24
 """Ends of log intervals at which all signals of a trial are exported; of the others, what an evaluation found."""
-POINTS = 5
+POINTS = 4
 """Steps of a trial at which a signal of layers is exported: the first measured, the last, checkpoints between."""
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
 REFERENCE_SIGNALS = ("stable_rank", "spectral_norm")
