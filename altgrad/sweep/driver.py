@@ -27,7 +27,7 @@ import altgrad
 from altgrad import search_path
 from altgrad.sweep.budget import Meter
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.environment import blamed
+from altgrad.sweep.environment import blamed, safe_path
 from altgrad.sweep.executors import PAUSED, TrialActor, run_request
 from altgrad.sweep.faults import Breaker, fault
 from altgrad.sweep.folder import cores
@@ -341,7 +341,7 @@ def _start(address: str) -> str | None:
     if address == "local":
         quiet |= {"num_cpus": cores(), "num_gpus": gpu_count()}
         quiet |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
-    with _sigterm_stays_the_callers(), blamed():
+    with _sigterm_stays_the_callers(), blamed(), safe_path():
         found = ray.init(address=address, job_config=OwnPath(), **quiet).dashboard_url
     return f"http://{found}" if found else None
 

@@ -20,7 +20,6 @@ from altgrad import search_path
 from altgrad.sweep.complaints import SpecError
 
 RAY_ENVIRONMENT = {
-    "PYTHONSAFEPATH": "1",
     "PYDANTIC_ERRORS_INCLUDE_URL": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -34,8 +33,7 @@ RAY_ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "30",
 }
 """Ray reads these at import: no telemetry, no chatter, no second record; how many trials wait for an actor is for our
-queue to say. The first two keep the current folder off the path of Python processes that anything starts, and an
-address out of the messages that a trial leaves. A user's own values win."""
+queue to say. The first keeps an address out of the messages that a trial leaves. A user's own values win."""
 SOCKET_BYTES = 107
 """The longest path of a Unix socket."""
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/dash_MetricsHead"
@@ -53,6 +51,19 @@ _given: set[str] = set()
 def set_ray_environment() -> None:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Keeps the current folder off the path of the Python processes that are started meanwhile, and of theirs."""
+    if "PYTHONSAFEPATH" in os.environ:
+        yield
+        return
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
 
 
 def check_environment(address: str) -> None:

@@ -21,6 +21,7 @@ from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.environment import RAY_ENVIRONMENT, blamed, check_environment
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.preflight import knock
+from altgrad.training.data import corpus
 from altgrad.training.outcome import OutcomeKind
 
 LONG = "/tmp/" + "d" * 95
@@ -166,7 +167,9 @@ def test_a_cache_that_cant_be_written_is_named(
 ) -> None:
     for name in ("ALTGRAD_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # whose token is the next thing that HOME is asked for
     monkeypatch.setenv(variable, place)
+    corpus._load.cache_clear()  # of tests before, in this process
     assert main(["plan", "--formats", "E5M2", "--optimizers", "adamw"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"altgrad: {variable}: {place!r}: the cache") and said.count("\n") == 1

@@ -23,7 +23,7 @@ from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, flat, write_json
 
 SHA = "d" * 64
-CONFIG = TrainConfig(format="E5M2", seed=3)
+CONFIG = TrainConfig(format="E5M2", seed=3, log_interval=3, eval_interval=3, checkpoint_interval=6)
 DONE = Outcome(OutcomeKind.DONE, 6, val_loss=2.5)
 
 
@@ -105,7 +105,8 @@ def test_an_offline_run_holds_every_row_the_configuration_and_the_ending(
     rows = [row.get("item", row) for row in rows]
     assert [row["trainer/step"] for row in rows] == [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["train/loss"] for row in rows] == [9, 8, 7, 6, 5, 4]
-    assert rows[2]["layers/lm_head/flip_yield"] == 1.5 and rows[2]["signals/stall_ratio"] == 0.25
+    assert rows[5]["layers/lm_head/flip_yield"] == 1.5 and rows[2]["signals/stall_ratio"] == 0.25
+    assert "layers/lm_head/flip_yield" not in rows[2], "signals of layers at checkpoints"
     done = subprocess.run([*tool[:3], "--summary", *tool[3:]], capture_output=True, text=True, check=True)
     summary = json.loads(done.stdout)["summary"]
     assert summary["outcome/kind"] == "done" and summary["val/loss"]["min"] == 2.0
