@@ -187,10 +187,10 @@ def test_a_command_ends_in_one_line_and_touches_nothing(tmp_path: Path, words: t
 @pytest.mark.parametrize(
     "variables",
     [
-        {"OMP_NUM_THREADS": "garbage", "NUMBA_NUM_THREADS": "garbage", "MKL_NUM_THREADS": "-1"},
-        {"MPLBACKEND": "garbage", "MPLCONFIGDIR": "/proc/nope", "COLUMNS": "x", "LINES": "x", "NO_COLOR": "1"},
-        {"CUDA_VISIBLE_DEVICES": "", "TZ": "garbage/zone", "HF_HOME": "/proc/nope", "NUMBA_CACHE_DIR": "/proc/nope"},
-        {"WANDB_MODE": "offline", "WANDB_DIR": "/proc/nope", "WANDB_PROJECT": "a/b%c", "PYTHONOPTIMIZE": "1"},
+        {"OMP_NUM_THREADS": "garbage", "NUMBA_NUM_THREADS": "garbage", "MKL_NUM_THREADS": "-1"}
+        | {"MPLBACKEND": "garbage", "MPLCONFIGDIR": "/proc/nope", "COLUMNS": "x", "LINES": "x", "NO_COLOR": "1"}
+        | {"CUDA_VISIBLE_DEVICES": "", "TZ": "garbage/zone", "HF_HOME": "/proc/nope", "NUMBA_CACHE_DIR": "/proc/nope"}
+        | {"WANDB_MODE": "offline", "WANDB_DIR": "/proc/nope", "WANDB_PROJECT": "a/b%c", "PYTHONOPTIMIZE": "1"},
         {"NUMBA_DISABLE_JIT": "1", "ALTGRAD_KERNEL": "reference", "RAY_CHDIR_TO_TRIAL_DIR": "1"},
     ],
     ids=lambda variables: next(iter(variables)),

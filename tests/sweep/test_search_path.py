@@ -122,12 +122,11 @@ def test_workers_get_nothing_but_this_package(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["actor", "train"])
-def test_a_sweep_runs_among_files_that_hide_modules(tmp_path: Path, executor: str) -> None:
+def test_a_sweep_runs_among_files_that_hide_modules(tmp_path: Path) -> None:
     written(tmp_path, *HIDING)
     (tmp_path / "mine.json").write_text(json.dumps(SMALLEST | {"seeds": 1, "steps": 20, "eval_interval": 10}))
     (tmp_path / "mine.py").write_text(PROGRAM.format(name="os"))
-    words = ["run", "mine.json", "--out", "out", "--executor", executor, "--max-concurrent", "1"]
+    words = ["run", "mine.json", "--out", "out", "--max-concurrent", "1"]
     done = call(tmp_path, "mine.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     with Ledger.reading(tmp_path / "out" / "ledger.sqlite") as ledger:
