@@ -110,7 +110,7 @@ def test_without_stops_it_says_so_and_keeps_no_old_picture(tmp_path: Path) -> No
         (["E5M2"], ["adamw"], 1),
         (["BF16"], ["adamw"], 1),
         (["BF16", "E5M2"], ["adamw"], 20),
-        (["FP32", "FP16", "BF16", "E1M3", *EIGHT_BIT], list(ARMS), 1),
+        (["FP32", "BF16", *EIGHT_BIT], list(ARMS)[::2], 1),
     ],
 )
 def test_sizes_from_one_to_many(tmp_path: Path, formats: list[str], arms: list[str], seeds: int) -> None:

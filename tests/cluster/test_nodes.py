@@ -92,6 +92,7 @@ def debian() -> str | None:
     return None if Path(library, "EXTERNALLY-MANAGED").exists() else "/usr/bin/python3 is not externally managed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "image", ["venv", pytest.param("debian", marks=pytest.mark.skipif(bool(debian()), reason=str(debian())))]
 )

@@ -12,6 +12,7 @@ from host_models import ARMS as ALL_ARMS
 from host_models import batch, loss_of, net, train
 from torch import distributed, nn
 
+pytestmark = pytest.mark.slow
 STEPS = 5
 
 ARMS = {name: ALL_ARMS[name] for name in ("adamw", "manifold", "manifold_sr", "grid_carry", "muon")}

@@ -44,6 +44,7 @@ def test_spending_adds_up_over_runs_that_were_killed(tmp_path: Path) -> None:
         assert second.exceeded == "2 of 2 GPU-hours (--max-gpu-hours) are spent"
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_as_budget_survives_a_restart_and_goes_on_when_the_cap_is_lifted(
     tmp_path: Path, running_ray: str
 ) -> None:

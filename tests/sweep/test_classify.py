@@ -91,6 +91,7 @@ def test_bad_flags_end_with_2_and_one_line(tmp_path: Path, monkeypatch, capsys, 
         assert part in message, message
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_f1_per_format_and_optimizer_with_intervals(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(FILE)

@@ -68,6 +68,7 @@ def losses(folder: Path) -> list[float]:
     return [row["train_loss"] for row in read_rows(folder / "metrics.jsonl")[0]]
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_does_and_hold_equal_weights(tmp_path: Path) -> None:
     run_together(config(), tmp_path / "two")
     alone = Trainer(config(), folder=tmp_path / "one")
@@ -83,6 +84,7 @@ def test_two_workers_train_as_one_does_and_hold_equal_weights(tmp_path: Path) ->
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_all_workers_stop_with_the_first_ones_verdict(tmp_path: Path) -> None:
     guards = [{"signal": "flip_yield", "test": "above", "limit": -1.0, "kind": "stalled"}]
     run_together(config(guards=guards), tmp_path / "two")
