@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.read_only import LEDGER
 from altgrad.sweep.shards import OF_LAYERS, Export
 from altgrad.training.config import MODELS
+from altgrad.training.outcome import Outcome
 from altgrad.training.record import flat
 
 
@@ -63,7 +65,9 @@ class Frames:
         """How each trial that ended ended: trial_id and the fields of `Outcome`, as recorded."""
         with Ledger.reading(self.folder / LEDGER) as ledger:
             found = ledger.outcomes()
-        return pd.DataFrame([{"trial_id": trial_id} | outcome.to_dict() for trial_id, outcome in found.items()])
+            order = [name for name in ledger.trials() if name in found]
+        columns = ["trial_id", *(field.name for field in fields(Outcome))]
+        return pd.DataFrame([{"trial_id": name} | found[name].to_dict() for name in order], columns=columns)
 
     @cached_property
     def spend(self) -> pd.DataFrame:
@@ -86,7 +90,7 @@ class Frames:
         index = ["trial_id", "step", "layer"]
         wide: pd.DataFrame = found.pivot(index=index, columns="signal", values="value").reset_index()
         wide.columns.name = None
-        return wide
+        return wide.reindex(columns=[*index, *signals])
 
     @cached_property
     def _records(self) -> Records:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from altgrad.sweep import monitor
+from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.folder import FolderError
 
 
 def export(request: argparse.Namespace) -> int:
@@ -26,13 +28,14 @@ def export(request: argparse.Namespace) -> int:
 def import_(request: argparse.Namespace) -> int:
     from altgrad.sweep.transfer import import_sweep
 
-    found = import_sweep(request.folder, request.out)
+    try:
+        found = import_sweep(request.folder, request.out)
+    except FolderError as error:
+        raise SpecError(str(error)) from None
     print(f"{request.out}: {found.entered} of the export's {found.trials} trials came in with how they ended")
     if found.known:
-        print(f"{found.known} had a result here, which stays")
+        print(f"{found.known} have a result here that goes as far, which stays")
     if found.differing:
-        print(
-            f"{found.differing} of these ended with another validation loss in the export (another machine, or torch)"
-        )
+        print(f"{found.differing} of these ended at the same step with another loss there (another machine, or torch)")
     print("the sweep's own command, with this --out, trains what is missing")
     return 0

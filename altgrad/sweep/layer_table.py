@@ -46,7 +46,7 @@ def read_layers(folder: Path, signals: Collection[str] | None = None) -> pa.Tabl
             return read_parquet(path, signals)
     except FileNotFoundError:
         pass
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         logger.warning("%s is torn (%s): its trial's record is read in its place", path, error)
     found = _from_record(record) if record.exists() else SCHEMA.empty_table()
     return found if signals is None else found.filter(pc.is_in(found["signal"], pa.array(list(signals), pa.string())))

@@ -126,11 +126,19 @@ class Ledger:
                 values,
             )
 
-    def restore(self, table: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
-        """Enters rows of another ledger of the sweep, all or none; what is known by its key stays as it is."""
+    def restore(
+        self, table: str, rows: Iterable[Sequence[Any]], columns: Sequence[str], *, unless_more: str | None = None
+    ) -> None:
+        """Enters rows of another ledger of the sweep, all or none; what is known by its key stays as it is.
+
+        `unless_more`: a column; where a known row has less in it, the new one takes its place.
+        """
+        newer = f"DO UPDATE SET {','.join(f'{name}=excluded.{name}' for name in columns)}"
+        newer += f" WHERE excluded.{unless_more} > {table}.{unless_more}"
         with self._connection.transaction():
             self._connection.executemany(
-                f"INSERT OR IGNORE INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})",
+                f"INSERT INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))}) "
+                f"ON CONFLICT {'DO NOTHING' if unless_more is None else newer}",
                 list(rows),
             )
 

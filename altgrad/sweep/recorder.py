@@ -11,7 +11,7 @@ it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,22 @@ from altgrad.sweep.layer_table import FILE as LAYERS
 from altgrad.sweep.layer_table import write_layers
 from altgrad.sweep.ledger import Ledger
 from altgrad.training.devices import places_of
-from altgrad.training.outcome import FAILED, HUNG, RESULT_KINDS, Outcome
+from altgrad.training.outcome import FAILED, HUNG, Outcome
 from altgrad.training.record import RowReader, read_config, read_outcome, to_plain, write_json
 
 
 class Recorder:
-    """Follows the trials under `folder` and keeps the ledger up with them."""
+    """Follows the trials under `folder` and keeps the ledger up with them.
 
-    def __init__(self, ledger: Ledger, folder: Path, *, drop_checkpoints: bool = False) -> None:
+    `drops` says of a trial that ended so whether its checkpoint has served its time.
+    """
+
+    def __init__(
+        self, ledger: Ledger, folder: Path, *, drops: Callable[[str, Outcome], bool] = lambda *_: False
+    ) -> None:
         self.ledger = ledger
         self.folder = folder
-        self._drops = drop_checkpoints
+        self._drops = drops
         self._readers: dict[str, RowReader] = {}
 
     def expect(self, trial_id: str) -> None:
@@ -61,7 +66,8 @@ class Recorder:
         if own is None:
             (self.folder / trial_id).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
-        self._tidy(trial_id, outcome)
+        # Where the driver ended it, a worker may still be saving: its checkpoint goes at the next start.
+        self._tidy(trial_id, outcome, drop=own is not None)
         return outcome
 
     def ingest(self, trial_ids: Iterable[str]) -> int:
@@ -81,16 +87,17 @@ class Recorder:
                 self.follow(trial_id)
                 if outcome is not None:
                     self.ledger.record_outcome(trial_id, outcome)
-            if outcome is not None:
-                self._tidy(trial_id, outcome)
+            if (ended := outcome or known.get(trial_id)) is not None:
+                self._tidy(trial_id, ended)
         return found
 
-    def _tidy(self, trial_id: str, outcome: Outcome) -> None:
+    def _tidy(self, trial_id: str, outcome: Outcome, *, drop: bool = True) -> None:
         """Leaves of a trial that has ended what is to stay."""
         folder = self.folder / trial_id
-        if (folder / "metrics.jsonl").exists() and not (folder / LAYERS).exists():
+        record, table = folder / "metrics.jsonl", folder / LAYERS
+        if record.exists() and not (table.exists() and table.stat().st_mtime_ns >= record.stat().st_mtime_ns):
             write_layers(folder)
-        if self._drops and outcome.kind in RESULT_KINDS:
+        if drop and self._drops(trial_id, outcome):
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
     def _places(self, trial_id: str) -> dict[str, str]:

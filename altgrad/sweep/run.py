@@ -18,7 +18,7 @@ from altgrad.sweep.budget import Meter
 from altgrad.sweep.environment import check_environment, set_ray_environment
 from altgrad.sweep.folder import check_folder, check_ledger, manifest, owned
 from altgrad.sweep.growth import Growth
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.ledger import Ledger, is_settled
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.population import Population
@@ -123,7 +123,12 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
             ledger.add_trials(new, corpus.sha256)
 
         admit(trials if search is None else trials | search.trials)
-        recorder = Recorder(ledger, out / "trials", drop_checkpoints=options.keep_checkpoints == "none")
+
+        def drops(trial_id: str, outcome: Outcome) -> bool:
+            config = trials.get(trial_id)
+            return options.keep_checkpoints == "none" and config is not None and is_settled(outcome, config)
+
+        recorder = Recorder(ledger, out / "trials", drops=drops)
         recorder.ingest(ledger.trials())
         left = ledger.remaining(trials)
         growth = None if search is None else Growth(search, ledger, trials, admit)

@@ -9,8 +9,8 @@
       sweep.json         what stood in the sweep's folder then; spend, samples and mutations are tables too
 
 A shard is never rewritten: what came later stands in the next one, and of a trial that is in several the last is read,
-whole; one that says how it ended is never replaced by one that does not. A shard appears by rename, under a name that
-holds a hash of its content, so two machines may add shards to copies of one export.
+whole; but a result is never replaced by an interruption, and an ending never by none. A shard appears by rename, under
+a name that holds a hash of its content, so two machines may add shards to copies of one export, and damage is seen.
 
 Losses and signals are exact. Layer signals are rounded to float32, but for what references are measured by.
 """
@@ -18,8 +18,10 @@ Losses and signals are exact. Layer signals are rounded to float32, but for what
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from altgrad.sweep.held import PatientConnection, connect
 from altgrad.sweep.layer_table import read_parquet, write_parquet
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS, SCHEMA, TRIAL_FIELDS
 from altgrad.sweep.read_only import MANIFEST, shards
+from altgrad.training.outcome import RESULT_KINDS
 from altgrad.training.record import from_plain, to_plain
 
 PARTIAL = ".partial-"
@@ -75,8 +78,10 @@ Rows = list[tuple[Any, ...]]
 
 
 def write_shard(folder: Path, tables: Mapping[str, pa.Table | Iterable[Sequence[Any]]], manifest: str | None) -> Path:
-    """Adds a shard with these tables, in the columns of TABLES; numbers may be as a ledger holds them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Adds a shard with these tables, in the columns of TABLES; numbers may be as a ledger holds them.
+
+    The caller is `alone` in the folder.
+    """
     for left in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(left)  # of an export that was killed
     known = shards(folder)
@@ -89,8 +94,27 @@ def write_shard(folder: Path, tables: Mapping[str, pa.Table | Iterable[Sequence[
             write_parquet(table.replace_schema_metadata({_VERSION: str(VERSION).encode()}), partial / f"{name}.parquet")
     if manifest is not None:
         (partial / MANIFEST).write_text(manifest, encoding="utf-8")
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(partial.iterdir()))).hexdigest()
-    return partial.rename(folder / f"{number:04d}-{digest[:8]}")
+    return partial.rename(folder / f"{number:04d}-{_digest(partial)}")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other export writes to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _digest(shard: Path) -> str:
+    """Of all that a shard holds; it stands in the shard's name."""
+    digest = hashlib.sha256()
+    for path in sorted([*shard.glob("*.parquet"), *shard.glob(MANIFEST)]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 class Export:
@@ -105,12 +129,18 @@ class Export:
             )
         self._place: dict[str, Path] = {}
         """the shard of each trial that counts"""
-        ended: set[str] = set()
+        worth: dict[str, int] = {}
         for shard in self._shards:
-            names = [trial_id for (trial_id,) in _read(shard, "outcomes", ("trial_id",))]
-            ended.update(names)
-            own = [trial_id for (trial_id,) in _read(shard, "trials", ("trial_id",))]
-            self._place |= {trial_id: shard for trial_id in own if trial_id in names or trial_id not in ended}
+            if not shard.name.endswith(_digest(shard)):
+                raise SpecError(
+                    f"{shard} is not what was exported (the hash in its name is another): a file is missing or has "
+                    "changed; copy it again, or leave the whole folder out"
+                )
+            kinds: dict[str, str] = dict(_read(shard, "outcomes", ("trial_id", "kind")))
+            for (trial_id,) in _read(shard, "trials", ("trial_id",)):
+                own = 0 if trial_id not in kinds else 1 + (kinds[trial_id] in RESULT_KINDS)
+                if own >= worth.get(trial_id, 0):
+                    worth[trial_id], self._place[trial_id] = own, shard
 
     def fingerprints(self) -> dict[str, str]:
         """What each trial's state was, by id, as it counts."""

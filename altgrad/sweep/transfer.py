@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,14 +24,25 @@ import pyarrow.compute as pc
 
 from altgrad.sweep import read_only
 from altgrad.sweep.complaints import SpecError
+from altgrad.sweep.exclusions import BASELINE
 from altgrad.sweep.folder import check_folder, owned, read_manifest
 from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, TRIAL_FIELDS
 from altgrad.sweep.read_only import LEDGER, MANIFEST, shards
 from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.references import references
-from altgrad.sweep.shards import AT_EVERY_STEP, IN_CHECKS, OF_LAYERS, OF_SWEEP, TABLES, Export, step_rows, write_shard
+from altgrad.sweep.shards import (
+    AT_EVERY_STEP,
+    IN_CHECKS,
+    OF_LAYERS,
+    OF_SWEEP,
+    TABLES,
+    Export,
+    alone,
+    step_rows,
+    write_shard,
+)
+from altgrad.sweep.spec import is_reference
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
@@ -43,6 +55,8 @@ POINTS = 4
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
 REFERENCE_SIGNALS = ("stable_rank", "spectral_norm")
 """What other trials are held against: of references these are exported exactly, at every check."""
+GROWS = {"spend": "hours", "mutations": "applied"}
+"""What grows in a row of these tables: of two with one key the one with more is newer."""
 AT_A_TIME = 200
 """Trials whose rows are in memory together."""
 
@@ -59,8 +73,8 @@ class Exported:
 
 @dataclass(frozen=True)
 class Imported:
-    """Trials that the export names, those whose ending came in, those that had a result here, and of these, those
-    whose exported loss is another."""
+    """Trials that the export names, those whose ending came in, those whose result here stays, and of these those that
+    have another loss in the export at the same step."""
 
     trials: int
     entered: int
@@ -76,68 +90,104 @@ def export_sweep(out: Path, folder: Path) -> Exported:
     if shards(out):
         raise SpecError(f"{out} is an export; the folder of a sweep is expected")
     _check_place(folder)
-    known = Export(folder).fingerprints() if shards(folder) else {}
     manifest = read_manifest(out)
-    with read_only.current(out / LEDGER) as connection:
+    said = None if manifest is None else json.dumps(manifest, indent=1)
+    with alone(folder), read_only.current(out / LEDGER) as connection:
         connection.execute("BEGIN")  # one state of a ledger that others write
         trials = connection.execute(f"SELECT {','.join(TRIAL_FIELDS)} FROM trials ORDER BY created, rowid").fetchall()
         names = ("trial_id", *OUTCOME_FIELDS, "recorded")
         endings = {row[0]: row for row in connection.execute(f"SELECT {','.join(names)} FROM outcomes")}
         counts = dict(connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))
         prints = {row[0]: _fingerprint(row, endings.get(row[0]), counts.get(row[0], 0)) for row in trials}
-        new = [row for row in trials if known.get(row[0]) != prints[row[0]]]
-        if not new:
-            return Exported(None, 0, 0, 0)
+        of_sweep = {
+            table: connection.execute(f"SELECT {','.join(TABLES[table])} FROM {table}").fetchall() for table in OF_SWEEP
+        }
+        new = trials
+        if shards(folder):
+            before = Export(folder)
+            known = before.fingerprints()
+            new = [row for row in trials if known.get(row[0]) != prints[row[0]]]
+            is_known = all(set(rows) <= set(before.rows(table)) for table, rows in of_sweep.items())
+            if not new and is_known and (manifest is None or manifest == read_manifest(folder)):
+                return Exported(None, 0, 0, 0)
         ended = [row[0] for row in new if row[0] in endings]
-        configs = {row[0]: TrainConfig.model_validate_json(row[1]) for row in trials}
-        held = set(references(configs).values())
+        configs = {row[0]: TrainConfig.model_validate_json(row[1]) for row in new if row[0] in endings}
         tables: dict[str, pa.Table | Iterable[Sequence[Any]]] = {
             "trials": [(*row, _heading(out / "trials" / row[0]), prints[row[0]]) for row in new],
             "outcomes": [endings[trial_id] for trial_id in ended],
             "steps": _rows(connection, ended, AT_EVERY_STEP, ""),
             "checks": _checks(_rows(connection, ended, IN_CHECKS, f"AND ({_IS_CHECK})")),
-            "layers": _layers(out / "trials", {name: configs[name] for name in ended}, held),
-            **{table: connection.execute(f"SELECT {','.join(TABLES[table])} FROM {table}") for table in OF_SWEEP},
+            "layers": _layers(out / "trials", configs),
+            **of_sweep,
         }
-        shard = write_shard(folder, tables, None if manifest is None else json.dumps(manifest, indent=1))
+        shard = write_shard(folder, tables, said)
     size = sum(path.stat().st_size for path in shard.iterdir())
     return Exported(shard, len(new), len(ended), size)
 
 
 def import_sweep(folder: Path, out: Path) -> Imported:
-    """Takes an export into the sweep in `out`, which is made where it is none. What has a result here stays as it is.
+    """Takes an export into the sweep in `out`, which is made where it is none.
 
-    SpecError where `folder` is no export; FolderError where `out` is no place for a sweep, or a driver owns it.
+    What has gone as far here, or further, stays as it is; a population of which not all members have a result starts
+    anew, for their checkpoints are not exported. SpecError where `folder` is no export; FolderError where `out` is no
+    place for a sweep, or a driver owns it.
     """
     export = Export(folder)
     check_folder(out)
     headings = {row[0]: row[1:] for row in export.rows("trials", ("trial_id", "config", "record"))}
-    with Ledger.reading(folder / LEDGER) as theirs:
-        outcomes = theirs.outcomes()
+    with Ledger.reading(folder / LEDGER) as ledger:
+        outcomes = ledger.outcomes()
+    rows, manifest = step_rows(export), read_manifest(folder)
+    begun = {_population(name) for name in headings if name not in outcomes or outcomes[name].kind not in RESULT_KINDS}
+    begun -= {None}
     with owned(out), Ledger(out / LEDGER) as ledger:
         ledger.suit_file_system()
-        known = ledger.outcomes()
-        settled = {name for name, outcome in known.items() if outcome.kind in RESULT_KINDS}
-        wanted = [name for name in outcomes if name not in settled]
+        recorder = Recorder(ledger, out / "trials")
+        recorder.ingest(ledger.trials())
+        known, reached = ledger.outcomes(), ledger.row_counts()
+        wanted = [
+            name
+            for name, outcome in outcomes.items()
+            if _population(name) not in begun and _goes_further(outcome, known.get(name), reached.get(name, 0))
+        ]
         ledger.restore("trials", export.rows("trials", TRIAL_FIELDS), TRIAL_FIELDS)
         for table in OF_SWEEP:
-            ledger.restore(table, export.rows(table), TABLES[table])
-        rows = step_rows(export) if wanted else {}
+            exported = [row for row in export.rows(table) if table != "mutations" or _population(row[0]) not in begun]
+            ledger.restore(table, exported, TABLES[table], unless_more=GROWS.get(table))
         for trial_id in wanted:
+            path = out / "trials" / trial_id
+            shutil.rmtree(path / "checkpoint", ignore_errors=True)
             config, heading = headings[trial_id]
-            _write_record(out / "trials" / trial_id, config, heading, rows.get(trial_id, []), outcomes[trial_id])
-        recorder = Recorder(ledger, out / "trials")
+            _write_record(path, config, heading, rows.get(trial_id, []), outcomes[trial_id])
         recorder.ingest(wanted)
-        manifest = read_manifest(folder)
-        if manifest is not None and not (out / MANIFEST).exists():
+        own = read_manifest(out)
+        if manifest is not None and (own is None or set(own.get("trials") or ()) <= set(manifest.get("trials") or ())):
             write_json(out / MANIFEST, manifest)
-    twice = settled & outcomes.keys()
+    stays = [name for name in outcomes if name in known and name not in wanted and known[name].kind in RESULT_KINDS]
     # As texts, in which NaN equals itself.
-    differing = [name for name in twice if str(known[name].val_loss) != str(outcomes[name].val_loss)]
-    return Imported(len(headings), len(wanted), len(twice), len(differing))
+    differing = [
+        name
+        for name in stays
+        if known[name].step == outcomes[name].step and str(known[name].val_loss) != str(outcomes[name].val_loss)
+    ]
+    return Imported(len(headings), len(wanted), len(stays), len(differing))
+
+
+def _goes_further(theirs: Outcome, own: Outcome | None, rows: int) -> bool:
+    """Whether an exported ending takes the place of what stands here: a result before none, else more steps."""
+    if theirs.kind not in RESULT_KINDS:
+        return own is None and not rows
+    return own is None or own.kind not in RESULT_KINDS or theirs.step > own.step
+
+
+def _population(trial_id: str) -> str | None:
+    """What members of a population have in common in their ids; None for a trial that is none."""
+    return trial_id.partition("-")[0] if "-" in trial_id else None
 
 
 def _check_place(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise SpecError(f"{folder} is a link to nothing; a folder is expected")
     if folder.exists() and not folder.is_dir():
         raise SpecError(f"{folder} is a file; a folder is expected")
     others = [item.name for item in folder.iterdir() if not item.name.startswith(".")] if folder.is_dir() else []
@@ -153,7 +203,9 @@ def _check_place(folder: Path) -> None:
 
 def _fingerprint(trial: Sequence[Any], ending: Sequence[Any] | None, rows: int) -> str:
     """Changes with all that a later shard would have to say of the trial; an import leaves it as it is."""
-    config, numerics = (trial[TRIAL_FIELDS.index(name)] for name in ("config", "numerics"))
+    config, numerics = json.loads(trial[TRIAL_FIELDS.index("config")]), trial[TRIAL_FIELDS.index("numerics")]
+    for name in ("source", "revision"):  # where the text lies, which its sha256 tells better
+        config["data"].pop(name, None)
     text = json.dumps([config, numerics, ending[1:-1], rows] if ending is not None else [config, numerics])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -179,18 +231,16 @@ def _rows(connection: Any, trial_ids: Sequence[str], columns: Sequence[str], mor
 
 
 def _checks(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    """The rows of CHECKS checks of each trial, and of the others what an evaluation or the trainer had to say."""
+    """Of each signal CHECKS values of each trial, the first and the last among them, and all evaluations and words."""
     names = ("trial_id", "step", *IN_CHECKS)
-    stays = [name in ("trial_id", "step", *EVALUATED, "formats", "events") for name in names]
-    says = [place for place, name in enumerate(names) if name in ("val_loss", "events")]
+    whole = {place for place, name in enumerate(names) if name in (*EVALUATED, "formats", "events")}
     for _, own in groupby(rows, key=itemgetter(0)):
-        found = list(own)
-        chosen = set(_evenly(range(len(found)), CHECKS))
-        for place, row in enumerate(found):
-            if place in chosen:
-                yield row
-            elif any(row[column] is not None for column in says):
-                yield tuple(value if kept else None for value, kept in zip(row, stays, strict=True))
+        found = [list(row) for row in own]
+        for column in set(range(2, len(names))) - whole:
+            measured = [place for place, row in enumerate(found) if row[column] is not None]
+            for place in set(measured) - set(_evenly(measured, CHECKS)):
+                found[place][column] = None
+        yield from (row for row in found if any(value is not None for value in row[2:]))
 
 
 def _evenly(items: Sequence[int], most: int) -> list[int]:
@@ -200,13 +250,14 @@ def _evenly(items: Sequence[int], most: int) -> list[int]:
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, most)]
 
 
-def _layers(trials: Path, configs: Mapping[str, TrainConfig], held: set[str]) -> pa.Table:
+def _layers(trials: Path, configs: Mapping[str, TrainConfig]) -> pa.Table:
     """Layer signals as they are exported, like values beside each other."""
     found = [OF_LAYERS.empty_table()]
     for trial_id, config in configs.items():
         table = read_layers(trials / trial_id)
         kept = pc.is_in(_moments(table), _moments(_chosen(table, config.checkpoint_interval)))
-        is_exact = pc.is_in(table["signal"], pa.array(REFERENCE_SIGNALS if trial_id in held else (), pa.string()))
+        exact = REFERENCE_SIGNALS if is_reference(config) and config.format == BASELINE else ()
+        is_exact = pc.is_in(table["signal"], pa.array(exact, pa.string()))
         table = table.append_column("is_exact", is_exact).filter(pc.or_(kept, is_exact))
         value = table["value"].to_numpy()
         stored = np.where(table["is_exact"].to_numpy(), value, _rounded(value))

@@ -114,6 +114,7 @@ def test_asking_again_runs_nothing_and_starts_no_ray(first: SweepResult) -> None
     assert {path: path.stat().st_mtime_ns for path in (first.out / "trials").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_the_checkpoint(first: SweepResult, running_ray: str) -> None:
     result = run_sweep(tiny(steps=15), RunOptions(out=first.out, address=running_ray))
     assert (result.ran, result.left) == (2, 0)
@@ -122,6 +123,7 @@ def test_more_steps_go_on_from_the_checkpoint(first: SweepResult, running_ray: s
     assert resumed == {10}
 
 
+@pytest.mark.slow
 def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Path, running_ray: str) -> None:
     spec = tiny(seeds=6, formats="BF16", optimizers="adamw", steps=10)
     trials = list(spec.trials(_sha(spec)))

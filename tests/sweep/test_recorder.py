@@ -8,7 +8,7 @@ import pytest
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.recorder import Recorder
 from altgrad.training.config import TrainConfig
-from altgrad.training.outcome import Outcome, OutcomeKind
+from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, read_rows
 
 
@@ -112,7 +112,7 @@ def test_checkpoints_of_trials_with_a_result_can_be_dropped(
     state = recorder.folder / "t" / "checkpoint" / "state.pt"
     state.parent.mkdir()
     state.write_bytes(b"state")
-    dropping = Recorder(recorder.ledger, recorder.folder, drop_checkpoints=True)
+    dropping = Recorder(recorder.ledger, recorder.folder, drops=lambda _, outcome: outcome.kind in RESULT_KINDS)
     for one in (recorder, dropping):
         one.finish("t") if by == "finish" else one.ingest(["t"])
         assert state.exists() == (stays or one is recorder)

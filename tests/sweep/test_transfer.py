@@ -19,6 +19,7 @@ import torch
 from altgrad.analysis import load
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
+from altgrad.sweep import shards
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.layer_table import FILE, read_layers
 from altgrad.sweep.ledger import Ledger
@@ -158,18 +159,31 @@ def test_every_checkpoint_can_be_kept(tmp_path: Path) -> None:
 
 def spoil(folder: Path, how: str) -> None:
     shard = next(item for item in folder.iterdir() if item.is_dir())
+    path = shard / "steps.parquet"
+    data = path.read_bytes()
     if how == "torn":
-        (shard / "steps.parquet").write_bytes((shard / "steps.parquet").read_bytes()[:-20])
+        path.write_bytes(data[:-20])
+    elif how == "flipped":
+        path.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    elif how == "missing":
+        path.unlink()
     elif how == "newer":
         table = pq.read_table(shard / "trials.parquet").replace_schema_metadata({"altgrad.export": "9"})
         pq.write_table(table, shard / "trials.parquet")
+        shard.rename(folder / f"0001-{shards._digest(shard)}")
     elif how == "empty":
         shutil.rmtree(shard)
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("torn", "steps.parquet is torn"), ("newer", "is of version 9 of exports"), ("empty", "no export in this folder")],
+    [
+        ("torn", "is not what was exported"),
+        ("flipped", "is not what was exported"),
+        ("missing", "is not what was exported"),
+        ("newer", "is of version 9 of exports"),
+        ("empty", "no export in this folder"),
+    ],
 )
 def test_a_spoilt_export_is_named(how: str, said: str, exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "export"

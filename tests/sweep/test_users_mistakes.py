@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from smallest import SMALLEST
 
 from altgrad.cli import main
-from altgrad.quantization import POLICIES, LayerRule
+from altgrad.quantization import FORMATS, POLICIES, LayerRule
 from altgrad.registry import Registry
 from altgrad.sweep.complaints import headline
 from altgrad.sweep.faults import told
@@ -96,7 +96,7 @@ def test_what_a_sweep_file_gets_wrong_is_one_line(tmp_path: Path, mistake: str) 
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    kept = [(registry, dict(registry)) for registry in (POLICIES, ARMS, RULES, SIGNALS)]
+    kept = [(registry, dict(registry)) for registry in (POLICIES, FORMATS, ARMS, RULES, SIGNALS)]
     yield
     for registry, entries in kept:
         registry.clear()

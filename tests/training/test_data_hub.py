@@ -58,6 +58,7 @@ def load(home: Path, *asked: tuple[str, str, str | None], **environment: str) ->
     return found
 
 
+@pytest.mark.slow
 def test_eurlex_comes_from_lex_glue_with_its_revision_and_then_offline(tmp_path: Path):
     source = write_lex_glue(tmp_path / "files", {"train": 40, "validation": 5, "test": 5})
     repository = {"README.md": CARD.encode(), **files_below(source, "eurlex/")}
@@ -90,6 +91,7 @@ def test_a_cache_of_datasets_that_cant_be_written_is_named(tmp_path: Path, varia
     assert f"; {variable}: the cache {place}" in found["error"] and "can't be written" in found["error"]
 
 
+@pytest.mark.slow
 def test_eurlex_57k_comes_with_its_own_label_field(tmp_path: Path):
     source = write_eurlex57k(tmp_path / "files", 400)
     with hub_of({"pietrolesci/eurlex-57k": files_below(source, "data/")}) as endpoint:
