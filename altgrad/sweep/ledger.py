@@ -133,14 +133,11 @@ class Ledger:
 
         `unless_more`: a column; where a known row has less in it, the new one takes its place.
         """
-        newer = f"DO UPDATE SET {','.join(f'{name}=excluded.{name}' for name in columns)}"
+        newer = f"UPDATE SET {','.join(f'{name}=excluded.{name}' for name in columns)}"
         newer += f" WHERE excluded.{unless_more} > {table}.{unless_more}"
+        entry = f"INSERT INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))}) ON CONFLICT DO "
         with self._connection.transaction():
-            self._connection.executemany(
-                f"INSERT INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))}) "
-                f"ON CONFLICT {'DO NOTHING' if unless_more is None else newer}",
-                list(rows),
-            )
+            self._connection.executemany(entry + ("NOTHING" if unless_more is None else newer), list(rows))
 
     def record_rows(self, trial_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Enters rows in one transaction; a step that is known is replaced."""
