@@ -1,0 +1,133 @@
+"""Why runs failed: the first sign of it, the direction of the step that it showed in, the kind of layer, the step.
+
+`altgrad.sweep.signs` has the rules and what they are drawn from. Here they are put beside how runs ended: a loss that
+is no number shows in the forward pass, a gradient that is none under a loss that is one in the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from altgrad.analysis.cells import Cell
+from altgrad.analysis.study import Study
+from altgrad.analysis.wording import counted
+from altgrad.sweep.signs import Direction, Moment, first_of
+
+LAYER_KINDS: Mapping[str, re.Pattern[str]] = {
+    "head": re.compile(r"(^|\.)(lm_head|score|classifier|head)$"),
+    "embedding": re.compile(r"(^|\.)(wte|wpe|\w*emb\w*)(\.|$)"),
+    "MLP down": re.compile(r"(mlp|ffn|feed_forward)\.(c_proj|down_proj|fc2|w2|lin2)$|(?<!attention)\.output\.dense$"),
+    "MLP up": re.compile(r"(c_fc|up_proj|gate_proj|fc1|w1|w3|lin1|intermediate\.dense)$"),
+    "attention out": re.compile(r"(c_proj|o_proj|out_proj|out_lin|attention\.output\.dense)$"),
+    "attention in": re.compile(r"(c_attn|qkv\w*|[qkv]_proj|[qkv]_lin|query|key|value|in_proj\w*)$"),
+}
+"""By the names that GPT-2, Llama, BERT and DistilBERT give their layers; the first that matches counts."""
+NOT_FINITE: Mapping[str, tuple[Direction, str]] = {
+    "train_loss": ("forward", "a loss that is no number"),
+    "grad_norm": ("backward", "gradients that are no numbers"),
+    "nonfinite_weights": ("optimizer", "weights that are no numbers"),
+    "skipped_tensors": ("backward", "gradients that are no numbers"),
+}
+
+
+def layer_kind(name: str) -> str:
+    """The kind of layer that a name stands for; 'other' for one that no pattern knows, 'the loss' for no layer."""
+    if not name:
+        return "the loss"
+    return next((kind for kind, pattern in LAYER_KINDS.items() if pattern.search(name)), "other")
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The first sign of one run; `limit` is NaN where the value is no number."""
+
+    step: int
+    direction: Direction
+    signal: str
+    layer: str
+    value: float
+    limit: float
+    meaning: str
+
+    @property
+    def kind(self) -> str:
+        return layer_kind(self.layer)
+
+
+def first_sign(trial: Mapping[str, object], moments: Iterable[Moment]) -> Sign | None:
+    """The first sign of a trial that ended so (a row of `Records.trials`), by its rules' first moments."""
+    found = first_of(moments)
+    signal, step = str(trial["signal"]), trial["step"]
+    if trial["outcome"] == "nonfinite" and signal in NOT_FINITE and (found is None or float(str(step)) <= found.step):
+        direction, meaning = NOT_FINITE[signal]
+        layer, value = str(trial["layer"]), float(str(trial["value"]))
+        return Sign(int(float(str(step))), direction, signal, layer, value, math.nan, meaning)
+    if found is None:
+        return None
+    rule = found.rule
+    return Sign(found.step, rule.direction, rule.signal, found.layer, found.value, rule.limit, rule.meaning)
+
+
+@dataclass(frozen=True)
+class CellSigns:
+    """What the failed runs of a cell showed first: `signs` by seed, of `runs` that failed."""
+
+    cell: Cell
+    runs: int
+    signs: Mapping[int, Sign]
+
+    @property
+    def main(self) -> Sign | None:
+        """The commonest by direction, signal and kind of layer; its earliest run's."""
+        counts = Counter((sign.direction, sign.signal, sign.kind) for sign in self.signs.values())
+        if not counts:
+            return None
+        first = counts.most_common(1)[0][0]
+        alike = [sign for sign in self.signs.values() if (sign.direction, sign.signal, sign.kind) == first]
+        return min(alike, key=lambda sign: sign.step)
+
+    @property
+    def alike(self) -> Sequence[Sign]:
+        """The runs that showed the main sign."""
+        main = self.main
+        key = None if main is None else (main.direction, main.signal, main.kind)
+        return [sign for sign in self.signs.values() if (sign.direction, sign.signal, sign.kind) == key]
+
+    @property
+    def text(self) -> str:
+        """'in 2 of 2 runs first in the optimizer: steps that rounding swallows, in lm_head (head), at step 20'."""
+        main = self.main
+        if main is None:
+            return f"no sign before the end in {counted(self.runs, 'run')}"
+        steps = [sign.step for sign in self.alike]
+        when = f"step {steps[0]}" if min(steps) == max(steps) else f"step {statistics.median(steps):g} (median)"
+        where = f" in {main.layer} ({main.kind})" if main.layer else ""
+        way = "optimizer's step" if main.direction == "optimizer" else f"{main.direction} pass"
+        return f"first in the {way} of {len(steps)} of {counted(self.runs, 'run')}: {main.meaning}{where}, {when}"
+
+
+def cell_signs(study: Study, trials: pd.DataFrame, moments: Mapping[str, Sequence[Moment]]) -> list[CellSigns]:
+    """Of every cell with stopped runs, or that is decided to fail, what its failed runs showed first."""
+    by_id = trials.set_index("trial_id")
+    found = []
+    for cell in study.cells:
+        verdict = study.verdicts.get(cell.key)
+        fails = verdict is not None and verdict.word == "fails"
+        own = by_id.loc[[name for name in cell.trial_ids if name in by_id.index]]
+        failed = own[own["seed"].isin(list(cell.stops) + (list(cell.losses) if fails else []))]
+        if failed.empty:
+            continue
+        signs = {
+            int(trial["seed"]): sign
+            for name, trial in failed.iterrows()
+            if (sign := first_sign(trial.to_dict(), moments.get(str(name), ()))) is not None
+        }
+        found.append(CellSigns(cell, len(failed), signs))
+    return found
