@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -61,14 +62,13 @@ class Sign:
         return layer_kind(self.layer)
 
 
-def first_sign(trial: Mapping[str, object], moments: Iterable[Moment]) -> Sign | None:
+def first_sign(trial: Mapping[Any, Any], moments: Iterable[Moment]) -> Sign | None:
     """The first sign of a trial that ended so (a row of `Records.trials`), by its rules' first moments."""
     found = first_of(moments)
-    signal, step = str(trial["signal"]), trial["step"]
-    if trial["outcome"] == "nonfinite" and signal in NOT_FINITE and (found is None or float(str(step)) <= found.step):
+    signal, step = trial["signal"], trial["step"]
+    if trial["outcome"] == "nonfinite" and signal in NOT_FINITE and (found is None or step <= found.step):
         direction, meaning = NOT_FINITE[signal]
-        layer, value = str(trial["layer"]), float(str(trial["value"]))
-        return Sign(int(float(str(step))), direction, signal, layer, value, math.nan, meaning)
+        return Sign(int(step), direction, signal, trial["layer"], float(trial["value"]), math.nan, meaning)
     if found is None:
         return None
     rule = found.rule
