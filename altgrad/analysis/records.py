@@ -34,7 +34,7 @@ import pandas as pd
 
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep import read_only
-from altgrad.sweep.ledger import as_asked, is_current
+from altgrad.sweep.ledger import as_asked, is_current, outcome_of
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
@@ -217,7 +217,9 @@ def _trial(
     config = TrainConfig.model_validate_json(entry["config"])
     row = evaluated.get((entry["trial_id"], config.steps))
     at_step = None if row is None else {name: from_plain(row[name]) for name in row.keys()}  # noqa: SIM118
-    outcome = as_asked(None if ending is None else _outcome(ending), config, at_step)
+    outcome = as_asked(
+        None if ending is None else outcome_of([ending[name] for name in OUTCOME_FIELDS]), config, at_step
+    )
     known = {} if outcome is None else outcome.to_dict()
     numerics = _numerics(entry)
     loss = _number(known.get("val_loss"))
@@ -258,13 +260,6 @@ def _trial(
         "created": entry["created"],
         "numerics": numerics,
     }
-
-
-def _outcome(ending: sqlite3.Row) -> Outcome:
-    known = tuple(ending.keys())
-    values = {"limit" if name == "limit_" else name: ending[name] for name in OUTCOME_FIELDS if name in known}
-    numbers = ("value", "limit", "train_loss", "val_loss", "bits_per_byte")
-    return Outcome.from_dict(values | {name: from_plain(values[name]) for name in numbers})
 
 
 def _state(outcome: Outcome | None) -> str:

@@ -8,17 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
-from altgrad.analysis.cells import Cell
-from altgrad.analysis.study import Study
-from altgrad.analysis.wording import counted
 from altgrad.sweep.signs import Direction, Moment, first_of
 
 LAYER_KINDS: Mapping[str, re.Pattern[str]] = {
@@ -73,61 +66,3 @@ def first_sign(trial: Mapping[Any, Any], moments: Iterable[Moment]) -> Sign | No
         return None
     rule = found.rule
     return Sign(found.step, rule.direction, rule.signal, found.layer, found.value, rule.limit, rule.meaning)
-
-
-@dataclass(frozen=True)
-class CellSigns:
-    """What the failed runs of a cell showed first: `signs` by seed, of `runs` that failed."""
-
-    cell: Cell
-    runs: int
-    signs: Mapping[int, Sign]
-
-    @property
-    def main(self) -> Sign | None:
-        """The commonest by direction, signal and kind of layer; its earliest run's."""
-        counts = Counter((sign.direction, sign.signal, sign.kind) for sign in self.signs.values())
-        if not counts:
-            return None
-        first = counts.most_common(1)[0][0]
-        alike = [sign for sign in self.signs.values() if (sign.direction, sign.signal, sign.kind) == first]
-        return min(alike, key=lambda sign: sign.step)
-
-    @property
-    def alike(self) -> Sequence[Sign]:
-        """The runs that showed the main sign."""
-        main = self.main
-        key = None if main is None else (main.direction, main.signal, main.kind)
-        return [sign for sign in self.signs.values() if (sign.direction, sign.signal, sign.kind) == key]
-
-    @property
-    def text(self) -> str:
-        """'in 2 of 2 runs first in the optimizer: steps that rounding swallows, in lm_head (head), at step 20'."""
-        main = self.main
-        if main is None:
-            return f"no sign before the end in {counted(self.runs, 'run')}"
-        steps = [sign.step for sign in self.alike]
-        when = f"step {steps[0]}" if min(steps) == max(steps) else f"step {statistics.median(steps):g} (median)"
-        where = f" in {main.layer} ({main.kind})" if main.layer else ""
-        way = "optimizer's step" if main.direction == "optimizer" else f"{main.direction} pass"
-        return f"first in the {way} of {len(steps)} of {counted(self.runs, 'run')}: {main.meaning}{where}, {when}"
-
-
-def cell_signs(study: Study, trials: pd.DataFrame, moments: Mapping[str, Sequence[Moment]]) -> list[CellSigns]:
-    """Of every cell with stopped runs, or that is decided to fail, what its failed runs showed first."""
-    by_id = trials.set_index("trial_id")
-    found = []
-    for cell in study.cells:
-        verdict = study.verdicts.get(cell.key)
-        fails = verdict is not None and verdict.word == "fails"
-        own = by_id.loc[[name for name in cell.trial_ids if name in by_id.index]]
-        failed = own[own["seed"].isin(list(cell.stops) + (list(cell.losses) if fails else []))]
-        if failed.empty:
-            continue
-        signs = {
-            int(trial["seed"]): sign
-            for name, trial in failed.iterrows()
-            if (sign := first_sign(trial.to_dict(), moments.get(str(name), ()))) is not None
-        }
-        found.append(CellSigns(cell, len(failed), signs))
-    return found

@@ -227,17 +227,7 @@ class Ledger:
     def _endings(self, where: str, values: Sequence[str] = ()) -> dict[str, Outcome]:
         names = ",".join(OUTCOME_FIELDS)
         found = self._connection.execute(f"SELECT trial_id,{names} FROM outcomes{where}", values)
-        return {
-            trial_id: Outcome.from_dict(
-                {
-                    "limit" if name == "limit_" else name: from_plain(value)
-                    if name in ("value", "limit_", "train_loss", "val_loss", "bits_per_byte")
-                    else value
-                    for name, value in zip(OUTCOME_FIELDS, values, strict=True)
-                }
-            )
-            for trial_id, *values in found
-        }
+        return {trial_id: outcome_of(values) for trial_id, *values in found}
 
     def trials(self) -> dict[str, dict[str, Any]]:
         """What tells the trials apart (format, arm, policy, lr, rung_clip, seed), by id, oldest first."""
@@ -321,6 +311,13 @@ class Ledger:
         return {
             trial_id: config for trial_id, config in configs.items() if not is_settled(outcomes.get(trial_id), config)
         }
+
+
+def outcome_of(values: Sequence[Any]) -> Outcome:
+    """From the values of OUTCOME_FIELDS, non-finite numbers as texts or as numbers."""
+    found = {"limit" if name == "limit_" else name: value for name, value in zip(OUTCOME_FIELDS, values, strict=True)}
+    numbers = ("value", "limit", "train_loss", "val_loss", "bits_per_byte")
+    return Outcome.from_dict(found | {name: from_plain(found[name]) for name in numbers})
 
 
 def is_current(trial_id: str, config: str, data_sha256: str, numerics: int | None) -> bool:

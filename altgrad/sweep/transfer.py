@@ -27,7 +27,7 @@ from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.exclusions import BASELINE
 from altgrad.sweep.folder import check_folder, owned, read_manifest
 from altgrad.sweep.layer_table import read_layers
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.ledger import Ledger, outcome_of
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, TRIAL_FIELDS
 from altgrad.sweep.read_only import LEDGER, MANIFEST, shards
 from altgrad.sweep.recorder import Recorder
@@ -135,8 +135,7 @@ def import_sweep(folder: Path, out: Path) -> Imported:
     export = Export(folder)
     check_folder(out)
     headings = {row[0]: row[1:] for row in export.rows("trials", ("trial_id", "config", "record"))}
-    with Ledger.reading(folder / LEDGER) as ledger:
-        outcomes = ledger.outcomes()
+    outcomes = {row[0]: outcome_of(row[1:-1]) for row in export.rows("outcomes")}
     rows, manifest = step_rows(export), read_manifest(folder)
     begun = {_population(name) for name in headings if name not in outcomes or outcomes[name].kind not in RESULT_KINDS}
     begun -= {None}

@@ -15,24 +15,10 @@ from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.signs import first_moments
-from altgrad.training import ARMS, TrainConfig, Trainer
+from altgrad.training import Trainer
 from altgrad.training.reference import ReferenceCurve
 from tests.training import faults
-
-AT = 24
-"""The step at which a fault is planted; checks are at multiples of 10."""
-
-
-def config(arm: str = "adamw", format: str = "E4M3", **changes: Any) -> TrainConfig:
-    optimizer = ARMS[arm].model_dump() | {"lr": changes.pop("lr", ARMS[arm].lr)}
-    base = {
-        "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
-        "data": {"batch": 4, "eval_batches": 1},
-        "steps": 100,
-        "eval_interval": 100,
-        "checkpoint_interval": 100,
-    }
-    return TrainConfig(**(base | {"optimizer": optimizer, "format": format} | changes))
+from tests.training.faults import AT, config
 
 
 @pytest.fixture(scope="module")

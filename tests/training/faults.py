@@ -14,10 +14,26 @@ from torch import Tensor
 from altgrad.quantization import Role
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
-from altgrad.training import Trainer
+from altgrad.training import ARMS, TrainConfig, Trainer
 from altgrad.training.workers import Share
 
 HEAD, BRANCH, MIDDLE = "lm_head", "transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_fc"
+
+AT = 24
+"""The step at which a fault is planted; checks are at multiples of 10."""
+
+
+def config(arm: str = "adamw", format: str = "E4M3", **changes: Any) -> TrainConfig:
+    optimizer = ARMS[arm].model_dump() | {"lr": changes.pop("lr", ARMS[arm].lr)}
+    base = {
+        "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
+        "data": {"batch": 4, "eval_batches": 1},
+        "steps": 100,
+        "eval_interval": 100,
+        "checkpoint_interval": 100,
+    }
+    return TrainConfig(**(base | {"optimizer": optimizer, "format": format} | changes))
+
 
 Fault = Callable[[Trainer, int], None]
 

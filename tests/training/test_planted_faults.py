@@ -2,12 +2,14 @@
 
 import pytest
 from faults import (
+    AT,
     BRANCH,
     HEAD,
     MIDDLE,
     bad_scale,
     collapse,
     collapse_branch,
+    config,
     frozen_layer,
     inf_activation,
     nan_gradient,
@@ -15,23 +17,8 @@ from faults import (
     nan_weight,
 )
 
-from altgrad.training import ARMS, TrainConfig, Trainer
+from altgrad.training import Trainer
 from altgrad.training.reference import ReferenceCurve
-
-AT = 24
-"""The step at which a fault is planted; checks are at multiples of 10."""
-
-
-def config(arm: str = "adamw", format: str = "E4M3", **changes) -> TrainConfig:
-    optimizer = ARMS[arm].model_dump() | {"lr": changes.pop("lr", ARMS[arm].lr)}
-    base = {
-        "model": {"layers": 2, "heads": 2, "width": 32, "block": 64},
-        "data": {"batch": 4, "eval_batches": 1},
-        "steps": 100,
-        "eval_interval": 100,
-        "checkpoint_interval": 100,
-    }
-    return TrainConfig(**(base | {"optimizer": optimizer, "format": format} | changes))
 
 
 @pytest.fixture(scope="module")
