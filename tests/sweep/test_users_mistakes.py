@@ -75,20 +75,25 @@ RULE = (
 )
 
 
-@pytest.mark.parametrize("mistake", ["a policy that raises", "a rule before the command line", "a wrong value"])
-def test_what_a_sweep_file_gets_wrong_is_one_line(tmp_path: Path, mistake: str) -> None:
-    body, said = BODIES[mistake]
-    text = FILE + body + GUARDED
-    (tmp_path / "mine.py").write_text(RULE + text if "is no arm" in said else text)
-    done = subprocess.run(
-        [sys.executable, "mine.py", "--out", str(tmp_path / "out")],
-        cwd=tmp_path,
+def called(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The folder's mine.py, run with these words."""
+    return subprocess.run(
+        [sys.executable, "mine.py", *words],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         encoding="utf-8",
         check=False,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("mistake", ["a policy that raises", "a rule before the command line", "a wrong value"])
+def test_what_a_sweep_file_gets_wrong_is_one_line(tmp_path: Path, mistake: str) -> None:
+    body, said = BODIES[mistake]
+    text = FILE + body + GUARDED
+    (tmp_path / "mine.py").write_text(RULE + text if "is no arm" in said else text)
+    done = called(tmp_path, "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done
     assert "mine.py:" in done.stderr and said in done.stderr and "errors.pydantic.dev" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -179,15 +184,7 @@ def test_what_is_submitted_is_read_first(
 def test_a_plan_runs_no_sweep_file_a_second_time(tmp_path: Path) -> None:
     body = 'print("read")\nSWEEP = SweepSpec(**SMALLEST)\nsys.exit(sweep_main(SWEEP))'
     (tmp_path / "mine.py").write_text(FILE + body)
-    done = subprocess.run(
-        [sys.executable, "mine.py", "--plan"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=120,
-    )
+    done = called(tmp_path, "--plan")
     assert done.returncode == 0 and done.stdout.count("read\n") == 1 and "estimate" in done.stdout, done
 
 
