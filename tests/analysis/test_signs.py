@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from altgrad.analysis.signs import first_sign, layer_kind
+from altgrad.analysis.signs import layer_kind, signs_of
 from altgrad.quantization import Role
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 from altgrad.sweep.layer_table import read_layers
-from altgrad.sweep.signs import first_moments
+from altgrad.sweep.signs import as_text, first_moments
 from altgrad.training import Trainer
 from altgrad.training.reference import ReferenceCurve
 from tests.training import faults
@@ -71,8 +71,12 @@ def test_a_planted_failure_is_told_by_its_first_sign(
         plant(trainer, AT)
     outcome = trainer.run()
     trial = {name: "" if value is None else value for name, value in outcome.to_dict().items()}
-    sign = first_sign(trial | {"outcome": str(outcome.kind)}, first_moments(read_layers(tmp_path / "trial")))
-    assert sign is not None, outcome
+    found = {
+        "outcome": str(outcome.kind),
+        "steps": 100,
+        "signs": as_text(first_moments(read_layers(tmp_path / "trial"))),
+    }
+    sign = signs_of(trial | found)[0]
     assert (sign.direction, sign.step) == (direction, step), sign
     assert kind in (None, sign.kind), sign
 
