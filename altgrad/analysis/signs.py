@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from altgrad.analysis.wording import listed
 from altgrad.sweep.signs import DIRECTIONS, Direction, Moment, first_of, from_text
 
 LAYER_KINDS: Mapping[str, re.Pattern[str]] = {
@@ -106,3 +107,18 @@ def common_sign(runs: Sequence[Sequence[Sign]]) -> CommonSign | None:
     kinds = tuple(kind for kind, _ in Counter(sign.kind for sign in same).most_common())
     first = min(same, key=lambda sign: sign.step)
     return CommonSign(first, kinds, len(same), len(runs), (first.step, max(sign.step for sign in same)))
+
+
+def sign_text(runs: Sequence[Sequence[Sign]]) -> str:
+    """The commonest first sign of runs in half a sentence; '' where none shows any."""
+    found = common_sign(runs)
+    if found is None:
+        return ""
+    sign, (first, last) = found.sign, found.steps
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"first sign in the {pass_text(sign.direction)}: {sign.signal} of {listed(found.kinds[:2])}, {steps}"
+
+
+def pass_text(direction: Direction) -> str:
+    """'forward pass', 'backward pass', 'optimizer'."""
+    return direction if direction == "optimizer" else f"{direction} pass"
