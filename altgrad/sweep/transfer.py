@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 
 from altgrad.sweep import read_only
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.exclusions import BASELINE
 from altgrad.sweep.folder import check_folder, owned, read_manifest
 from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.ledger import Ledger, outcome_of
@@ -44,7 +43,7 @@ from altgrad.sweep.shards import (
 )
 from altgrad.sweep.spec import is_reference
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import BASELINE, TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import TrialFolder, read_config, write_json
 
