@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -21,11 +22,27 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts with a heading per column; `numeric` are the columns to align right."""
+    """A table of texts with a heading per column; `numeric` are the columns to align right.
+
+    `grouped_by` names a column whose equal neighbours belong together; `links` holds per line the address that its
+    first text leads to ("": none).
+    """
 
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
     numeric: frozenset[int] = frozenset()
+    grouped_by: str = ""
+    links: Sequence[str] = ()
+
+    @property
+    def groups(self) -> list[list[tuple[Sequence[str], str]]]:
+        """The lines with their links, in runs of one value of `grouped_by`."""
+        links = self.links or [""] * len(self.lines)
+        paired = list(zip(self.lines, links, strict=True))
+        if self.grouped_by not in self.columns:
+            return [paired]
+        place = list(self.columns).index(self.grouped_by)
+        return [list(run) for _, run in itertools.groupby(paired, key=lambda pair: pair[0][place])]
 
 
 def cells_table(study: Study) -> Table:
@@ -219,10 +236,11 @@ def slim(table: Table, names: Sequence[str]) -> Table:
         for index, name in enumerate(table.columns)
         if name not in names or len({line[index] for line in table.lines}) > 1
     ]
-    return Table(
-        [table.columns[index] for index in kept],
-        [[line[index] for index in kept] for line in table.lines],
-        frozenset(place for place, index in enumerate(kept) if index in table.numeric),
+    return replace(
+        table,
+        columns=[table.columns[index] for index in kept],
+        lines=[[line[index] for index in kept] for line in table.lines],
+        numeric=frozenset(place for place, index in enumerate(kept) if index in table.numeric),
     )
 
 

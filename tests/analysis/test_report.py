@@ -49,7 +49,7 @@ def test_files(written: Path) -> None:
 def test_html_needs_nothing_else(written: Path) -> None:
     html = (written / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 5
-    assert not re.search(r"<script|<link|@import|(src|href)=\"(?!data:)|url\((?!data:)", html)
+    assert not re.search(r"<script|<link|@import|(src|href)=\"(?!data:|#)|url\((?!data:)", html)
     assert "four &lt;formats&gt;" in html and "f00d" in html
 
 

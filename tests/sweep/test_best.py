@@ -163,8 +163,8 @@ def test_a_sweep_of_several_settings_has_a_report_for_each(ledger: Ledger, tmp_p
     assert finding.path == out / "report" / "report.html" and finding.trials == 4
     first = (out / "report" / "report.md").read_text()
     second = (out / "report" / "settings" / "1" / "report.md").read_text()
-    assert "report of **data.batch=4**" in first and "[data.batch=8](settings/1/report.html)" in first
-    assert "report of **data.batch=8**" in second and "[data.batch=4](../../report.html)" in second
+    assert "report of data.batch=4" in first and "[data.batch=8](settings/1/report.html)" in first
+    assert "report of data.batch=8" in second and "[data.batch=4](../../report.html)" in second
     assert "5.050" in first and "9.050" in second and "9.050" not in first and "left out" not in first
     assert len((out / "report" / "results.csv").read_text().splitlines()) == 1 + 8
 

@@ -1,0 +1,51 @@
+"""Sections as a page of HTML and as Markdown; text from outside (a path, a message, a name) stays text in both."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from altgrad.analysis.sections import Group, Section, anchor_of, grouped
+
+PAGES = ("report.html", "report.md")
+
+
+def write_pages(folder: Path, name: str, sections: Sequence[Section]) -> None:
+    """Writes report.html and report.md of the sections into the folder."""
+    context = {"name": name, "groups": grouped(sections), "answer": Group.ANSWER}
+    for page in PAGES:
+        (folder / page).write_text(_render(f"{page}.jinja", context), encoding="utf-8")
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    is_html = template.startswith("report.html")
+    environment = Environment(
+        loader=PackageLoader("altgrad.analysis", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=is_html,
+        finalize=None if is_html else _inert,
+    )
+    environment.filters |= {"plain": _plain, "anchor": anchor_of, "data_url": _data_url}
+    return environment.get_template(template).render(context)
+
+
+def _inert(value: object) -> object:
+    """A value in Markdown, where HTML would come to life: whoever reads the report trusts it."""
+    return value.replace("&", "&amp;").replace("<", "&lt;") if isinstance(value, str) else value
+
+
+def _plain(value: object) -> str:
+    """A text from outside in Markdown: one line, no links, pictures or new cells."""
+    # Some readers make links of bare addresses too.
+    return re.sub(r"(?i)([|`\\]|\](?=[(\[:])|:(?=//)|(?<=www)\.)", r"\\\1", " ".join(str(value).split()))
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
