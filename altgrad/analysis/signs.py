@@ -7,37 +7,21 @@ is no number shows in the forward pass, a gradient that is none under a loss tha
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from altgrad.analysis.layer_signals import layer_kind
 from altgrad.analysis.wording import listed
 from altgrad.sweep.signs import DIRECTIONS, Direction, Moment, first_of, from_text
 
-LAYER_KINDS: Mapping[str, re.Pattern[str]] = {
-    "head": re.compile(r"(^|\.)(lm_head|score|classifier|head)$"),
-    "embedding": re.compile(r"(^|\.)(wte|wpe|\w*emb\w*)(\.|$)"),
-    "MLP down": re.compile(r"(mlp|ffn|feed_forward)\.(c_proj|down_proj|fc2|w2|lin2)$|(?<!attention)\.output\.dense$"),
-    "MLP up": re.compile(r"(c_fc|up_proj|gate_proj|fc1|w1|w3|lin1|intermediate\.dense)$"),
-    "attention out": re.compile(r"(c_proj|o_proj|out_proj|out_lin|attention\.output\.dense)$"),
-    "attention in": re.compile(r"(c_attn|qkv\w*|[qkv]_proj|[qkv]_lin|query|key|value|in_proj\w*)$"),
-}
-"""By the names that GPT-2, Llama, BERT and DistilBERT give their layers; the first that matches counts."""
 NOT_FINITE: Mapping[str, tuple[Direction, str]] = {
     "train_loss": ("forward", "a loss that is no number"),
     "grad_norm": ("backward", "gradients that are no numbers"),
     "nonfinite_weights": ("optimizer", "weights that are no numbers"),
     "skipped_tensors": ("backward", "gradients that are no numbers"),
 }
-
-
-def layer_kind(name: str) -> str:
-    """The kind of layer that a name stands for; 'other' for one that no pattern knows, 'the loss' for no layer."""
-    if not name:
-        return "the loss"
-    return next((kind for kind, pattern in LAYER_KINDS.items() if pattern.search(name)), "other")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from altgrad.analysis.layer_signals import layer_kind
 from altgrad.analysis.records import load
-from altgrad.analysis.signs import layer_kind
 from altgrad.analysis.study import build_study
 from altgrad.analysis.why import signs_table
 from altgrad.quantization import Role
