@@ -106,7 +106,7 @@ PUBLISHED: tuple[PublishedResult, ...] = (
         bearing=Bearing(("E5M2",), BLOCK, near=("adamw",), policy="uniform_full"),
         trained="MobileNet and Transformer",
         tensors="the earlier FP8 recipe (E5M2 throughout)",
-        result="negative: significant degradation, traced to the forward pass's need of precision",
+        result="negative: significant degradation, traced to different needs of precision forward and back",
         differs="optimizer and master weights not stated in what was read",
     ),
     PublishedResult(
@@ -196,7 +196,7 @@ PUBLISHED: tuple[PublishedResult, ...] = (
     ),
     PublishedResult(
         source="DeepSeek-AI 2024, arXiv 2412.19437 (DeepSeek-V3)",
-        read="full text: §3.3, Appendix B.2",
+        read="full text of §3.3; a quotation of Appendix B.2",
         bearing=Bearing(("E4M3",), BLOCK, arms=("adamw",)),
         trained="mixtures of experts (two models, about 1T tokens each, against BF16); then 671B",
         tensors="inputs of all three products of linear layers E4M3, gradients too; head, embedding, norms, gating and "
@@ -247,7 +247,7 @@ PUBLISHED: tuple[PublishedResult, ...] = (
         bearing=Bearing(("BF16",), ("wte",), arms=("adamw_nearest",)),
         trained="GPT of nanochat, depth 12 to 28",
         tensors="embeddings BF16 without a master",
-        result="updates below half an ULP were lost and most coordinates froze; loss differences within noise",
+        result="updates below half an ULP were lost and most coordinates froze in the decay; losses differ within noise",
         differs="moments BF16; embedding not tied to the head; a log, not a paper",
     ),
     PublishedResult(
