@@ -247,7 +247,7 @@ PUBLISHED: tuple[PublishedResult, ...] = (
         bearing=Bearing(("BF16",), ("wte",), arms=("adamw_nearest",)),
         trained="GPT of nanochat, depth 12 to 28",
         tensors="embeddings BF16 without a master",
-        result="updates below half an ULP were lost and most coordinates froze in the decay; losses differ within noise",
+        result="updates below half an ULP were lost, most coordinates froze in the decay; losses differ within noise",
         differs="moments BF16; embedding not tied to the head; a log, not a paper",
     ),
     PublishedResult(
