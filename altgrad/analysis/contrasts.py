@@ -161,6 +161,16 @@ def against_reference(cells: Sequence[Cell], reference: Cell) -> list[Contrast]:
     return [Contrast("reference", cell, ((cell, 1), (reference, -1))) for cell in cells if cell is not reference]
 
 
+def against_same_arm(cells: Sequence[Cell]) -> list[Contrast]:
+    """Each cell minus that of the reference's format with the same arm."""
+    found, by_arm = [], _by_arm(cells)
+    for cell in cells:
+        same = _twin_of(cell, by_arm, REFERENCE_FORMAT, cell.family)
+        if same is not None and same is not cell:
+            found.append(Contrast("reference", cell, ((cell, 1), (same, -1))))
+    return found
+
+
 def gains(cells: Sequence[Cell]) -> list[Contrast]:
     """What each geometry-aware arm gains over the plain arm of its residence, in its format and policy."""
     found, by_arm = [], _by_arm(cells)

@@ -13,6 +13,10 @@ from altgrad.analysis.sections import Group, Material, Picture, Section
 
 Draw = Callable[[pd.DataFrame, str, Path], bool]
 """Draws the trials of a policy into a file; False where there is nothing to show."""
+BANDS = (
+    "Bands are 95 % t intervals of that mean at each step, from 2 seeds on, and not corrected for the number of steps "
+    "or lines."
+)
 
 
 def heat_map(material: Material) -> Section:
@@ -21,8 +25,11 @@ def heat_map(material: Material) -> Section:
         material,
         "Distance from BF16",
         Group.TRAINING,
-        "What formats are judged by, minus BF16 AdamW's at the same seed, mean and half the simultaneous interval. "
-        "Purple is lower than BF16, orange higher; hatched cells had runs stopped and have no mean.",
+        "What formats are judged by, minus BF16's at the same seed: mean and half the simultaneous interval. Above, "
+        "against BF16 AdamW, which the verdicts are of; below, where several arms were run, against BF16 with the same "
+        "arm, which leaves what the format does. Purple is lower than BF16, orange higher, stronger the larger the "
+        "difference. A full colour with a border is decided; a faded one is not. Hatched cells had runs stopped and "
+        "have no mean.",
         "There is no BF16 AdamW reference to measure from.",
         "heat_map",
         lambda _, policy, path: figures.heat_map(material.study, policy, path),
@@ -35,8 +42,8 @@ def loss_curves(material: Material) -> Section:
         material,
         "Loss by format",
         Group.TRAINING,
-        "One panel per arm. Bands span the seeds; the dashed line is BF16 AdamW; a cross is where a guard stopped a "
-        "run. The axis is cut to where runs differ.",
+        f"One panel per arm, the mean of the seeds. {BANDS} The dashed line with stars is BF16 AdamW; a cross is where "
+        "a guard stopped a run. The axis is cut to where runs differ.",
         "No training loss is recorded yet.",
         "loss_curves",
         lambda trials, _, path: curves.loss_curves(trials, material.records.rows, path),
@@ -49,8 +56,8 @@ def excess_curves(material: Material) -> Section:
         material,
         "Distance from BF16 while training",
         Group.TRAINING,
-        "Training loss minus BF16 AdamW's at the same step and seed (the dashed line at zero). The batches are the "
-        "same, so their noise cancels. Linear within ±0.02 nats, logarithmic beyond.",
+        "Training loss minus BF16 AdamW's at the same step and seed, the mean of the seeds. The batches are the same, "
+        f"so their noise cancels. {BANDS} Linear within ±0.02 nats, logarithmic beyond.",
         "There is no BF16 AdamW run with the same seed to measure from.",
         "excess_curves",
         lambda trials, _, path: curves.excess_curves(trials, material.records.rows, path),
@@ -76,8 +83,8 @@ def flip_yields(material: Material) -> Section:
         material,
         "Flip yield",
         Group.FAILURES,
-        "Code changes that happened over code changes expected of the steps taken. Near 1 the steps reach the "
-        "weights; near 0 rounding swallows them.",
+        "Code changes that happened over code changes expected of the steps taken, the mean of the seeds. Near 1 the "
+        f"steps reach the weights; near 0 rounding swallows them. {BANDS}",
         "No flip yield is recorded: nothing was quantized.",
         "flip_yield",
         lambda trials, _, path: curves.flip_yields(trials, material.records.rows, path),

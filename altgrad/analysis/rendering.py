@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from altgrad.analysis.palette import stylesheet
 from altgrad.analysis.sections import Group, Section, anchor_of, grouped
 
 PAGES = ("report.html", "report.md")
@@ -17,7 +18,7 @@ PAGES = ("report.html", "report.md")
 
 def write_pages(folder: Path, name: str, sections: Sequence[Section]) -> None:
     """Writes report.html and report.md of the sections into the folder."""
-    context = {"name": name, "groups": grouped(sections), "answer": Group.ANSWER}
+    context = {"name": name, "groups": grouped(sections), "answer": Group.ANSWER, "colours": stylesheet()}
     for page in PAGES:
         (folder / page).write_text(_render(f"{page}.jinja", context), encoding="utf-8")
 
@@ -32,7 +33,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         autoescape=is_html,
         finalize=None if is_html else _inert,
     )
-    environment.filters |= {"plain": _plain, "anchor": anchor_of, "data_url": _data_url}
+    environment.filters |= {"plain": _plain, "anchor": anchor_of, "inline": _inline}
     return environment.get_template(template).render(context)
 
 
@@ -47,5 +48,10 @@ def _plain(value: object) -> str:
     return re.sub(r"(?i)([|`\\]|\](?=[(\[:])|:(?=//)|(?<=www)\.)", r"\\\1", " ".join(str(value).split()))
 
 
-def _data_url(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _inline(path: Path, title: str, description: str) -> Markup:
+    """The drawing beside a PNG, as an image with a name and a description for those who do not see it."""
+    svg, name = path.with_suffix(".svg").read_text(encoding="utf-8"), path.stem
+    labelled = f'role="img" aria-labelledby="{name}-title {name}-text"'
+    said = Markup('<title id="{}-title">{}</title><desc id="{}-text">{}</desc>').format(name, title, name, description)
+    tag, _, rest = svg.partition(">")
+    return Markup(f"{tag} {labelled}>{said}{rest}")

@@ -82,7 +82,7 @@ def _write(material: Material) -> Finding:
     """Writes the report of one setting."""
     figures = material.folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    for stale in figures.glob("*.png"):
+    for stale in (*figures.glob("*.png"), *figures.glob("*.svg")):
         stale.unlink()
     write_pages(material.folder, material.name, [build(material) for build in SECTIONS])
     return material.finding

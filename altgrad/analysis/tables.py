@@ -84,7 +84,7 @@ def cells_table(study: Study) -> Table:
                 _outcomes_text(cell.outcomes),
             )
         )
-    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
+    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}), "format")
     chosen = () if any(cell.settings > 1 for cell in study.cells) else ("lr", "of settings")
     return slim(table, ("policy", "p, distribution-free", *chosen))
 
@@ -127,7 +127,7 @@ def geometry_table(study: Study) -> Table:
                 _needed_text(more),
             )
         )
-    table = Table(columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}))
+    table = Table(columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}), "format")
     return slim(table, ("policy", "p, distribution-free", "beyond FP32 control"))
 
 
@@ -213,7 +213,7 @@ def choices_table(study: Study) -> Table:
                 )
             )
     columns = ("format", "arm", "policy", "lr", "finished", _measure(study), "minus the chosen", "")
-    return slim(Table(columns, lines, frozenset({3, 4, 5, 6})), ("policy",))
+    return slim(Table(columns, lines, frozenset({3, 4, 5, 6}), "format"), ("policy",))
 
 
 def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) -> Table:

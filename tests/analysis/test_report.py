@@ -40,7 +40,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files(written: Path) -> None:
-    figures = {path.name for path in (written / "figures").iterdir()}
+    figures = {path.name for path in (written / "figures").glob("*.png")}
+    assert {path.with_suffix(".png").name for path in (written / "figures").glob("*.svg")} == figures
     assert figures == {"heat_map.png", "loss_curves.png", "excess_curves.png", "stop_reasons.png", "flip_yield.png"}
     linked = re.findall(r"\]\((figures/[^)]+)\)", (written / "report.md").read_text())
     assert {Path(link).name for link in linked} == figures
