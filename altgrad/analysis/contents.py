@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.analysis import pictures
+from altgrad.analysis import layer_sections, pictures
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.records import FINISHED, ending_of
 from altgrad.analysis.scores import geometry_scores_table, scores_table
@@ -207,9 +207,13 @@ SECTIONS: tuple[Builder, ...] = (
     pictures.excess_curves,
     classification_scores,
     geometry,
+    layer_sections.first_signs,
     stops,
     pictures.stop_reasons,
     pictures.flip_yields,
+    layer_sections.sweet_spots,
+    layer_sections.layers_over_training,
+    layer_sections.stiffness_field,
     shifts,
     learning_rates,
     exchanges,

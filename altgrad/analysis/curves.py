@@ -50,7 +50,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         labels: list[Label] = []
         if reference is not None:
             shown = thinned(reference)
-            axes.plot(shown.index, shown, lw=1.6, zorder=4, **_look(REFERENCE_FORMAT, len(shown)))
+            axes.plot(shown.index, shown, lw=1.6, zorder=4, **look_of(REFERENCE_FORMAT, len(shown)))
             end = float(reference.iloc[-1])
             labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", REFERENCE_FORMAT, True))
         for name, members in _by_format(trials[trials["optimizer"] == arm]):
@@ -197,14 +197,14 @@ def _draw_format(
     labels: list[Label] = []
     for trial_id, step in zip(stopped["trial_id"], stopped["step"], strict=True):
         curve = thinned(curves[trial_id])
-        end, look = min(float(curve.iloc[-1]), top), _look(name, len(curve))
+        end, look = min(float(curve.iloc[-1]), top), look_of(name, len(curve))
         axes.plot(curve.index, curve, lw=1.1, alpha=0.8, **look)
         cross = {"color": look["color"], "mec": BACK, "mew": 0.7, "ms": 8}
         axes.plot(curve.index[-1:], [end], "X", clip_on=False, zorder=5, **cross)
         labels = [(end, f"× {name} at {step:.0f}", name, False)]
     if running:
         table = thinned(pd.concat(running, axis=1).sort_index())
-        mean, look = table.mean(axis=1), _look(name, len(table))
+        mean, look = table.mean(axis=1), look_of(name, len(table))
         half = half_interval(table)
         if half is not None:
             axes.fill_between(table.index, mean - half, mean + half, color=look["color"], alpha=0.12, lw=0)
@@ -229,7 +229,7 @@ def half_interval(table: pd.DataFrame) -> pd.Series | None:
     return half
 
 
-def _look(name: str, points: int) -> dict[str, Any]:
+def look_of(name: str, points: int) -> dict[str, Any]:
     return line_of(name) | {"markevery": marked(points, name)}
 
 

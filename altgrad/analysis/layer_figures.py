@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from altgrad.analysis.cells import Cell, format_order
-from altgrad.analysis.figures import colour_of, drawn
+from altgrad.analysis.curves import look_of
+from altgrad.analysis.figures import drawn
 from altgrad.analysis.layer_signals import KINDS
+from altgrad.analysis.palette import SOFT, colour_of, line_of
 from altgrad.quantization import get_format
 
 OVER_TRAINING = {"stiffness": "stiffness, log2 of spacing", "flip_yield": "flip yield", "weight_overflow": "overflow"}
@@ -41,29 +43,16 @@ def over_training(cells: Sequence[Cell], by_kind: pd.DataFrame, path: Path) -> b
                 for name in names:
                     if (kind, signal, name) in means.index:
                         curve = means[kind, signal, name].sort_index()
-                        axes.plot(curve.index, curve, color=colour_of(name), lw=1.3, label=name)
+                        axes.plot(curve.index, curve, lw=1.3, label=name, **look_of(name, len(curve)))
                 if row == 0:
                     axes.set_title(title, fontsize=9)
                 axes.tick_params(labelsize=8)
             grid[row][0].set_ylabel(kind, fontsize=9)
         for axes in grid[-1]:
             axes.set_xlabel("step", fontsize=9)
-        handles = dict(zip(*reversed(_legend(grid.flat)), strict=True))
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=9, frameon=False, fontsize=9)
+        handles = [Line2D([], [], lw=1.3, label=name, **line_of(name)) for name in names]
+        figure.legend(handles=handles, loc="outside upper center", ncols=9, frameon=False, fontsize=9)
     return True
-
-
-def _legend(panels: Sequence[Axes]) -> tuple[list[object], list[str]]:
-    """Handles and labels of all panels: a format may be missing in some."""
-    handles: list[object] = []
-    labels: list[str] = []
-    for axes in panels:
-        own, names = axes.get_legend_handles_labels()
-        for handle, name in zip(own, names, strict=True):
-            if name not in labels:
-                handles.append(handle)
-                labels.append(str(name))
-    return handles, labels
 
 
 def stiffness_field(formats: Sequence[str], binades: pd.Series, path: Path) -> bool:
@@ -78,13 +67,13 @@ def stiffness_field(formats: Sequence[str], binades: pd.Series, path: Path) -> b
     with drawn(path, 4.4) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.1))
         counts = upper.twinx()
-        counts.bar(-binades.index.to_numpy() - 0.5, binades, width=0.96, color="#888888", alpha=0.25, zorder=0)
+        counts.bar(-binades.index.to_numpy() - 0.5, binades, width=0.96, color=SOFT, alpha=0.25, zorder=0)
         counts.set_ylabel("share of weights (bars)")
         counts.spines["right"].set_visible(True)
         counts.grid(False)
         for name in names:
             depth, spacing = spacing_by_depth(name, last)
-            upper.plot(depth, spacing, color=colour_of(name), lw=1.6, label=name)
+            upper.plot(depth, spacing, lw=1.4, label=name, **look_of(name, len(depth)))
         upper.set(ylabel="spacing, log2 of the layer's largest", ylim=(-last - 9, 0), xlim=(-last, 0))
         upper.legend(ncols=3, fontsize=8, loc="lower right", frameon=False)
         upper.set_zorder(counts.get_zorder() + 1)
@@ -115,4 +104,5 @@ def histogram(by_layer: pd.DataFrame) -> pd.Series:
     if own.empty:
         return pd.Series(dtype=float)
     own = own[own["step"] == own["step"].max()]
-    return own.groupby(own["signal"].str.removeprefix(BINADE).astype(int))["value"].mean().sort_index()
+    means: pd.Series = own.groupby(own["signal"].str.removeprefix(BINADE).astype(int))["value"].mean().sort_index()
+    return means

@@ -7,14 +7,16 @@ Signals are compared between formats over the same seeds; the formats named are 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from altgrad.analysis import contrasts
 from altgrad.analysis.cells import MAIN_POLICY, Cell, format_order
@@ -22,6 +24,7 @@ from altgrad.analysis.contrasts import Contrast, table
 from altgrad.analysis.figures import drawn
 from altgrad.analysis.inference import best_set
 from altgrad.analysis.layer_signals import KINDS, layer_kind
+from altgrad.analysis.palette import INK, MARK
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, effect_text, slim
 from altgrad.analysis.twins import twin_map
@@ -210,41 +213,36 @@ def spots_picture(found: Sequence[Answer], path: Path) -> bool:
         return False
     kinds = [kind for kind in KINDS if any(spot.kind == kind for answer in found for spot in answer.spots)]
     names = sorted({name for answer in found for spot in answer.spots for name in spot.means}, key=format_order)
-    with drawn(path, (0.95 + 0.36 * len(kinds)) * -(-len(found) // 2)) as figure:
-        grid = figure.subplots(-(-len(found) // 2), min(2, len(found)), squeeze=False)
+    rows = -(-len(found) // 2)
+    with drawn(path, (0.75 + 0.34 * len(kinds)) * rows) as figure:
+        grid = figure.subplots(rows, min(2, len(found)), squeeze=False)
         for axes, answer in zip(grid.flat, found, strict=False):
-            values = np.full((len(kinds), len(names)), np.nan)
-            for spot in answer.spots:
-                for name, mean in spot.means.items():
-                    values[kinds.index(spot.kind), names.index(name)] = mean
-            palette = matplotlib.colormaps["cividis"].with_extremes(bad="none")
-            low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            axes.imshow(values, aspect="auto", cmap=palette, vmin=low, vmax=high)
-            for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
-                value = values[row, column]
-                is_best = names[column] in _best_in(answer, kinds[row])
-                axes.text(
-                    column,
-                    row,
-                    f"{value:.0f}" if answer.question.unit else f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    weight="bold" if is_best else "normal",
-                    color="white" if value - low < 0.55 * (high - low) else "#111111",
-                    bbox={"facecolor": "none", "edgecolor": "#D55E00", "lw": 1.4, "pad": 2.0} if is_best else None,
-                )
-            unit = f", {answer.question.unit}" if answer.question.unit else ""
-            axes.set_title(f"{answer.question.title}{unit} ({answer.arm}, {answer.policy})", fontsize=9)
-            axes.set_xticks(range(len(names)), names, fontsize=8)
-            axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-            axes.grid(False)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
+            _draw_answer(axes, answer, kinds, names)
         for axes in grid.flat[len(found) :]:
             axes.set_visible(False)
     return True
 
 
-def _best_in(answer: Answer, kind: str) -> tuple[str, ...]:
-    return next((spot.best for spot in answer.spots if spot.kind == kind), ())
+def _draw_answer(axes: Axes, answer: Answer, kinds: Sequence[str], names: Sequence[str]) -> None:
+    """A field per kind and format, the darker the better; those that may be best are framed."""
+    values = [value for spot in answer.spots for value in spot.means.values() if math.isfinite(value)]
+    low, high = min(values), max(values)
+    for spot in answer.spots:
+        row = kinds.index(spot.kind)
+        for name, value in spot.means.items():
+            column = names.index(name)
+            share = (value - low) / (high - low) if high > low and math.isfinite(value) else 0.0
+            area = Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, facecolor=MARK, alpha=0.06 + 0.34 * share, lw=0)
+            axes.add_patch(area)
+            if name in spot.best:
+                axes.add_patch(Rectangle((column + 0.05, row + 0.09), 0.9, 0.82, fill=False, edgecolor=INK, lw=1.3))
+            text = f"{value:.0f}" if answer.question.unit else f"{value:.2f}"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+    unit = f", {answer.question.unit}" if answer.question.unit else ""
+    axes.set_title(f"{answer.question.title}{unit} ({answer.arm}, {answer.policy})", fontsize=9)
+    axes.set(xlim=(0, len(names)), ylim=(len(kinds), 0))
+    axes.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=8)
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds, fontsize=8)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)

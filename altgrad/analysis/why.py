@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from altgrad.analysis.cells import Cell
 from altgrad.analysis.failures import stop_text
 from altgrad.analysis.figures import drawn
+from altgrad.analysis.palette import BACK, SERIES, SOFT
 from altgrad.analysis.signs import CommonSign, Sign, common_sign, pass_text
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, number, slim, verdict_text
@@ -23,9 +24,9 @@ from altgrad.sweep.signs import DIRECTIONS, Direction
 MOST_ROWS = 40
 """Of the timeline; the table has them all."""
 MARKS: dict[Direction, tuple[str, str]] = {
-    "forward": (">", "#0072B2"),
-    "backward": ("<", "#D55E00"),
-    "optimizer": ("o", "#009E73"),
+    "forward": (">", SERIES[1]),
+    "backward": ("<", SERIES[0]),
+    "optimizer": ("o", SERIES[4]),
 }
 """Marker and colour of each direction."""
 
@@ -115,7 +116,7 @@ def timeline(study: Study, policy: str, path: Path) -> bool:
             Line2D([], [], marker=marker, color=colour, ls="", label=f"first sign, {pass_text(direction)}")
             for direction, (marker, colour) in MARKS.items()
         ]
-        handles.append(Line2D([], [], marker="X", color="#555555", ls="", label="stopped"))
+        handles.append(Line2D([], [], marker="X", color=SOFT, ls="", label="stopped"))
         figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     return True
 
@@ -126,12 +127,12 @@ def _draw_row(axes: Axes, row: int, cell: Cell, last: float) -> None:
         height = row + (place - (len(shown) - 1) / 2) * min(0.22, 0.66 / max(1, len(shown)))
         stop = cell.stops.get(seed)
         end = last if stop is None else stop.step
-        axes.plot([0, end], [height, height], color="#999999", lw=0.7, zorder=1)
+        axes.plot([0, end], [height, height], color=SOFT, lw=0.7, zorder=1)
         for sign in cell.signs[seed]:
             marker, colour = MARKS[sign.direction]
-            axes.plot(sign.step, height, marker, color=colour, ms=5.5, mec="white", mew=0.4, zorder=3)
+            axes.plot(sign.step, height, marker, color=colour, ms=5.5, mec=BACK, mew=0.4, zorder=3)
         if stop is not None:
-            axes.plot(stop.step, height, "X", color="#555555", ms=5, mec="white", mew=0.4, zorder=2)
+            axes.plot(stop.step, height, "X", color=SOFT, ms=5, mec=BACK, mew=0.4, zorder=2)
     found = common_sign(list(cell.signs.values()))
     text = "" if found is None else f"{found.sign.signal}, {listed(found.kinds[:2])}"
     axes.text(last * 1.02, row, text, va="center", fontsize=8)

@@ -8,7 +8,7 @@ import torch
 
 from altgrad.quantization import FORMATS, compute_scale, get_format, ulp
 from altgrad.training import TrainConfig, Trainer
-from altgrad.training.observers.prospects import BINADES, binades, expected_yield
+from altgrad.training.observers.prospects import BINADES, binades, expected_flips
 
 LAYER = "transformer.h.0.mlp.c_fc"
 CONFIG = TrainConfig.model_validate(
@@ -72,6 +72,8 @@ def test_signal_to_noise_of_every_role(name, seen) -> None:
         noise = values - on_grid(values, name)
         expected = 10 * np.log10((values**2).sum() / (noise**2).sum())
         assert layer[f"{role}_sqnr@{name}"] == pytest.approx(expected, rel=1e-4), role
+        lost = ((values != 0) & (on_grid(values, name) == 0)).mean()
+        assert layer[f"{role}_underflow@{name}"] == pytest.approx(lost, abs=1 / values.size), role
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
@@ -88,6 +90,7 @@ def test_the_yield_is_that_of_the_full_rates_step(name, seen) -> None:
     spacing = np.array([_spacing(grid, value) for value in start.ravel()])
     expected = np.minimum(1, np.abs(change).ravel() / spacing).sum()
     assert layer[f"flip_yield@{name}"] == pytest.approx(flips / expected, rel=2e-3)
+    assert layer[f"flip_rate@{name}"] == pytest.approx(flips / before.size, rel=2e-3)
 
 
 def _spacing(grid: np.ndarray, value: float) -> float:
@@ -102,9 +105,10 @@ def test_steps_below_half_a_spacing_are_swallowed() -> None:
     weight = torch.tensor([1.0, 0.5, -0.25], dtype=torch.float32)
     fmt = get_format("E5M2")
     spacing = ulp(weight, fmt, compute_scale(weight, fmt))
-    assert expected_yield(weight, -0.4 * spacing * weight.sign(), fmt) == 0
-    assert expected_yield(weight, -0.6 * spacing * weight.sign(), fmt) == pytest.approx(1 / 0.6)
-    assert expected_yield(weight, torch.zeros(3, dtype=torch.float32), fmt).isnan()
+    for share, flips in ((0.4, 0), (0.6, 3), (3.0, 3)):
+        found, expected = expected_flips(weight, -share * spacing * weight.sign(), fmt)
+        assert (int(found), float(expected)) == (flips, pytest.approx(3 * min(1.0, share)))
+    assert expected_flips(weight, torch.zeros(3, dtype=torch.float32), fmt) == (0, 0)
 
 
 def test_binades_count_every_weight_once() -> None:

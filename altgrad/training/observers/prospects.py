@@ -6,8 +6,10 @@ the scale that training would take, the tensor's own amax, with rounding to near
 learning rate, also on the way up to it.
 
     weight_sqnr@E4M3      signal to quantization noise of the layer's weights, dB; activation_, gradient_sqnr the same
+    weight_underflow@E4M3 share of them, not 0, that round to a zero; of activations and gradients the same
     flip_yield@E4M3       code changes over those expected of the step under unbiased rounding, the weights being on the
                           grid: what arms that round to nearest would see
+    flip_rate@E4M3        code changes of that step per weight
     weight_binade@3       share of the weights 2^-4 to 2^-3 of the layer's largest
 
 Nothing of it is a signal that a guard may test: it says nothing of the run itself.
@@ -62,7 +64,9 @@ class ProspectsObserver(Observer):
                 self._found |= {(name, f"weight_binade@{k}"): share for k, share in enumerate(binades(before))}
                 change = (weight.detach() - before) * self._gain(weight)
                 for fmt in formats():
-                    self._found[name, f"flip_yield@{fmt.name}"] = expected_yield(before, change, fmt)
+                    flips, expected = expected_flips(before, change, fmt)
+                    self._found[name, f"flip_yield@{fmt.name}"] = flips / expected
+                    self._found[name, f"flip_rate@{fmt.name}"] = flips / before.numel()
         self._due, self._before = False, {}
 
     def collect(self) -> Readings:
@@ -91,10 +95,12 @@ class ProspectsObserver(Observer):
         if (name, f"{role}_sqnr@{next(formats()).name}") in self._found:
             return  # a layer that runs twice in a step is seen at its first run
         x = x.float()
-        power = torch.linalg.vector_norm(x)
+        power, filled = torch.linalg.vector_norm(x), torch.count_nonzero(x)
         for fmt in formats():
-            noise = torch.linalg.vector_norm(x - quantize(x, fmt, compute_scale(x, fmt)))
+            rounded = quantize(x, fmt, compute_scale(x, fmt))
+            noise = torch.linalg.vector_norm(x - rounded)
             self._found[name, f"{role}_sqnr@{fmt.name}"] = 20.0 * (power / noise).log10()
+            self._found[name, f"{role}_underflow@{fmt.name}"] = (filled - torch.count_nonzero(rounded)) / x.numel()
 
 
 def formats() -> Iterator[FloatFormat]:
@@ -102,13 +108,14 @@ def formats() -> Iterator[FloatFormat]:
     return (fmt for fmt in FORMATS.values() if fmt.total_bits == BITS)
 
 
-def expected_yield(weight: Tensor, change: Tensor, fmt: FloatFormat) -> Tensor:
-    """Flip yield, 0-d, of this change to nearest, from the weight's values on the format's grid; NaN without any."""
+def expected_flips(weight: Tensor, change: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
+    """Code changes of this change to nearest, from the weight's values on the format's grid, 0-d, and how many would be
+    expected of unbiased rounding.
+    """
     scale = compute_scale(weight, fmt)
     start = quantize(weight, fmt, scale)
     flips = torch.count_nonzero(quantize(start + change, fmt, scale) != start)
-    expected = (change.abs() / ulp(start, fmt, scale)).clamp(max=1.0).sum(dtype=torch.float64)
-    return flips / expected
+    return flips, (change.abs() / ulp(start, fmt, scale)).clamp(max=1.0).sum(dtype=torch.float64)
 
 
 def binades(weight: Tensor) -> Tensor:
