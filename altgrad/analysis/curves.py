@@ -127,6 +127,27 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     return True
 
 
+def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
+    """Cosine of the gradient with the float32 shadow's over steps, one panel per arm; False where none was measured."""
+    curves, averaged = _curves(trials, rows, "gradient_cosine")
+    if not curves:
+        return False
+    measured = trials[trials["trial_id"].isin(set(curves))]
+    last = max(int(curve.index[-1]) for curve in curves.values())
+    low = float(pd.concat(list(curves.values())).quantile(0.02))
+
+    def panel(axes: Axes, arm: str) -> list[Label]:
+        return [
+            label
+            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for label in _draw_format(axes, name, members, curves, 1.0, ".3f")
+        ]
+
+    limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
+    _draw_panels(measured, path, f"gradient cosine ({averaged})", limits, last, panel)
+    return True
+
+
 def _draw_panels(
     trials: pd.DataFrame,
     path: Path,

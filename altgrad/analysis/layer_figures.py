@@ -48,6 +48,9 @@ def over_training(cells: Sequence[Cell], by_kind: pd.DataFrame, path: Path) -> b
                     axes.set_title(title, fontsize=9)
                 axes.tick_params(labelsize=8)
             grid[row][0].set_ylabel(kind, fontsize=9)
+        # Overflow is 0 in healthy runs: noise around it is not to fill the panel.
+        top = means.xs("weight_overflow", level="signal").max() if "weight_overflow" in set(own["signal"]) else 0.0
+        grid[0][-1].set_ylim(-0.03 * max(0.01, top), 1.05 * max(0.01, top))
         for axes in grid[-1]:
             axes.set_xlabel("step", fontsize=9)
         handles = [Line2D([], [], lw=1.3, label=name, **line_of(name)) for name in names]

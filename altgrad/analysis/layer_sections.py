@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from altgrad.analysis import layer_figures
 from altgrad.analysis.cells import MAIN_POLICY, Cell
+from altgrad.analysis.pictures import by_policy
 from altgrad.analysis.sections import Captioned, Group, Material, Picture, Section
 from altgrad.analysis.sweet_spots import answers, relief_table, reliefs, spots_picture, spots_table
 from altgrad.analysis.twins import twin_map
@@ -17,11 +16,8 @@ ARMS_OVER_TRAINING = ("adamw_nearest", "adamw")
 
 def first_signs(material: Material) -> Section:
     """Where in a step, in which layers and when runs begin to fail."""
-    pictures = []
-    for policy in material.policies:
-        title = "First signs over training" + ("" if len(material.policies) == 1 else f", policy {policy}")
-        path = material.picture(f"first_signs_{policy}", partial(timeline, material.study, policy))
-        pictures += [] if path is None else [Picture(title, path)]
+    title = "First signs over training"
+    pictures = by_policy(material, title, "first_signs", lambda _, policy, path: timeline(material.study, policy, path))
     return Section(
         "First signs of failure",
         Group.FAILURES,
@@ -41,7 +37,7 @@ def sweet_spots(material: Material) -> Section:
     twins = twin_map(material.study.cells)
     found = answers(material.study, material.trials, material.by_kind)
     relieved = reliefs(material.study)
-    picture = material.picture("sweet_spots", lambda path: spots_picture(found, path))
+    picture = material.picture("sweet_spots", lambda path: spots_picture(found, twins, path))
     caption = (
         "What leaving layers in BF16 gives back: the loss with the format in all layers minus that under the recipe, "
         "paired by seed, simultaneous intervals over this table. Positive: those layers are better off in BF16."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,7 +207,7 @@ def _shortened(kinds: Iterable[str]) -> list[str]:
     return found
 
 
-def spots_picture(found: Sequence[Answer], path: Path) -> bool:
+def spots_picture(found: Sequence[Answer], twins: Mapping[str, str], path: Path) -> bool:
     """Every kind of layer by every format, a panel per question; what may be best is framed. False without answers."""
     if not found:
         return False
@@ -217,13 +217,15 @@ def spots_picture(found: Sequence[Answer], path: Path) -> bool:
     with drawn(path, (0.75 + 0.34 * len(kinds)) * rows) as figure:
         grid = figure.subplots(rows, min(2, len(found)), squeeze=False)
         for axes, answer in zip(grid.flat, found, strict=False):
-            _draw_answer(axes, answer, kinds, names)
+            _draw_answer(axes, answer, twins, kinds, names)
         for axes in grid.flat[len(found) :]:
             axes.set_visible(False)
     return True
 
 
-def _draw_answer(axes: Axes, answer: Answer, kinds: Sequence[str], names: Sequence[str]) -> None:
+def _draw_answer(
+    axes: Axes, answer: Answer, twins: Mapping[str, str], kinds: Sequence[str], names: Sequence[str]
+) -> None:
     """A field per kind and format, the darker the better; those that may be best are framed."""
     values = [value for spot in answer.spots for value in spot.means.values() if math.isfinite(value)]
     low, high = min(values), max(values)
@@ -234,7 +236,7 @@ def _draw_answer(axes: Axes, answer: Answer, kinds: Sequence[str], names: Sequen
             share = (value - low) / (high - low) if high > low and math.isfinite(value) else 0.0
             area = Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, facecolor=MARK, alpha=0.06 + 0.34 * share, lw=0)
             axes.add_patch(area)
-            if name in spot.best:
+            if any(twins.get(name, name) == twins.get(best, best) for best in spot.best):
                 axes.add_patch(Rectangle((column + 0.05, row + 0.09), 0.9, 0.82, fill=False, edgecolor=INK, lw=1.3))
             text = f"{value:.0f}" if answer.question.unit else f"{value:.2f}"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
