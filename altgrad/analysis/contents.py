@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.analysis import pictures
+from altgrad.analysis import pictures, repeats
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.records import FINISHED, ending_of
 from altgrad.analysis.scores import geometry_scores_table, scores_table
@@ -213,6 +213,7 @@ SECTIONS: tuple[Builder, ...] = (
     shifts,
     learning_rates,
     exchanges,
+    repeats.cells_and_trials,
     reading,
     control,
     provenance,

@@ -18,7 +18,7 @@ from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.records import FINISHED
 from altgrad.analysis.study import Study
-from altgrad.analysis.tables import DASH, Table, number, slim
+from altgrad.analysis.tables import DASH, Table, links, number, slim
 from altgrad.analysis.wording import signed
 
 SHOWN = {
@@ -58,7 +58,7 @@ def scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
         texts = [_mean_text(own[name], with_interval=name in COMPARED) for name in SHOWN]
         lines.append((cell.format, cell.arm, cell.policy, str(len(own)), *texts))
     columns = ("format", "arm", "policy", "finished", *SHOWN.values())
-    return slim(Table(columns, lines, frozenset(range(3, len(columns))), "format"), ("policy",))
+    return slim(Table(columns, lines, frozenset(range(3, len(columns))), "format", links(study.cells)), ("policy",))
 
 
 def geometry_scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
@@ -71,7 +71,9 @@ def geometry_scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
         texts = [_difference_text(by_id, item, name) for name in COMPARED]
         lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
     columns = ("format", "policy", "arm", "against", *(f"{SHOWN[name]}, difference" for name in COMPARED))
-    return slim(Table(columns, lines, frozenset({4, 5}), "format"), ("policy",))
+    return slim(
+        Table(columns, lines, frozenset({4, 5}), "format", links(item.cell for item in study.gains)), ("policy",)
+    )
 
 
 def _mean_text(values: pd.Series, *, with_interval: bool) -> str:

@@ -7,7 +7,6 @@ things. A builder is a function from `Material` to a `Section`; `altgrad.analysi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +19,7 @@ from altgrad.analysis.finding import Finding
 from altgrad.analysis.records import Records
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import Table
+from altgrad.analysis.wording import anchor_of
 
 Mutation = tuple[str, int, str, float, float, str]
 """(trial, step, field, before, after, source) of what a member of a population took over."""
@@ -91,6 +91,11 @@ class Section:
         return not any(filled)
 
     @property
+    def is_cards(self) -> bool:
+        """Whether its tables are many small ones, each under a heading of its own."""
+        return bool(self.shown_tables) and all(item.heading for item in self.shown_tables)
+
+    @property
     def anchor(self) -> str:
         return anchor_of(self.title)
 
@@ -134,8 +139,3 @@ def grouped(sections: Sequence[Section]) -> list[tuple[Group, list[Section]]]:
     """The sections that say anything by group, in the groups' order, each in its own."""
     told = [section for section in sections if not section.is_empty or section.nothing]
     return [(group, own) for group in Group if (own := [section for section in told if section.group is group])]
-
-
-def anchor_of(text: str) -> str:
-    """A text as the name of a place in the page: lower case, words joined by hyphens."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
