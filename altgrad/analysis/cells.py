@@ -13,6 +13,7 @@ nothing is decided of a cell that has one (see `contrasts` and `verdicts`).
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,11 @@ class Cell:
     @property
     def key(self) -> Key:
         return self.format, self.arm, self.policy
+
+    @property
+    def name(self) -> str:
+        """Format, arm and policy as the name of a file, or of a place in the report."""
+        return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(self.key))
 
     @property
     def settings(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.analysis import comparison_sections, layer_sections, pictures
+from altgrad.analysis import comparison_sections, layer_sections, pictures, repeats
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.records import FINISHED, ending_of
 from altgrad.analysis.scores import scores_table
@@ -208,6 +208,7 @@ SECTIONS: tuple[Builder, ...] = (
     comparison_sections.learning_rates,
     comparison_sections.speed_and_memory,
     exchanges,
+    repeats.cells_and_trials,
     reading,
     control,
     provenance,

@@ -92,17 +92,20 @@ def heat_map(study: Study, policy: str, path: Path) -> bool:
         return False
     names = sorted({name for name, _ in cells}, key=format_order)
     arms = sorted({arm for _, arm in cells}, key=arm_order)
-    blocks = [(f"{_measured(study)} minus BF16 AdamW's", study.against_reference)]
-    if len(arms) > 1 and any(cell.key in study.against_same_arm for cell in cells.values()):
-        blocks.append((f"{_measured(study)} minus that of BF16 with the same arm", study.against_same_arm))
     own = {cell.key for cell in cells.values()}
-    means = [abs(item.mean) for _, found in blocks for key, item in found.items() if key in own]
+    blocks = [(f"{_measured(study)} minus BF16 AdamW's", study.against_reference, names)]
+    same = {key: item for key, item in study.against_same_arm.items() if key in own}
+    if len(arms) > 1 and same:
+        rows = [name for name in names if any(key[0] == name for key in same)]
+        blocks.append((f"{_measured(study)} minus that of BF16 with the same arm", same, rows))
+    means = [abs(item.mean) for _, found, _ in blocks for key, item in found.items() if key in own]
     largest = max((mean for mean in means if math.isfinite(mean)), default=0.1)
     norm = SymLogNorm(linthresh=LINEAR, vmin=-max(largest, 0.1), vmax=max(largest, 0.1), base=10)
-    with drawn(path, 1.0 + (0.8 + 0.5 * len(names)) * len(blocks)) as figure:
-        grid = figure.subplots(len(blocks) + 1, 1, height_ratios=[*[0.5 * len(names)] * len(blocks), 0.16])
-        for axes, (title, contrasts) in zip(grid, blocks, strict=False):
-            _draw_block(axes, study, cells, names, arms, contrasts, norm)
+    heights = [0.5 * len(rows) for *_, rows in blocks]
+    with drawn(path, sum(heights) + 0.75 * len(blocks) + 1.0) as figure:
+        grid = figure.subplots(len(blocks) + 1, 1, height_ratios=[*heights, 0.35])
+        for axes, (title, contrasts, rows) in zip(grid, blocks, strict=False):
+            _draw_block(axes, study, cells, rows, arms, contrasts, norm)
             axes.set_title(title)
         _draw_scale(grid[-1], norm, study.unit)
     return True
@@ -122,7 +125,7 @@ def _draw_block(
     for row, name in enumerate(names):
         for column, arm in enumerate(arms):
             cell = cells.get((name, arm))
-            if cell is None or (contrasts is study.against_same_arm and cell.key not in contrasts):
+            if cell is None:
                 continue
             item = contrasts.get(cell.key)
             area: dict[str, Any] = {"facecolor": FAINT, "edgecolor": BACK, "lw": 2}

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from altgrad.analysis.palette import stylesheet
-from altgrad.analysis.sections import Group, Section, anchor_of, grouped
+from altgrad.analysis.sections import Group, Section, grouped
+from altgrad.analysis.wording import anchor_of
 
 PAGES = ("report.html", "report.md")
 

@@ -80,9 +80,9 @@ def write_report(
 
 def _write(material: Material) -> Finding:
     """Writes the report of one setting."""
-    figures = material.folder / "figures"
+    figures, cells = material.folder / "figures", material.folder / "cells"
     figures.mkdir(parents=True, exist_ok=True)
-    for stale in (*figures.glob("*.png"), *figures.glob("*.svg")):
+    for stale in (*figures.glob("*.png"), *figures.glob("*.svg"), *cells.glob("*.yaml")):
         stale.unlink()
     write_pages(material.folder, material.name, [build(material) for build in SECTIONS])
     return material.finding

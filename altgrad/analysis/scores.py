@@ -18,7 +18,7 @@ from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.records import FINISHED
 from altgrad.analysis.study import Study
-from altgrad.analysis.tables import DASH, Table, number, slim
+from altgrad.analysis.tables import DASH, Table, links, number, slim
 from altgrad.analysis.wording import signed
 
 SHOWN = {
@@ -64,7 +64,7 @@ def scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
         texts = [_mean_text(own[name], with_interval=name in COMPARED) for name in SHOWN]
         lines.append((cell.format, cell.arm, cell.policy, str(len(own)), *texts))
     columns = ("format", "arm", "policy", "finished", *SHOWN.values())
-    return slim(Table(columns, lines, frozenset(range(3, len(columns))), "format"), ("policy",))
+    return slim(Table(columns, lines, frozenset(range(3, len(columns))), "format", links(study.cells)), ("policy",))
 
 
 def effects_table(trials: pd.DataFrame, study: Study) -> Table:
@@ -72,13 +72,15 @@ def effects_table(trials: pd.DataFrame, study: Study) -> Table:
     paired by seed, 95 % intervals, a line per format, policy and arm."""
     task = "lm" if trials.empty else str(trials["task"].iloc[0])
     by_id = trials[trials["state"] == FINISHED].set_index("trial_id")
-    lines = []
+    lines, shown = [], []
     for item in study.gains:
         texts = [_difference_text(by_id, item, name) for name in EFFECTS[task]]
         if set(texts) != {DASH}:
             lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
+            shown.append(item.cell)
     columns = ("format", "policy", "arm", "against", *EFFECTS[task].values())
-    return slim(Table(columns, lines, frozenset(range(4, len(columns)))), ("policy",))
+    numeric = frozenset(range(4, len(columns)))
+    return slim(Table(columns, lines, numeric, "format", links(shown)), ("policy",))
 
 
 def _mean_text(values: pd.Series, *, with_interval: bool) -> str:

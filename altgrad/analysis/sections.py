@@ -7,7 +7,6 @@ things. A builder is a function from `Material` to a `Section`; `altgrad.analysi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +21,7 @@ from altgrad.analysis.layer_signals import layers_of, signals_by_kind
 from altgrad.analysis.records import Records
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import Table
+from altgrad.analysis.wording import anchor_of
 
 LAYER_SIGNALS = ("weight_sqnr", "activation_sqnr", "gradient_sqnr", "flip_yield", "stiffness", "weight_overflow")
 """Signals of layers of which a report says something."""
@@ -95,6 +95,11 @@ class Section:
         return not any(filled)
 
     @property
+    def is_cards(self) -> bool:
+        """Whether its tables are many small ones, each under a heading of its own."""
+        return bool(self.shown_tables) and all(item.heading for item in self.shown_tables)
+
+    @property
     def anchor(self) -> str:
         return anchor_of(self.title)
 
@@ -152,8 +157,3 @@ def grouped(sections: Sequence[Section]) -> list[tuple[Group, list[Section]]]:
     """The sections that say anything by group, in the groups' order, each in its own."""
     told = [section for section in sections if not section.is_empty or section.nothing]
     return [(group, own) for group in Group if (own := [section for section in told if section.group is group])]
-
-
-def anchor_of(text: str) -> str:
-    """A text as the name of a place in the page: lower case, words joined by hyphens."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

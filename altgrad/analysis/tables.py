@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -84,7 +84,7 @@ def cells_table(study: Study) -> Table:
                 _outcomes_text(cell.outcomes),
             )
         )
-    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}), "format")
+    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}), "format", links(study.cells))
     chosen = () if any(cell.settings > 1 for cell in study.cells) else ("lr", "of settings")
     return slim(table, ("policy", "p, distribution-free", *chosen))
 
@@ -127,7 +127,9 @@ def geometry_table(study: Study) -> Table:
                 _needed_text(more),
             )
         )
-    table = Table(columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}), "format")
+    table = Table(
+        columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}), "format", links(item.cell for item in study.gains)
+    )
     return slim(table, ("policy", "p, distribution-free", "beyond FP32 control"))
 
 
@@ -193,13 +195,14 @@ def shifts_table(trials: pd.DataFrame) -> Table:
 
 def choices_table(study: Study) -> Table:
     """Sensitivity to the learning rate: every setting's mean loss and its distance from the cell's chosen one."""
-    lines = []
+    lines, cells = [], []
     for cell in study.cells:
         for item in sorted(cell.tried, key=lambda item: item.lr):
             common = item.losses.keys() & cell.losses.keys() if not (item.stops or cell.stops) else ()
             distance = mean_of_known(item.losses[seed] - cell.losses[seed] for seed in common)
             chosen = "chosen" if item.trial_ids == cell.trial_ids else ""
             outside = "" if item.lr in cell.rates else "not compared"
+            cells.append(cell)
             lines.append(
                 (
                     cell.format,
@@ -213,7 +216,7 @@ def choices_table(study: Study) -> Table:
                 )
             )
     columns = ("format", "arm", "policy", "lr", "finished", _measure(study), "minus the chosen", "")
-    return slim(Table(columns, lines, frozenset({3, 4, 5, 6}), "format"), ("policy",))
+    return slim(Table(columns, lines, frozenset({3, 4, 5, 6}), "format", links(cells)), ("policy",))
 
 
 def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) -> Table:
@@ -223,6 +226,11 @@ def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) ->
         for name, step, field, before, after, source in found
     ]
     return Table(("trial", "step", "value", "before", "after", "weights of"), lines, frozenset({1, 3, 4}))
+
+
+def links(cells: Iterable[Cell]) -> list[str]:
+    """For each cell the place in the report that lists its trials."""
+    return [f"#cell-{cell.name}" for cell in cells]
 
 
 def _measure(study: Study) -> str:

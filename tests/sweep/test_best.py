@@ -67,7 +67,7 @@ def test_every_configuration_of_a_space_is_exported_to_its_own_ids(ledger: Ledge
             ledger.record_rows(name, [{"step": 100, "val_loss": 2.0}])
             ledger.record_outcome(name, Outcome(OutcomeKind.DONE, 100, val_loss=2.0))
         winner = find_best(ledger, list(pair))
-        found = sweep_of_one(winner).trials(SHA)
+        found = sweep_of_one(winner.config, winner.scores).trials(SHA)
         assert set(pair) <= set(found) and len(found) <= 4
         seen.add(trials[pair[0]].arm)
     assert seen == {"adamw", "grid", "muon", "manifold", "manifold_nearest"}
