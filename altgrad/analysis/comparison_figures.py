@@ -88,7 +88,7 @@ def rate_sensitivity(study: Study, policy: str, path: Path) -> bool:
     finite = [item.mean for items in tried.values() for item in items if math.isfinite(item.mean)]
     if not arms or not finite:
         return False
-    low, high = min(finite), min(max(finite), 1.35 * min(finite))
+    low, high = min(finite), max(min(max(finite), 1.35 * min(finite)), 1.01 * min(finite))
 
     def panel(axes: Axes, arm: str) -> None:
         for cell in (cell for cell in cells if cell.arm == arm):

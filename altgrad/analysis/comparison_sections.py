@@ -53,7 +53,7 @@ def interactions(material: Material) -> Section:
         Group.GEOMETRY,
         "What each geometry-aware arm gains over the plain arm of its residence, minus what it gains in BF16, with the "
         "simultaneous interval over all pairs. Filled points may be the largest: no other is shown to beat them.",
-        pictures=[] if path is None else [Picture("", path)],
+        pictures=[] if path is None else [Picture("Gain beyond BF16", path)],
         nothing="No interaction was measured: it takes a geometry-aware arm, its plain arm, and both in BF16.",
     )
 
@@ -123,5 +123,5 @@ def speed_and_memory(material: Material) -> Section:
         "not how fast hardware with the format would be. Bytes are what must be kept of a weight between steps: a "
         "float32 master, or the format's own bits for weights on the grid, and float32 moments.",
         [Captioned(costs_table(material.study, found))],
-        [] if path is None else [Picture("", path)],
+        [] if path is None else [Picture("Loss against speed and memory", path)],
     )

@@ -11,7 +11,7 @@ from altgrad.analysis import contrasts
 from altgrad.analysis.cells import Cell, format_order
 from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.study import Study
-from altgrad.analysis.tables import DASH, Table, effect_text, loss_text, number, slim, verdict_text
+from altgrad.analysis.tables import DASH, Table, effect_text, links, loss_text, number, slim, verdict_text
 from altgrad.analysis.twins import twin_map
 from altgrad.training.config import TrainConfig
 from altgrad.training.residence import bytes_per_weight
@@ -43,7 +43,7 @@ def widths_table(study: Study, found: Sequence[Contrast]) -> Table:
         for item in found
     ]
     columns = ("8 bits", "16 bits", "arm", "policy", "loss at 8", "loss at 16", f"difference, {study.unit}", "reading")
-    return slim(Table(columns, lines, frozenset({4, 5, 6})), ("policy",))
+    return slim(Table(columns, lines, frozenset({4, 5, 6}), "8 bits", links(item.cell for item in found)), ("policy",))
 
 
 def _lack_text(study: Study, item: Contrast) -> str:
@@ -72,11 +72,12 @@ def _fails(study: Study, cell: Cell) -> bool:
 def best_table(study: Study) -> Table:
     """The best cells of 8 and of 16 bits by mean loss, those without stops, and their distance from BF16 AdamW."""
     columns = ("bits", "format", "arm", "policy", "lr", "seeds", "loss", f"minus BF16, {study.unit}", "verdict")
-    lines = []
+    lines, shown = [], []
     for bits in (8, 16):
         own = [cell for cell in study.cells if format_order(cell.format)[0] == bits and math.isfinite(cell.mean)]
         own = [cell for cell in own if cell.quantized and not cell.shifted and cell.has_result]
         for cell in sorted(own, key=lambda cell: cell.rank)[:BEST]:
+            shown.append(cell)
             verdict = verdict_text(study, cell, study.verdicts.get(cell.key))
             distance = "reference" if cell is study.reference else effect_text(study.comparison(cell))
             lines.append(
@@ -92,7 +93,7 @@ def best_table(study: Study) -> Table:
                     DASH if cell is study.reference else verdict,
                 )
             )
-    return slim(Table(columns, lines, frozenset({4, 5, 6, 7})), ("policy", "lr"))
+    return slim(Table(columns, lines, frozenset({4, 5, 6, 7}), "bits", links(shown)), ("policy", "lr"))
 
 
 def costs(study: Study, trials: pd.DataFrame) -> pd.DataFrame:
@@ -130,4 +131,4 @@ def costs_table(study: Study, found: pd.DataFrame) -> Table:
         for row in found.to_dict("records")
         if row["policy"] == study.policy
     ]
-    return slim(Table(columns, lines, frozenset({3, 4, 5, 6})), ("policy",))
+    return slim(Table(columns, lines, frozenset({3, 4, 5, 6}), "format"), ("policy",))

@@ -49,7 +49,7 @@ def sweet_spots(material: Material) -> Section:
         "in which most of the steps arrive when weights on the grid are rounded to nearest (flip yield). Framed, and "
         "named: the formats that no other is shown to beat over the seeds, so that a single name is a decision.",
         [Captioned(spots_table(found, twins)), Captioned(relief_table(relieved, material.study.unit), caption)],
-        [] if picture is None else [Picture("", picture)],
+        [] if picture is None else [Picture("Sweet spots", picture)],
         nothing="Signals of layers are recorded of fewer than two 8-bit formats.",
     )
 
@@ -66,7 +66,7 @@ def layers_over_training(material: Material) -> Section:
         Group.FAILURES,
         f"Of {arm}, means over seeds. Stiffness: the spacing of the grid at the weights; where it grows past the size "
         "of the steps, flip yield falls. Overflow: weights beyond the format's largest value.",
-        pictures=[] if picture is None else [Picture("", picture)],
+        pictures=[] if picture is None else [Picture("Layers over training", picture)],
         nothing="No signals of layers are recorded.",
     )
 
@@ -88,5 +88,5 @@ def stiffness_field(material: Material) -> Section:
         "The spacing of each format's grid (its stiffness, as log2) at a weight's magnitude, both against the layer's "
         "largest weight, over the histogram of BF16 AdamW's weights (grey bars, means over layers and seeds, last "
         "look). Below, the formats' values. Steps much smaller than the spacing are swallowed by rounding to nearest.",
-        pictures=[] if picture is None else [Picture("", picture)],
+        pictures=[] if picture is None else [Picture("Stiffness field", picture)],
     )

@@ -9,9 +9,9 @@ documents: what does not beat that has learned nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from altgrad.analysis.contrasts import Contrast
@@ -71,10 +71,10 @@ def effects_table(trials: pd.DataFrame, study: Study) -> Table:
     """What a geometry-aware arm changes in every score and signal, against the plain arm of its residence: differences
     paired by seed, 95 % intervals, a line per format, policy and arm."""
     task = "lm" if trials.empty else str(trials["task"].iloc[0])
-    by_id = trials[trials["state"] == FINISHED].set_index("trial_id")
+    finished = {trial["trial_id"]: trial for trial in trials[trials["state"] == FINISHED].to_dict("records")}
     lines, shown = [], []
     for item in study.gains:
-        texts = [_difference_text(by_id, item, name) for name in EFFECTS[task]]
+        texts = [_difference_text(finished, item, name) for name in EFFECTS[task]]
         if set(texts) != {DASH}:
             lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
             shown.append(item.cell)
@@ -92,18 +92,17 @@ def _mean_text(values: pd.Series, *, with_interval: bool) -> str:
     return mean + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
 
 
-def _difference_text(by_id: pd.DataFrame, item: Contrast, name: str) -> str:
-    own, other = (_by_seed(by_id, cell.trial_ids, name) for cell in (item.cell, item.other))
-    common = own.index.intersection(other.index)
-    if not len(common):
+def _difference_text(finished: Mapping[str, Mapping[Hashable, Any]], item: Contrast, name: str) -> str:
+    own, other = (_by_seed(finished, cell.trial_ids, name) for cell in (item.cell, item.other))
+    common = own.keys() & other.keys()
+    if not common:
         return DASH
-    differences = list(own[common] - other[common])
+    differences = [own[seed] - other[seed] for seed in sorted(common)]
     low, high = t_interval(differences)
     spread = " (1 seed)" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
     return signed(math.fsum(differences) / len(differences)) + spread
 
 
-def _by_seed(by_id: pd.DataFrame, trial_ids: Sequence[str], name: str) -> pd.Series:
-    own = by_id.loc[[trial_id for trial_id in trial_ids if trial_id in by_id.index]]
-    values = pd.Series(own[name].to_numpy(dtype=float), index=own["seed"].to_numpy())
-    return values[np.isfinite(values)]
+def _by_seed(finished: Mapping[str, Mapping[Hashable, Any]], trial_ids: Sequence[str], name: str) -> dict[int, float]:
+    own = [finished[trial_id] for trial_id in trial_ids if trial_id in finished]
+    return {int(trial["seed"]): float(trial[name]) for trial in own if math.isfinite(trial[name])}

@@ -17,7 +17,7 @@ from altgrad.analysis.figures import drawn
 from altgrad.analysis.palette import BACK, SERIES, SOFT
 from altgrad.analysis.signs import CommonSign, Sign, common_sign, pass_text
 from altgrad.analysis.study import Study
-from altgrad.analysis.tables import DASH, Table, number, slim, verdict_text
+from altgrad.analysis.tables import DASH, Table, links, number, slim, verdict_text
 from altgrad.analysis.wording import listed
 from altgrad.sweep.signs import DIRECTIONS, Direction
 
@@ -61,7 +61,7 @@ def signs_table(study: Study) -> Table:
         stop = f"{stop_text(cell)}, {len(cell.stops)} of {cell.n}" if cell.stops else DASH
         verdict = verdict_text(study, cell, study.verdicts.get(cell.key))
         lines.append((cell.format, cell.arm, cell.policy, *own, stop, verdict))
-    return slim(Table(columns, lines, frozenset({3, 8, 9, 10})), ("policy",))
+    return slim(Table(columns, lines, frozenset({3, 8, 9, 10}), "format", links(failing(study))), ("policy",))
 
 
 def _texts(cell: Cell, found: CommonSign) -> tuple[str, ...]:
