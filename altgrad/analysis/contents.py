@@ -201,6 +201,7 @@ SECTIONS: tuple[Builder, ...] = (
     pictures.flip_yields,
     comparison_sections.gradient_cosine,
     comparison_sections.widths_compared,
+    layer_sections.predictions,
     layer_sections.sweet_spots,
     layer_sections.layers_over_training,
     layer_sections.stiffness_field,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from altgrad.analysis import layer_figures
 from altgrad.analysis.cells import MAIN_POLICY, Cell
 from altgrad.analysis.pictures import by_policy
+from altgrad.analysis.prediction import accuracy_texts, judged, prediction_table, prospects_of, prospects_table
 from altgrad.analysis.sections import Captioned, Group, Material, Picture, Section
 from altgrad.analysis.sweet_spots import answers, relief_table, reliefs, spots_picture, spots_table
 from altgrad.analysis.twins import twin_map
@@ -89,4 +90,26 @@ def stiffness_field(material: Material) -> Section:
         "largest weight, over the histogram of BF16 AdamW's weights (grey bars, means over layers and seeds, last "
         "look). Below, the formats' values. Steps much smaller than the spacing are swallowed by rounding to nearest.",
         pictures=[] if picture is None else [Picture("Stiffness field", picture)],
+    )
+
+
+def predictions(material: Material) -> Section:
+    """What the reference said of every format beforehand, and how right that was."""
+    study = material.study
+    prospects = prospects_of(material.prospects)
+    found = judged(study, prospects)
+    caption = (
+        "Predicted to fail: a signal of the reference's own tensors and steps, put on the format's grid, is beyond the "
+        "limit that healthy runs keep (the rules of the first signs; nothing is fitted to this sweep). Score: distance "
+        "from the nearest limit, in parts of it."
+    )
+    return Section(
+        "Predicted before training",
+        Group.FAILURES,
+        "What every 8-bit format would make of BF16 AdamW's tensors and steps, means over its layers and seeds at its "
+        "last look: signal to quantization noise, shares that round to zero, and, of weights on the grid rounded to "
+        "nearest, flip yield and the share of weights that one step moves. The reference runs before all others.",
+        [Captioned(prospects_table(prospects)), Captioned(prediction_table(study, found), caption)],
+        paragraphs=accuracy_texts(study, found),
+        nothing="No reference of this sweep was looked at for other formats (its trials are older, or not run yet).",
     )
