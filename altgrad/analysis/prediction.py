@@ -3,8 +3,7 @@
 BF16 AdamW runs are looked at for what each 8-bit format would make of their tensors and steps
 (`training.observers.prospects`). A cell is predicted to fail where that is already beyond what healthy runs show: the
 limits are those of `sweep.signs`, of the roles that its policy rounds, and of flip yield where its arm rounds to
-nearest. Nothing is fitted to the sweep that is predicted. The worst distance from a limit, in parts of the limit, is
-the cell's score; formats are expected in its order.
+nearest. Nothing is fitted to the sweep that is predicted. Formats of an arm are expected in the order of their scores.
 """
 
 from __future__ import annotations
@@ -34,7 +33,11 @@ Prospects = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a format, arm and policy: whether it fails, by which signal, how far that is from its limit, and its value."""
+    """Of a format, arm and policy: whether it fails, and the signal that is nearest to its limit or furthest beyond it.
+
+    `score` orders formats, the best first: flip yield of an arm that rounds to nearest, else the least signal to noise
+    of the roles that are rounded, dB.
+    """
 
     word: str
     """trains | fails"""
@@ -75,8 +78,10 @@ def predict(prospects: Prospects, format: str, policy: str, optimizer: AnyOptimi
             distances.append((sign * (value - limit.limit) / limit.limit, signal, value))
     if not distances:
         return None
-    score, signal, value = min(distances)
-    return Prediction("fails" if score < 0 else "trains", signal, value, score)
+    distance, signal, value = min(distances)
+    values = {signal: value for _, signal, value in distances}
+    noise = min((value for name, value in values.items() if name.endswith("sqnr")), default=math.nan)
+    return Prediction("fails" if distance < 0 else "trains", signal, value, values.get("flip_yield", noise))
 
 
 def prospects_table(prospects: Prospects) -> Table:
@@ -159,7 +164,7 @@ def prediction_table(study: Study, found: Sequence[Judged]) -> Table:
                 item.prediction.word,
                 item.prediction.signal,
                 number(item.prediction.value, ".3g"),
-                number(item.prediction.score, "+.2f"),
+                number(item.prediction.score, ".3g"),
                 DASH if verdict is None else excess_text(verdict),
                 word,
                 DASH if not is_decided else "yes" if word == item.prediction.word else "no",
@@ -185,7 +190,7 @@ def accuracy_texts(study: Study, found: Sequence[Judged]) -> list[str]:
     ranks = _rank_texts(study, found)
     if ranks:
         texts.append(
-            f"Order of formats (Spearman's rank correlation of score and excess, 1 is perfect): {'; '.join(ranks)}."
+            f"Order of formats (Spearman's rank correlation of score and loss, 1 is perfect): {'; '.join(ranks)}."
         )
     return texts
 

@@ -55,6 +55,8 @@ QUESTIONS = (
     Question("gradient_sqnr", "gradient", "gradients kept", "dB", ("adamw", "adamw_sr", "adamw_nearest")),
     Question("flip_yield", "weight", "steps that arrive, to nearest", "", ("adamw_nearest",)),
 )
+NOISE = 1e-6
+"""Of a signal's size: differences below it are float32's."""
 SIGNALS = tuple(dict.fromkeys(question.signal for question in QUESTIONS))
 
 
@@ -126,7 +128,9 @@ def _spot(
     leaders = [name for name in columns if twins.get(name, name) == name or twins[name] not in columns]
     if len(leaders) < 2:
         return Spot(kind, means, tuple(leaders))
-    stays = best_set(table([columns[name] for name in leaders]), np.eye(len(leaders)))
+    floor = NOISE * max(abs(mean) for mean in means.values())
+    sides, own = table([columns[name] for name in leaders]), np.eye(len(leaders))
+    stays = best_set(sides, own, floors=np.full(len(leaders), floor))
     best = [name for name, is_in in zip(leaders, stays, strict=True) if is_in]
     return Spot(kind, means, tuple(sorted(best, key=lambda name: -means[name])))
 
