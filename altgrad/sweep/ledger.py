@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep import file_systems, held, read_only
 from altgrad.sweep.budget import Spend
-from altgrad.sweep.ledger_schema import EVENTS, OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date
+from altgrad.sweep.ledger_schema import (
+    EVENTS,
+    OUTCOME_FIELDS,
+    ROW_SIGNALS,
+    TRIAL_FIELDS,
+    bring_up_to_date,
+    trial_values,
+)
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
@@ -103,20 +110,7 @@ class Ledger:
         """
         now = time.time()
         values = [
-            (
-                trial_id,
-                config.model_dump_json(),
-                config.task,
-                config.format,
-                config.arm,
-                config.policy,
-                config.optimizer.lr,
-                getattr(config.optimizer, "rung_clip", None),
-                config.seed,
-                data_sha256,
-                now,
-                NUMERICS_VERSION,
-            )
+            trial_values(trial_id, config, data_sha256, created=now, numerics=NUMERICS_VERSION)
             for trial_id, config in configs.items()
         ]
         with self._connection.transaction():
