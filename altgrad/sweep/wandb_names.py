@@ -61,9 +61,12 @@ class Signals:
         self.unknown: set[str] = set()
 
     def row(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """The row of `metrics.jsonl`; without the metrics that W&B adds itself, which begin with an underscore."""
+        """The row of `metrics.jsonl`: without what W&B adds itself, which begins with an underscore, and without None,
+        which a table of W&B's has where a step has no value."""
         row: dict[str, Any] = {"step": int(metrics[STEP])}
         for metric, value in flat(metrics).items():
+            if value is None:
+                continue
             if metric.startswith(LAYERS):
                 layer, _, signal = metric.removeprefix(LAYERS).rpartition("/")
                 row.setdefault("layers", {}).setdefault(layer, {})[signal] = number(value)
@@ -74,9 +77,9 @@ class Signals:
         return row
 
 
-def number(value: Any) -> float | None:
-    """As a float; None stays."""
-    return None if value is None else NONFINITE[value] if value in NONFINITE else float(value)
+def number(value: Any) -> float:
+    """As a float, from W&B's word for one that is not finite too."""
+    return NONFINITE[value] if value in NONFINITE else float(value)
 
 
 def summary_of(outcome: Outcome, known: Iterable[str]) -> dict[str, Any]:

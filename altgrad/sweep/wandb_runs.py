@@ -212,7 +212,7 @@ class OnlineRuns:
 
 
 def _history(run: Any) -> list[dict[str, Any]]:
-    return list(run.scan_history())
+    return list(run.scan_history(use_cache=False))
 
 
 def _connect() -> Any:

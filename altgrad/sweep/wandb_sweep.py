@@ -97,7 +97,7 @@ def _taken(runs: Runs, group: str, out: Path) -> tuple[list[_Trial], list[str]]:
         except (ValueError, KeyError) as error:
             notes.append(f"run {run.id} is left out, as this AltGrad can't read it: {headline(error)}")
             continue
-        rows = [signals.row(metrics) for metrics in run.metrics if STEP in metrics]
+        rows = [signals.row(metrics) for metrics in run.metrics if metrics.get(STEP) is not None]
         heading = json.dumps({"data_sha256": trial.data_sha256})
         write_record(out / "trials" / run.id, trial.config.model_dump_json(), heading, rows, outcome)
         trials.append(trial)
