@@ -24,6 +24,7 @@ from altgrad.sweep.wandb_names import DATA
 from altgrad.training.record import flat
 
 JOB_TYPES = ("reference", "trial")
+EXPECTED = "a folder with runs, 'entity/project' or 'project' is expected"
 REQUEST_SECONDS = 60
 PROJECT = r"[\w-][\w.-]*(/[\w-][\w. -]*)?"
 Answer = TypeVar("Answer")
@@ -59,17 +60,27 @@ class Runs(Protocol):
 
 
 def runs_in(place: str) -> Runs:
-    """The runs in a folder, or of a project on W&B's server; SpecError where there are none."""
-    folder = Path(place)
-    if folder.is_dir():
-        return OfflineRuns(folder)
-    if folder.exists():
-        raise SpecError(f"--wandb: {place} is a file; a folder with runs, 'entity/project' or 'project' is expected")
+    """The runs in a folder, or where it holds none, of a project on W&B's server; SpecError where there are none."""
+    if _files_in(Path(place)):
+        return OfflineRuns(Path(place))
     if not re.fullmatch(PROJECT, place):
-        raise SpecError(
-            f"--wandb: no folder {place!r}, and no project's name: 'entity/project' or 'project' is expected"
-        )
+        raise SpecError(f"--wandb: {_lack(place)}, and it is no project's name; {EXPECTED}")
     return OnlineRuns(place)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """W&B's files of runs in OUT/wandb, in the OUT around it, or in the folder of one run."""
+    runs = ("", "*run-*/", "wandb/*run-*/")
+    found = [path for run in runs for path in folder.glob(f"{run}run-*.wandb")]
+    return sorted(path for path in found if path.parent.name.startswith(("offline-run-", "run-")))
+
+
+def _lack(place: str) -> str:
+    """Why a path is no place of offline runs."""
+    path = Path(place)
+    if path.is_dir():
+        return f"{place!r} is a folder without runs of W&B (offline-run-20260101_120000-ID/run-ID.wandb)"
+    return f"{place!r} is a file" if path.exists() else f"{place!r} is no folder here"
 
 
 @dataclass(frozen=True)
@@ -84,29 +95,14 @@ class _Head:
 
 
 class OfflineRuns:
-    """The runs in `folder`: OUT/wandb, the OUT around it, or the folder of one run. SpecError where there is none."""
+    """The runs in a folder of W&B's files."""
 
     def __init__(self, folder: Path) -> None:
         whole = folder.resolve()
         self.name, self.others = str(folder), 0
         self.title = whole.parent.name if whole.name == "wandb" else whole.name
         self.notes: list[str] = []
-        places = (folder, folder / "wandb")
-        found = [
-            *(
-                path
-                for place in places
-                for kind in ("offline-run-*", "run-*")
-                for path in place.glob(f"{kind}/*.wandb")
-            ),
-            *folder.glob("*.wandb"),
-        ]
-        self._files = sorted(found)
-        if not self._files:
-            raise SpecError(
-                f"--wandb: {folder} holds no runs of W&B: folders like offline-run-20260101_120000-ID, each with a "
-                ".wandb file, are expected"
-            )
+        self._files = _files_in(folder)
 
     def groups(self) -> Mapping[str, int]:
         return Counter(heads[-1].group for heads in self._heads.values())
@@ -206,8 +202,8 @@ class OnlineRuns:
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             raise SpecError(
-                f"--wandb: {self.name!r} is no folder here, and as a project W&B does not give it "
-                f"({type(error).__name__}: {said}); a folder with runs, 'entity/project' or 'project' is expected"
+                f"--wandb: {_lack(self.name)}, and as a project W&B does not give it ({type(error).__name__}: {said}); "
+                f"{EXPECTED}"
             ) from None
 
 

@@ -56,6 +56,8 @@ def sweep_from(runs: Runs, group: str | None, out: Path) -> list[str]:
     group = _chosen(runs, group)
     trials, notes = _taken(runs, group, out)
     notes = [*runs.notes, *notes]
+    if runs.others:
+        notes.append(f"{runs.others} runs of other programs are left out")
     if not trials:
         raise SpecError(f"--wandb: {runs.name}: no run of {group!r} can be read: {'; '.join(notes)}")
     manifest, asked = _last_sweep(trials, group)
@@ -65,8 +67,6 @@ def sweep_from(runs: Runs, group: str | None, out: Path) -> list[str]:
         ledger.restore("mutations", exchanged, TABLES["mutations"])
         Recorder(ledger, out / "trials").ingest([trial.id for trial in trials])
     write_json(out / read_only.MANIFEST, {**manifest, "wandb": runs.name, "trials": list(asked)})
-    if runs.others:
-        notes.append(f"{runs.others} runs of other programs are left out")
     if left := [trial.id for trial in trials if not trial.has_ended]:
         notes.append(f"{len(left)} runs have not ended, and their trials count as unfinished: {_some(left)}")
     if not any(trial.manifest for trial in trials):

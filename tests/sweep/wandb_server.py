@@ -98,12 +98,7 @@ def _page(runs: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, wh
     last = min(first + min(2, variables["perPage"]), len(runs))
     edges = [{"node": _node(run, whole=whole), "cursor": str(last)} for run in runs[first:last]]
     info = {"endCursor": str(last), "hasNextPage": last < len(runs)}
-    return {
-        "internalId": "1",
-        "runCount": len(runs),
-        "readOnly": False,
-        "runs": {"edges": edges, "pageInfo": info},
-    }
+    return {"internalId": "1", "runCount": len(runs), "readOnly": False, "runs": {"edges": edges, "pageInfo": info}}
 
 
 def _node(run: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
