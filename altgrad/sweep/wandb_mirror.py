@@ -79,7 +79,8 @@ class TrialRun:
         folder = out / "trials" / trial_id
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sweep = read_manifest(out) or {}
-        self._out, self._is_of_populations = out, sweep.get("spec", {}).get("scheduler") == "pbt"
+        self._out, self._trial_id = out, trial_id
+        self._may_exchange = sweep.get("spec", {}).get("scheduler") == "pbt"
         config = TrainConfig.model_validate(record["config"])
         self._rows = RowReader(folder / "metrics.jsonl")
         self._layers_every = config.checkpoint_interval
@@ -128,9 +129,9 @@ class TrialRun:
         if outcome is not None:
             self._run.summary.update(summary_of(outcome, self._run.summary.keys()))
         is_result = outcome is not None and outcome.kind in RESULT_KINDS
-        if outcome is not None and self._is_of_populations:
+        if outcome is not None and self._may_exchange:
             with Ledger.reading(self._out / LEDGER) as ledger:
-                taken = ledger.mutations([self._run.id])[0]
+                taken = ledger.mutations([self._trial_id])[0]
             self._run.summary.update({MUTATIONS: json.dumps([[*item[1:], 1] for item in taken])})
         self._run.finish(exit_code=0 if is_result else 1)
 

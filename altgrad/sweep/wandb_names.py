@@ -25,6 +25,8 @@ DATA, MANIFEST, PLACE = "data.sha256", "sweep.manifest", "sweep.place"
 """What a run's configuration says beside the trial's own: its data, what `sweep.json` says, its place in the sweep."""
 MUTATIONS = "sweep/mutations"
 """In the summary of a population's member: what it took over, in the columns of the ledger's table behind the id."""
+SUMMARY = (OUTCOME, MUTATIONS)
+"""How what the mirror itself puts into a summary begins; W&B adds every metric's last value."""
 EVALUATED = ("perplexity", "bits_per_byte", "threshold", "eval_samples_per_s")
 WORDS = ("formats", *EVENTS)
 """What a row says in words; all else in it are numbers."""

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.wandb_files import Reading
-from altgrad.sweep.wandb_names import DATA
+from altgrad.sweep.wandb_names import DATA, SUMMARY
 from altgrad.training.record import flat
 
 JOB_TYPES = ("reference", "trial")
@@ -151,7 +151,7 @@ class OfflineRuns:
                 if kind == "history":
                     metrics[record.history.step.num] = _values(record.history.item)
                 elif kind == "summary":
-                    summary |= _values(record.summary.update)
+                    summary |= _values(item for item in record.summary.update if _name(item).startswith(SUMMARY))
                 elif kind == "config" and head is heads[-1]:
                     config |= _values(record.config.update)
             if reading.torn is not None:
@@ -162,7 +162,12 @@ class OfflineRuns:
 
 def _values(items: Iterable[Any]) -> dict[str, Any]:
     """Items of a record, by their names."""
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    return {_name(item): json.loads(item.value_json) for item in items}
+
+
+def _name(item: Any) -> str:
+    name: str = item.key or ".".join(item.nested_key)
+    return name
 
 
 class OnlineRuns:
@@ -183,8 +188,10 @@ class OnlineRuns:
         return Counter(ours)
 
     def runs(self, group: str) -> Iterator[WandbRun]:
-        filters = {"group": group, "jobType": {"$in": list(JOB_TYPES)}}
-        for run in self._asked(lambda: list(self._api.runs(self.name, filters=filters, lazy=False))):
+        found = self._asked(lambda: list(self._api.runs(self.name, filters={"group": group}, lazy=False)))
+        for run in found:
+            if run.job_type not in JOB_TYPES:  # counted with the groups
+                continue
             config = flat(run.config)
             if _is_ours(config):
                 metrics = self._asked(partial(_history, run))

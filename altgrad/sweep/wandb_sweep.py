@@ -60,7 +60,7 @@ def sweep_from(runs: Runs, group: str | None, out: Path) -> list[str]:
         notes.append(f"{runs.others} runs of other programs are left out")
     if not trials:
         raise SpecError(f"--wandb: {runs.name}: no run of {group!r} can be read: {'; '.join(notes)}")
-    manifest, asked = _last_sweep(trials, group)
+    manifest, asked = _last_sweep(trials, group, notes)
     with Ledger(out / read_only.LEDGER) as ledger:
         ledger.restore("trials", _entries(trials, asked), TRIAL_FIELDS)
         exchanged = [(trial.id, *mutation) for trial in trials for mutation in trial.mutations]
@@ -69,8 +69,6 @@ def sweep_from(runs: Runs, group: str | None, out: Path) -> list[str]:
     write_json(out / read_only.MANIFEST, {**manifest, "wandb": runs.name, "trials": list(asked)})
     if left := [trial.id for trial in trials if not trial.has_ended]:
         notes.append(f"{len(left)} runs have not ended, and their trials count as unfinished: {_some(left)}")
-    if not any(trial.manifest for trial in trials):
-        notes.append("the runs do not say their sweep's settings, as an earlier AltGrad made them: defaults are taken")
     return notes
 
 
@@ -127,15 +125,16 @@ def _trial(run: WandbRun, *, has_ended: bool) -> _Trial:
     )
 
 
-def _last_sweep(trials: list[_Trial], group: str) -> tuple[Mapping[str, Any], dict[str, TrainConfig]]:
+def _last_sweep(trials: list[_Trial], group: str, notes: list[str]) -> tuple[Mapping[str, Any], dict[str, TrainConfig]]:
     """What `sweep.json` said of the sweep last, and the trials that were asked for then, in their order.
 
-    Where the runs, or this version, can't tell these, they are all that there are.
+    Where the runs, or this version, can't tell these, they are all that there are, and the notes say why.
     """
     ordered = sorted(trials, key=lambda trial: (trial.place, trial.created, trial.id))
     every = {trial.id: trial.config for trial in ordered}
     newest = max(trials, key=lambda trial: (bool(trial.manifest), trial.created))
     if "spec" not in newest.manifest:
+        notes.append("the runs do not say their sweep's settings, as an earlier AltGrad made them: defaults are taken")
         return {"spec": {"name": group}, **newest.manifest}, every
     try:
         spec = SweepSpec.model_validate(newest.manifest["spec"])
@@ -144,9 +143,13 @@ def _last_sweep(trials: list[_Trial], group: str) -> tuple[Mapping[str, Any], di
         asked = spec.trials(newest.data_sha256)
         if spec.search == "optuna":
             asked |= {trial.id: trial.config for trial in ordered if _is_of_search(trial, spec)}
-    except ValueError:  # settings that this version does not know
-        return newest.manifest, every
-    return newest.manifest, asked if asked.keys() & every.keys() else every
+        if asked.keys() & every.keys():
+            return newest.manifest, asked
+        reason = "none of these runs has the id of a trial of theirs, as another version of the numerics gives others"
+    except ValueError as error:
+        reason = headline(error)
+    notes.append(f"the sweep's settings do not tell its trials here ({reason}): all runs of the sweep's name are taken")
+    return newest.manifest, every
 
 
 def _is_of_search(trial: _Trial, spec: SweepSpec) -> bool:
