@@ -1,9 +1,9 @@
 """Pictures of signals over steps: one panel per arm, one line per format, so that formats compare within an
 arm.
 
-Seeds are drawn as their mean and their range. Axes are shared between the panels and cut to where runs
+Seeds are drawn as their mean and its 95 % t interval. Axes are shared between the panels and cut to where runs
 differ. What leaves the axis is not hidden: a stopped run ends in a cross, at the upper edge if that is where
-it went.
+it went. Of a long run every k-th point is drawn.
 
 Each function writes one file and returns True, or returns False and writes nothing where there is nothing to
 show.
@@ -13,26 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
+from scipy import special
 
 from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, arm_order, format_order
-from altgrad.analysis.figures import LINEAR, colour_of, drawn
+from altgrad.analysis.figures import LINEAR, drawn
+from altgrad.analysis.inference import ALPHA
+from altgrad.analysis.palette import BACK, INK, WARN, line_of, marked
 from altgrad.analysis.records import FAILED
 from altgrad.training.guards import DEFAULT_GUARDS
 
 LINE = 0.165
 """Inches between two names beside lines."""
+POINTS = 120
+"""The most of a line that are drawn."""
 Label = tuple[float, str, str, bool]
-"""Where a line ends, its name, its colour, and whether it reaches the last step."""
+"""Where a line ends, its name, its format, and whether it reaches the last step."""
 
 
 def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
-    """Training loss by format, one panel per arm, BF16 AdamW dashed in each; False (no file) without rows."""
+    """Training loss by format, one panel per arm, BF16 AdamW in each; False (no file) without rows."""
     curves, averaged = _curves(trials, rows, "train_loss")
     if not curves:
         return False
@@ -43,9 +49,10 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     def panel(axes: Axes, arm: str) -> list[Label]:
         labels: list[Label] = []
         if reference is not None:
-            axes.plot(reference.index, reference, color="black", lw=1.6, ls=(0, (4, 2)), zorder=4)
+            shown = thinned(reference)
+            axes.plot(shown.index, shown, lw=1.6, zorder=4, **look_of(REFERENCE_FORMAT, len(shown)))
             end = float(reference.iloc[-1])
-            labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", "black", True))
+            labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", REFERENCE_FORMAT, True))
         for name, members in _by_format(trials[trials["optimizer"] == arm]):
             if reference is None or (arm, name) != (REFERENCE_ARM, REFERENCE_FORMAT):
                 labels += _draw_format(axes, name, members, curves, high)
@@ -84,7 +91,7 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     def panel(axes: Axes, arm: str) -> list[Label]:
         axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.plot([0, last], [0, 0], color="black", lw=1.4, ls=(0, (4, 2)), zorder=4)
+        axes.plot([0, last], [0, 0], color=INK, lw=1.4, zorder=4)
         return [
             label
             for name, members in _by_format(others[others["optimizer"] == arm])
@@ -107,9 +114,9 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
 
     def panel(axes: Axes, arm: str) -> list[Label]:
         if limit is not None:
-            axes.fill_between([0, last], 0, limit, color="#B00020", alpha=0.07, lw=0)
-            axes.plot([0, last], [limit, limit], color="#B00020", lw=1.2, ls=":")
-            axes.text(0, limit, f" stalled below {limit:g}", color="#B00020", fontsize=8, va="bottom")
+            axes.fill_between([0, last], 0, limit, color=WARN, alpha=0.07, lw=0)
+            axes.plot([0, last], [limit, limit], color=WARN, lw=1.2, ls=":")
+            axes.text(0, limit, f" stalled below {limit:g}", color=WARN, fontsize=8, va="bottom")
         return [
             label
             for name, members in _by_format(measured[measured["optimizer"] == arm])
@@ -117,6 +124,27 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         ]
 
     _draw_panels(measured, path, f"flip yield ({averaged})", (0.0, top), last, panel)
+    return True
+
+
+def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
+    """Cosine of the gradient with the float32 shadow's over steps, one panel per arm; False where none was measured."""
+    curves, averaged = _curves(trials, rows, "gradient_cosine")
+    if not curves:
+        return False
+    measured = trials[trials["trial_id"].isin(set(curves))]
+    last = max(int(curve.index[-1]) for curve in curves.values())
+    low = float(pd.concat(list(curves.values())).quantile(0.02))
+
+    def panel(axes: Axes, arm: str) -> list[Label]:
+        return [
+            label
+            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for label in _draw_format(axes, name, members, curves, 1.0, ".3f")
+        ]
+
+    limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
+    _draw_panels(measured, path, f"gradient cosine ({averaged})", limits, last, panel)
     return True
 
 
@@ -183,25 +211,47 @@ def _reference_curve(trials: pd.DataFrame, curves: Mapping[str, pd.Series]) -> p
 def _draw_format(
     axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[str, pd.Series], top: float, form: str = ".2f"
 ) -> list[Label]:
-    """Draws the seeds' range and mean, and each stopped run alone with a cross; returns the lines' names."""
-    colour = colour_of(name)
+    """Draws the seeds' mean with its interval, and each stopped run alone with a cross; returns the lines' names."""
     known = members[members["trial_id"].isin(set(curves))]
     stopped = known[known["state"] == FAILED]
     running = [curves[trial_id] for trial_id in known[known["state"] != FAILED]["trial_id"]]
     labels: list[Label] = []
     for trial_id, step in zip(stopped["trial_id"], stopped["step"], strict=True):
-        curve = curves[trial_id]
-        end = min(float(curve.iloc[-1]), top)
-        axes.plot(curve.index, curve, color=colour, lw=1.1, alpha=0.8)
-        axes.plot(curve.index[-1], end, "X", color=colour, ms=8, mec="white", mew=0.7, clip_on=False, zorder=5)
-        labels = [(end, f"× {name} at {step:.0f}", colour, False)]
+        curve = thinned(curves[trial_id])
+        end, look = min(float(curve.iloc[-1]), top), look_of(name, len(curve))
+        axes.plot(curve.index, curve, lw=1.1, alpha=0.8, **look)
+        cross = {"color": look["color"], "mec": BACK, "mew": 0.7, "ms": 8}
+        axes.plot(curve.index[-1:], [end], "X", clip_on=False, zorder=5, **cross)
+        labels = [(end, f"× {name} at {step:.0f}", name, False)]
     if running:
-        table = pd.concat(running, axis=1).sort_index()
-        mean = table.mean(axis=1)
-        axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.15, lw=0)
-        axes.plot(mean.index, mean, color=colour, lw=1.5)
-        labels.append((float(mean.iloc[-1]), _minus(f"{name} {mean.iloc[-1]:{form}}"), colour, True))
+        table = thinned(pd.concat(running, axis=1).sort_index())
+        mean, look = table.mean(axis=1), look_of(name, len(table))
+        half = half_interval(table)
+        if half is not None:
+            axes.fill_between(table.index, mean - half, mean + half, color=look["color"], alpha=0.12, lw=0)
+        axes.plot(mean.index, mean, lw=1.5, **look)
+        labels.append((float(mean.iloc[-1]), _minus(f"{name} {mean.iloc[-1]:{form}}"), name, True))
     return labels
+
+
+def thinned(values: pd.DataFrame | pd.Series) -> Any:
+    """Every k-th row, and the last, so that no more than POINTS are left."""
+    stride = -(-len(values) // POINTS)
+    return values if stride == 1 else values.iloc[sorted({*range(0, len(values), stride), len(values) - 1})]
+
+
+def half_interval(table: pd.DataFrame) -> pd.Series | None:
+    """Half the 95 % t interval of the mean of the columns, by row; None where no row has two values."""
+    known = table.notna().sum(axis=1)
+    if known.max() < 2:
+        return None
+    quantile = special.stdtrit((known - 1).clip(lower=1).to_numpy(dtype=float), 1 - ALPHA / 2)
+    half: pd.Series = table.std(axis=1, ddof=1) * quantile / np.sqrt(known)
+    return half
+
+
+def look_of(name: str, points: int) -> dict[str, Any]:
+    return line_of(name) | {"markevery": marked(points, name)}
 
 
 def _loss_limits(curves: Mapping[str, pd.Series], reference: pd.Series | None, last: int) -> tuple[float, float]:
@@ -228,18 +278,13 @@ def _label_ends(axes: Axes, last: int, labels: Sequence[Label], gap: float) -> N
     shares = [float(to_share.transform((0, min(max(value, low), high)))[1]) for value, *_ in ordered]
     blend = blended_transform_factory(axes.transData, axes.transAxes)
     places = spread(shares, gap, 1.0)
-    for (_, text, colour, reaches), share, place in zip(ordered, shares, places, strict=True):
+    for (_, text, name, reaches), share, place in zip(ordered, shares, places, strict=True):
+        look = line_of(name)
         if reaches:
-            axes.plot(
-                [last * 1.005, last * 1.045],
-                [share, place],
-                color=colour,
-                lw=0.7,
-                alpha=0.7,
-                clip_on=False,
-                transform=blend,
-            )
-        axes.text(last * 1.055, place, text, color=colour, fontsize=8, va="center", clip_on=False, transform=blend)
+            ends = [last * 1.005, last * 1.045]
+            axes.plot(ends, [share, place], lw=0.7, clip_on=False, transform=blend, **look | {"marker": ""})
+            axes.plot(ends[1:], [place], clip_on=False, transform=blend, **look)
+        axes.text(last * 1.075, place, text, fontsize=8, va="center", clip_on=False, transform=blend)
 
 
 def spread(values: Sequence[float], gap: float, high: float) -> list[float]:

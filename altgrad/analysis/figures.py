@@ -1,18 +1,16 @@
 """The pictures that count and compare, and the look that all pictures share; drawn without a display.
 
-Formats are ordered by their exponent bits and keep one colour in every picture: cool hues for mantissa-heavy
-formats, warm ones for exponent-heavy formats, taken from palettes that survive colour blindness (Okabe & Ito;
-Tol). No picture relies on hue alone: lines carry their names, heat-map cells their numbers, bars their
-counts.
-
-Each function writes one file and returns True, or returns False and writes nothing where there is nothing to
-show.
+Formats are ordered by their exponent bits and keep one colour, dash pattern and marker in every picture (see
+`palette`). Each function writes one figure, a PNG and beside it the SVG that the page shows, and returns True; or
+returns False and writes nothing where there is nothing to show.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,103 +18,159 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.colors import SymLogNorm, to_rgb
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from altgrad.analysis.cells import UNITS, Cell, arm_order, format_order
+from altgrad.analysis.cells import UNITS, Cell, Key, arm_order, format_order
+from altgrad.analysis.contrasts import Contrast
+from altgrad.analysis.palette import ABOVE, BACK, BELOW, FAINT, GRID, HATCHES, INK, SERIES, SOFT
 from altgrad.analysis.records import FAILED, FINISHED
 from altgrad.analysis.study import Study
+from altgrad.analysis.vector import themed
 from altgrad.analysis.wording import signed
 
 DPI = 130
 WIDTH = 9.0
 LINEAR = 0.02
 """Half-width of the linear part of a symmetric logarithmic axis, nats."""
-BY_EXPONENT = ("#332288", "#0072B2", "#56B4E9", "#009E73", "#8A8A1E", "#E69F00", "#D55E00", "#882255", "#AA4499")
-NEUTRAL = {"BF16": "#000000", "FP16": "#5A5A5A", "FP32": "#8C8C8C"}
+UNDECIDED = 0.3
+"""Share of its colour that an undecided difference keeps."""
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
+    "axes.edgecolor": SOFT,
     "axes.grid": True,
-    "grid.color": "#E6E6E6",
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": BACK,
+    "axes.facecolor": "none",
     "hatch.linewidth": 0.6,
-    "hatch.color": "#BBBBBB",
+    "hatch.color": SOFT,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "altgrad",
+    "path.simplify_threshold": 0.2,
 }
-
-
-def colour_of(name: str) -> str:
-    """The format's colour, the same in every picture."""
-    return NEUTRAL.get(name) or BY_EXPONENT[format_order(name)[1]]
 
 
 @contextmanager
 def drawn(path: Path, height: float) -> Iterator[Figure]:
-    """A figure of the report's width and this height, inches, saved to `path` at the end."""
+    """A figure of the report's width and this height, inches; saved at the end to `path`, a PNG, and as SVG beside it.
+
+    Its colours should be those of `palette`: others do not follow the page into the dark.
+    """
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
+        # As laid out above: laying out takes longer than drawing.
+        figure.set_layout_engine("none")
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
+        path.with_suffix(".svg").write_text(themed(drawing.getvalue(), path.stem), encoding="utf-8")
 
 
 def heat_map(study: Study, policy: str, path: Path) -> bool:
-    """Loss, or a classifier's error, minus BF16's by format and arm; False where there is no reference or no cell."""
+    """Loss, or a classifier's error, minus BF16 AdamW's by format and arm, and below it minus that of BF16 with the
+    same arm; False where there is no reference or no cell."""
     cells = {(cell.format, cell.arm): cell for cell in study.cells if cell.policy == policy}
     if study.reference is None or not cells:
         return False
     names = sorted({name for name, _ in cells}, key=format_order)
     arms = sorted({arm for _, arm in cells}, key=arm_order)
-    shown = {
-        key: item
-        for key, cell in cells.items()
-        if (item := study.comparison(cell)) is not None and not math.isnan(item.mean)
-    }
-    largest = max((abs(value.mean) for value in shown.values()), default=0.1)
+    own = {cell.key for cell in cells.values()}
+    blocks = [(f"{_measured(study)} minus BF16 AdamW's", study.against_reference, names)]
+    same = {key: item for key, item in study.against_same_arm.items() if key in own}
+    if len(arms) > 1 and same:
+        rows = [name for name in names if any(key[0] == name for key in same)]
+        blocks.append((f"{_measured(study)} minus that of BF16 with the same arm", same, rows))
+    means = [abs(item.mean) for _, found, _ in blocks for key, item in found.items() if key in own]
+    largest = max((mean for mean in means if math.isfinite(mean)), default=0.1)
     norm = SymLogNorm(linthresh=LINEAR, vmin=-max(largest, 0.1), vmax=max(largest, 0.1), base=10)
-    palette = matplotlib.colormaps["PuOr_r"]
-    with drawn(path, 1.1 + 0.56 * len(names)) as figure:
-        axes = figure.add_subplot()
-        for row, name in enumerate(names):
-            for column, arm in enumerate(arms):
-                cell = cells.get((name, arm))
-                pair = shown.get((name, arm))
-                colour = palette(0.5 + 0.8 * (float(norm(pair.mean)) - 0.5)) if pair else "white"
-                stopped = cell is not None and bool(cell.stops)
-                axes.add_patch(
-                    Rectangle((column, row), 1, 1, facecolor="#EEEEEE" if stopped else colour, edgecolor="white", lw=2)
-                )
-                if stopped:
-                    axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", lw=0))
-                dark = pair is not None and _is_dark(colour)
-                axes.text(
-                    column + 0.5,
-                    row + 0.5,
-                    _cell_text(study, cell),
-                    ha="center",
-                    va="center",
-                    fontsize=9 if len(arms) <= 5 else 7.5,
-                    color="white" if dark else "#111111",
-                    bbox={"facecolor": "#EEEEEE", "edgecolor": "none", "pad": 1.5} if stopped else None,
-                )
-        axes.set(xlim=(0, len(arms)), ylim=(len(names), 0), title=f"{_measured(study)} minus BF16 AdamW's")
-        axes.set_xticks(np.arange(len(arms)) + 0.5, [arm.replace("_", "\n", 1) for arm in arms])
-        axes.set_yticks(np.arange(len(names)) + 0.5, names)
-        axes.grid(False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+    heights = [0.5 * len(rows) for *_, rows in blocks]
+    with drawn(path, sum(heights) + 0.75 * len(blocks) + 1.0) as figure:
+        grid = figure.subplots(len(blocks) + 1, 1, height_ratios=[*heights, 0.35])
+        for axes, (title, contrasts, rows) in zip(grid, blocks, strict=False):
+            _draw_block(axes, study, cells, rows, arms, contrasts, norm)
+            axes.set_title(title)
+        _draw_scale(grid[-1], norm, study.unit)
     return True
+
+
+def _draw_block(
+    axes: Axes,
+    study: Study,
+    cells: Mapping[tuple[str, str], Cell],
+    names: Sequence[str],
+    arms: Sequence[str],
+    contrasts: Mapping[Key, Contrast],
+    norm: SymLogNorm,
+) -> None:
+    """A field per format and arm: its colour by the mean, faded and without a border where nothing is decided."""
+    size = 9 if len(arms) <= 5 else 7.5 if len(arms) <= 8 else 5.5
+    for row, name in enumerate(names):
+        for column, arm in enumerate(arms):
+            cell = cells.get((name, arm))
+            if cell is None:
+                continue
+            item = contrasts.get(cell.key)
+            area: dict[str, Any] = {"facecolor": FAINT, "edgecolor": BACK, "lw": 2}
+            if cell.stops:
+                area |= {"hatch": "////", "edgecolor": SOFT, "lw": 0}
+            elif item is not None and math.isfinite(item.mean):
+                area |= _shade(item.mean, norm, decided=item.decided)
+            axes.add_patch(Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, **area))
+            # Not one text of two lines: SVG aligns each line by itself.
+            for text, y in zip(_cell_text(study, cell, item), (0.32, 0.68), strict=True):
+                box = {"facecolor": FAINT, "edgecolor": "none", "pad": 1.5} if cell.stops else None
+                axes.text(column + 0.5, row + y, text, ha="center", va="center", fontsize=size, bbox=box)
+    axes.set(xlim=(0, len(arms)), ylim=(len(names), 0))
+    axes.set_xticks(np.arange(len(arms)) + 0.5, [arm.replace("_", "\n", 1).replace(", ", "\n") for arm in arms])
+    axes.set_yticks(np.arange(len(names)) + 0.5, names)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _shade(mean: float, norm: SymLogNorm, *, decided: bool) -> dict[str, Any]:
+    """A field's fill and border."""
+    strength = abs(2 * float(norm(mean)) - 1) * (1 if decided else UNDECIDED)
+    fill = (*matplotlib.colors.to_rgb(ABOVE if mean > 0 else BELOW), strength)
+    return {"facecolor": fill, "edgecolor": INK if decided else GRID, "lw": 1.2 if decided else 0.8}
+
+
+def _draw_scale(axes: Axes, norm: SymLogNorm, unit: str) -> None:
+    """The colours of decided differences, and below them of undecided ones."""
+    top = float(norm.vmax or 1.0)
+    steps = np.linspace(0, 1, 42)
+    for low, high in itertools.pairwise(steps):
+        middle = float(norm.inverse((low + high) / 2))
+        for y, decided in ((0.5, True), (0.0, False)):
+            fill = _shade(middle, norm, decided=decided)["facecolor"]
+            axes.add_patch(Rectangle((low, y), high - low, 0.5, facecolor=fill, lw=0))
+    ticks = [value for value in (-10, -1, -0.1, -LINEAR, 0, LINEAR, 0.1, 1, 10) if abs(value) <= top]
+    axes.set_xticks(
+        [float(norm(value)) for value in ticks], [signed(v).rstrip("0").rstrip(".") if v else "0" for v in ticks]
+    )
+    axes.set_yticks([0.25, 0.75], ["undecided", "decided"])
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"difference, {unit}")
+    axes.grid(False)
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
 
 
 def stop_reasons(trials: pd.DataFrame, path: Path) -> bool:
@@ -128,14 +182,14 @@ def stop_reasons(trials: pd.DataFrame, path: Path) -> bool:
     signals = failed["signal"].replace("", "val_loss not finite")
     counts = pd.crosstab(failed["format"], signals).reindex(names, fill_value=0)
     totals = trials[trials["state"].isin((FINISHED, FAILED))]["format"].value_counts().reindex(names, fill_value=0)
-    colours = ("#D55E00", "#0072B2", "#E69F00", "#882255", "#009E73", "#56B4E9", "#332288", "#999933")
     with drawn(path, 1.5 + 0.34 * len(names)) as figure:
         axes = figure.add_subplot()
-        axes.barh(names, totals, color="#EEEEEE", height=0.72)
+        axes.barh(names, totals, color=FAINT, height=0.72)
         left = np.zeros(len(names))
         for index, signal in enumerate(counts.columns):
             width = counts[signal].to_numpy()
-            axes.barh(names, width, left=left, color=colours[index % len(colours)], height=0.72, label=str(signal))
+            look: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "hatch": HATCHES[index % len(HATCHES)]}
+            axes.barh(names, width, left=left, height=0.72, label=str(signal), edgecolor=BACK, lw=0, **look)
             left += width
         for row, name in enumerate(names):
             axes.text(totals[name], row, f"  {int(left[row])} of {totals[name]} stopped", va="center", fontsize=9)
@@ -147,24 +201,20 @@ def stop_reasons(trials: pd.DataFrame, path: Path) -> bool:
     return True
 
 
-def _is_dark(colour: Any) -> bool:
-    return sum(to_rgb(colour)) < 1.35
-
-
-def _cell_text(study: Study, cell: Cell | None) -> str:
-    if cell is None:
-        return ""
+def _cell_text(study: Study, cell: Cell, item: Contrast | None) -> tuple[str, str]:
+    """A field's two lines: its numbers, and whether they are decided."""
     if cell.stops:
-        return f"{cell.main_stop().signal}\n{len(cell.stops)} of {cell.n} stopped"
+        return cell.main_stop().signal, f"{len(cell.stops)} of {cell.n} stopped"
     if cell is study.reference:
-        return f"reference\n{cell.mean:.3f}"
-    item = study.comparison(cell)
+        return "reference", f"{cell.mean:.3f}"
     shifted = f"{len(cell.shifted)} of {cell.n + len(cell.shifted)}"
     if item is None or math.isnan(item.mean):
-        return f"needed rescue\n{shifted} shifted" if cell.shifted else "no result"
+        return ("needed rescue", f"{shifted} shifted") if cell.shifted else ("no result", "")
+    if item.status == "identical":
+        return "identical", "in every seed"
     own = f"{shifted} left out" if cell.shifted else item.status
-    spread = f"±{item.half:.3f}" if math.isfinite(item.half) else own
-    return f"{signed(item.mean)}\n{spread}"
+    spread = f" ±{item.half:.3f}" if math.isfinite(item.half) else ""
+    return f"{signed(item.mean)}{spread}", "decided" if item.decided else "undecided" if spread else own
 
 
 def _measured(study: Study) -> str:

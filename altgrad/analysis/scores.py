@@ -18,7 +18,7 @@ from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.records import FINISHED
 from altgrad.analysis.study import Study
-from altgrad.analysis.tables import DASH, Table, number, slim
+from altgrad.analysis.tables import DASH, Table, links, number, slim
 from altgrad.analysis.wording import signed
 
 SHOWN = {
@@ -33,6 +33,12 @@ SHOWN = {
     "samples_per_s": "samples/s",
 }
 COMPARED = ("f1_micro", "f1_macro")
+SIGNALS_COMPARED = {"stall_ratio": "stall ratio", "flip_yield": "flip yield", "stable_rank": "stable rank"}
+EFFECTS = {
+    "lm": {"val_loss": "loss, nats", "bits_per_byte": "bits per byte", "perplexity": "perplexity"} | SIGNALS_COMPARED,
+    "classify": {"val_loss": "loss, nats", "f1_micro": "F1 micro", "f1_macro": "F1 macro"} | SIGNALS_COMPARED,
+}
+"""By task, what a geometry-aware arm is held against its plain arm in."""
 
 
 def judged(trials: pd.DataFrame) -> pd.DataFrame:
@@ -58,20 +64,23 @@ def scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
         texts = [_mean_text(own[name], with_interval=name in COMPARED) for name in SHOWN]
         lines.append((cell.format, cell.arm, cell.policy, str(len(own)), *texts))
     columns = ("format", "arm", "policy", "finished", *SHOWN.values())
-    return slim(Table(columns, lines, frozenset(range(3, len(columns)))), ("policy",))
+    return slim(Table(columns, lines, frozenset(range(3, len(columns))), "format", links(study.cells)), ("policy",))
 
 
-def geometry_scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
-    """F1 of every geometry-aware arm minus that of the plain arm of its residence, paired by seed, 95 % intervals."""
-    if not (trials["task"] == "classify").any():
-        return None
+def effects_table(trials: pd.DataFrame, study: Study) -> Table:
+    """What a geometry-aware arm changes in every score and signal, against the plain arm of its residence: differences
+    paired by seed, 95 % intervals, a line per format, policy and arm."""
+    task = "lm" if trials.empty else str(trials["task"].iloc[0])
     by_id = trials[trials["state"] == FINISHED].set_index("trial_id")
-    lines = []
+    lines, shown = [], []
     for item in study.gains:
-        texts = [_difference_text(by_id, item, name) for name in COMPARED]
-        lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
-    columns = ("format", "policy", "arm", "against", *(f"{SHOWN[name]}, difference" for name in COMPARED))
-    return slim(Table(columns, lines, frozenset({4, 5})), ("policy",))
+        texts = [_difference_text(by_id, item, name) for name in EFFECTS[task]]
+        if set(texts) != {DASH}:
+            lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
+            shown.append(item.cell)
+    columns = ("format", "policy", "arm", "against", *EFFECTS[task].values())
+    numeric = frozenset(range(4, len(columns)))
+    return slim(Table(columns, lines, numeric, "format", links(shown)), ("policy",))
 
 
 def _mean_text(values: pd.Series, *, with_interval: bool) -> str:

@@ -60,6 +60,14 @@ class Study:
         """The policy that the finding speaks of."""
         return main_policy(self.cells)
 
+    @cached_property
+    def against_same_arm(self) -> dict[Key, Contrast]:
+        """What lies between a cell and BF16 with the same arm: a family of its own."""
+        sound = self.reference is None or self.reference.learned
+        compared = contrasts.against_same_arm(self.cells)
+        found = contrasts.measured(compared, twin_map(self.cells), self.reference, sound=sound)
+        return {item.cell.key: item for item in found}
+
     @property
     def judged(self) -> list[Cell]:
         """The 8-bit cells of the main policy."""

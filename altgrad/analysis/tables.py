@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -21,11 +22,27 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts with a heading per column; `numeric` are the columns to align right."""
+    """A table of texts with a heading per column; `numeric` are the columns to align right.
+
+    `grouped_by` names a column whose equal neighbours belong together; `links` holds per line the address that its
+    first text leads to ("": none).
+    """
 
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
     numeric: frozenset[int] = frozenset()
+    grouped_by: str = ""
+    links: Sequence[str] = ()
+
+    @property
+    def groups(self) -> list[list[tuple[Sequence[str], str]]]:
+        """The lines with their links, in runs of one value of `grouped_by`."""
+        links = self.links or [""] * len(self.lines)
+        paired = list(zip(self.lines, links, strict=True))
+        if self.grouped_by not in self.columns:
+            return [paired]
+        place = list(self.columns).index(self.grouped_by)
+        return [list(run) for _, run in itertools.groupby(paired, key=lambda pair: pair[0][place])]
 
 
 def cells_table(study: Study) -> Table:
@@ -61,13 +78,13 @@ def cells_table(study: Study) -> Table:
                 effect_text(comparison),
                 _free_text(comparison),
                 DASH if verdict is None else excess_text(verdict),
-                _verdict_text(study, cell, verdict),
+                verdict_text(study, cell, verdict),
                 number(cell.signals["flip_yield"], ".2f"),
                 number(cell.signals["stall_ratio"], ".2f"),
                 _outcomes_text(cell.outcomes),
             )
         )
-    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}))
+    table = Table(columns, lines, frozenset({3, 4, 5, 6, 7, 8, 9, 11, 12}), "format", links(study.cells))
     chosen = () if any(cell.settings > 1 for cell in study.cells) else ("lr", "of settings")
     return slim(table, ("policy", "p, distribution-free", *chosen))
 
@@ -110,7 +127,9 @@ def geometry_table(study: Study) -> Table:
                 _needed_text(more),
             )
         )
-    table = Table(columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}))
+    table = Table(
+        columns, lines, frozenset({4, 5, 6, 7, 8, 9, 10, 12}), "format", links(item.cell for item in study.gains)
+    )
     return slim(table, ("policy", "p, distribution-free", "beyond FP32 control"))
 
 
@@ -176,13 +195,14 @@ def shifts_table(trials: pd.DataFrame) -> Table:
 
 def choices_table(study: Study) -> Table:
     """Sensitivity to the learning rate: every setting's mean loss and its distance from the cell's chosen one."""
-    lines = []
+    lines, cells = [], []
     for cell in study.cells:
         for item in sorted(cell.tried, key=lambda item: item.lr):
             common = item.losses.keys() & cell.losses.keys() if not (item.stops or cell.stops) else ()
             distance = mean_of_known(item.losses[seed] - cell.losses[seed] for seed in common)
             chosen = "chosen" if item.trial_ids == cell.trial_ids else ""
             outside = "" if item.lr in cell.rates else "not compared"
+            cells.append(cell)
             lines.append(
                 (
                     cell.format,
@@ -196,7 +216,7 @@ def choices_table(study: Study) -> Table:
                 )
             )
     columns = ("format", "arm", "policy", "lr", "finished", _measure(study), "minus the chosen", "")
-    return slim(Table(columns, lines, frozenset({3, 4, 5, 6})), ("policy",))
+    return slim(Table(columns, lines, frozenset({3, 4, 5, 6}), "format", links(cells)), ("policy",))
 
 
 def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) -> Table:
@@ -206,6 +226,11 @@ def mutations_table(found: Sequence[tuple[str, int, str, float, float, str]]) ->
         for name, step, field, before, after, source in found
     ]
     return Table(("trial", "step", "value", "before", "after", "weights of"), lines, frozenset({1, 3, 4}))
+
+
+def links(cells: Iterable[Cell]) -> list[str]:
+    """For each cell the place in the report that lists its trials."""
+    return [f"#cell-{cell.name}" for cell in cells]
 
 
 def _measure(study: Study) -> str:
@@ -219,10 +244,11 @@ def slim(table: Table, names: Sequence[str]) -> Table:
         for index, name in enumerate(table.columns)
         if name not in names or len({line[index] for line in table.lines}) > 1
     ]
-    return Table(
-        [table.columns[index] for index in kept],
-        [[line[index] for index in kept] for line in table.lines],
-        frozenset(place for place, index in enumerate(kept) if index in table.numeric),
+    return replace(
+        table,
+        columns=[table.columns[index] for index in kept],
+        lines=[[line[index] for index in kept] for line in table.lines],
+        numeric=frozenset(place for place, index in enumerate(kept) if index in table.numeric),
     )
 
 
@@ -279,7 +305,7 @@ def _settings_text(cell: Cell) -> str:
     return str(cell.settings) if len(cell.rates) == cell.settings else f"{len(cell.rates)} of {cell.settings}"
 
 
-def _verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
+def verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
     if cell is study.reference:
         return _reference_text(cell)
     if cell.shifted and not cell.n:

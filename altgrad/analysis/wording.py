@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -69,3 +70,8 @@ def needed(seeds: int | None) -> str:
 def of_seeds(stopped: int, seeds: int) -> str:
     """'2 of 3 seeds'."""
     return f"{stopped} of {counted(seeds, 'seed')}"
+
+
+def anchor_of(text: str) -> str:
+    """A text as the name of a place in the page: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

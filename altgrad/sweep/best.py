@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,8 @@ def asked_in(out: Path) -> list[str] | None:
     return (read_manifest(out) or {}).get("trials")
 
 
-def sweep_of_one(winner: Winner, name: str = "best") -> SweepSpec:
-    """A sweep that trains the winner's configuration, under all its seeds, and its reference."""
-    config = winner.config
+def sweep_of_one(config: TrainConfig, seeds: Collection[int], name: str = "best") -> SweepSpec:
+    """A sweep that trains the configuration, from the least of these seeds to the greatest, and its reference."""
     arm = config.arm if config.arm in ARMS else _nearest_arm(config)
     base, optimizer = ARMS[arm], config.optimizer
     differing = {
@@ -159,8 +158,8 @@ def sweep_of_one(winner: Winner, name: str = "best") -> SweepSpec:
             "optimizers": (arm,),
             "policies": (config.policy,),
             "lrs": (optimizer.lr,) if shared_lr else (),
-            "first_seed": min(winner.scores),
-            "seeds": max(winner.scores) - min(winner.scores) + 1,
+            "first_seed": min(seeds),
+            "seeds": max(seeds) - min(seeds) + 1,
             "axes": {f"{arm}.{field}": [value] for field, value in differing.items()},
             **{field: getattr(config, field) for field in COPIED},
         }
@@ -189,12 +188,20 @@ def export(winner: Winner, ledger: Ledger, path: Path) -> None:
             f"--export: {exchanged[0][0]} took over weights and values from others (pbt) at step "
             f"{exchanged[0][1]}: no single configuration trains it again"
         )
-    plain: dict[str, Any] = sweep_of_one(winner, path.stem).model_dump(mode="json")
-    for name in ("search", "num_samples", "objectives", "search_seed", "constraints", "scheduler", "race", "pbt"):
-        del plain[name]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plain, indent=1) if path.suffix.lower() == ".json" else yaml.safe_dump(plain, sort_keys=False)
-        path.write_text(text, encoding="utf-8")
+        write(sweep_of_one(winner.config, winner.scores, path.stem), path)
     except OSError as error:
         raise SpecError(f"--export: {path} can't be written: {error.strerror}") from None
+
+
+def write(spec: SweepSpec, path: Path) -> None:
+    """Writes the sweep of one as JSON or, by any other ending, YAML."""
+    plain: dict[str, Any] = spec.model_dump(mode="json")
+    for name in ("search", "num_samples", "objectives", "search_seed", "constraints", "scheduler", "race", "pbt"):
+        del plain[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In C where PyYAML was built so: a report writes one for every cell.
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    is_json = path.suffix.lower() == ".json"
+    text = json.dumps(plain, indent=1) if is_json else yaml.dump(plain, Dumper=dumper, sort_keys=False)
+    path.write_text(text, encoding="utf-8")

@@ -165,6 +165,14 @@ class Ledger:
         )
         return outcome
 
+    def record_signs(self, trial_id: str, signs: str) -> None:
+        """Enters when each rule of failure first held in a trial that has ended (`signs.as_text`)."""
+        self._connection.execute("UPDATE outcomes SET signs = ? WHERE trial_id = ?", (signs, trial_id))
+
+    def signs(self) -> dict[str, str | None]:
+        """What was entered so, by trial; None where nothing was."""
+        return dict(self._connection.execute("SELECT trial_id, signs FROM outcomes"))
+
     def add_sample(self, search: str, number: int, params: Mapping[str, Any], trial_ids: Sequence[str]) -> None:
         """Enters what a search chose, and the trials that are to tell what it is worth."""
         self._connection.execute(

@@ -22,6 +22,7 @@ of docs/bench/signals.md do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from altgrad.training.record import from_plain, to_plain
 
 Direction = Literal["forward", "backward", "optimizer"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "optimizer")
@@ -106,6 +109,17 @@ def first_moments(layers: pa.Table) -> list[Moment]:
         worst = first[values[first].argmax() if rule.test == "above" else values[first].argmin()]
         found.append(Moment(rule.signal, names[worst], int(steps[worst]), float(values[worst])))
     return found
+
+
+def as_text(moments: Iterable[Moment]) -> str:
+    """The moments as a ledger keeps them: JSON, a list of (signal, layer, step, value)."""
+    return json.dumps([[item.signal, item.layer, item.step, to_plain(item.value)] for item in moments])
+
+
+def from_text(text: str) -> list[Moment]:
+    """The inverse of `as_text`; rules that a later version no longer has are left out."""
+    found = (Moment(signal, layer, step, from_plain(value)) for signal, layer, step, value in json.loads(text))
+    return [item for item in found if item.signal in RULES]
 
 
 def first_of(moments: Iterable[Moment]) -> Moment | None:

@@ -1,0 +1,122 @@
+"""Sections of pictures: each is drawn once per mixed-precision policy, of the cells at their chosen parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from altgrad.analysis import curves, figures
+from altgrad.analysis.sections import Group, Material, Picture, Section
+
+Draw = Callable[[pd.DataFrame, str, Path], bool]
+"""Draws the trials of a policy into a file; False where there is nothing to show."""
+OF_EVERY_POLICY = ("heat_map", "loss_curves", "excess_curves", "first_signs")
+"""Pictures by the beginning of their file's name; the others are of the policy that the finding speaks of."""
+BANDS = (
+    "Bands are 95 % t intervals of that mean at each step, from 2 seeds on, and not corrected for the number of steps "
+    "or lines."
+)
+
+
+def heat_map(material: Material) -> Section:
+    """Every format and arm beside BF16."""
+    return _section(
+        material,
+        "Distance from BF16",
+        Group.TRAINING,
+        "What formats are judged by, minus BF16's at the same seed: mean and half the simultaneous interval. Above, "
+        "against BF16 AdamW, which the verdicts are of; below, where several arms were run, against BF16 with the same "
+        "arm, which leaves what the format does. Purple is lower than BF16, orange higher, stronger the larger the "
+        "difference. A full colour with a border is decided; a faded one is not. Hatched cells had runs stopped and "
+        "have no mean.",
+        "There is no BF16 AdamW reference to measure from.",
+        "heat_map",
+        lambda _, policy, path: figures.heat_map(material.study, policy, path),
+    )
+
+
+def loss_curves(material: Material) -> Section:
+    """Training loss over steps."""
+    return _section(
+        material,
+        "Loss by format",
+        Group.TRAINING,
+        f"One panel per arm, the mean of the seeds. {BANDS} The dashed line with stars is BF16 AdamW; a cross is where "
+        "a guard stopped a run. The axis is cut to where runs differ.",
+        "No training loss is recorded yet.",
+        "loss_curves",
+        lambda trials, _, path: curves.loss_curves(trials, material.records.rows, path),
+    )
+
+
+def excess_curves(material: Material) -> Section:
+    """Training loss minus the reference's over steps."""
+    return _section(
+        material,
+        "Distance from BF16 while training",
+        Group.TRAINING,
+        "Training loss minus BF16 AdamW's at the same step and seed, the mean of the seeds. The batches are the same, "
+        f"so their noise cancels. {BANDS} Linear within ±0.02 nats, logarithmic beyond.",
+        "There is no BF16 AdamW run with the same seed to measure from.",
+        "excess_curves",
+        lambda trials, _, path: curves.excess_curves(trials, material.records.rows, path),
+    )
+
+
+def stop_reasons(material: Material) -> Section:
+    """How many runs were stopped by which signal."""
+    return _section(
+        material,
+        "Stops by reason",
+        Group.FAILURES,
+        "Runs that a guard ended, by the signal that ended them.",
+        "No run was stopped by a guard.",
+        "stop_reasons",
+        lambda trials, _, path: figures.stop_reasons(trials, path),
+    )
+
+
+def flip_yields(material: Material) -> Section:
+    """Flip yield over steps."""
+    return _section(
+        material,
+        "Flip yield",
+        Group.FAILURES,
+        "Code changes that happened over code changes expected of the steps taken, the mean of the seeds. Near 1 the "
+        f"steps reach the weights; near 0 rounding swallows them. {BANDS}",
+        "No flip yield is recorded: nothing was quantized.",
+        "flip_yield",
+        lambda trials, _, path: curves.flip_yields(trials, material.records.rows, path),
+    )
+
+
+def _section(
+    material: Material, title: str, group: Group, caption: str, nothing: str, name: str, draw: Draw
+) -> Section:
+    """A section of one picture per policy, under the caption that they share."""
+    return Section(title, group, caption, pictures=by_policy(material, title, name, draw), nothing=nothing)
+
+
+def by_policy(material: Material, title: str, name: str, draw: Draw) -> list[Picture]:
+    """A picture per policy of which there is something to show."""
+    # A curve under a format's name is of that format alone.
+    trials = material.trials[material.trials["formats"] == ""]
+    several = len(material.policies) > 1
+    shown = []
+    for policy in material.policies if name in OF_EVERY_POLICY else [material.study.policy]:
+        own = trials[trials["trial_id"].isin(_chosen_ids(material, policy))]
+        path = material.picture(f"{name}_{policy}" if several else name, partial(draw, own, policy))
+        if path is not None:
+            named = (f"{title}, policy {policy}", f"Policy {policy}.") if several else (title, "")
+            shown.append(Picture(named[0], path, named[1]))
+    return shown
+
+
+def _chosen_ids(material: Material, policy: str) -> set[str]:
+    """The trials of the policy's cells at their chosen parameters, and the reference's."""
+    study = material.study
+    cells = [cell for cell in study.cells if cell.policy == policy or cell is study.reference]
+    return {trial_id for cell in cells for trial_id in cell.trial_ids}
