@@ -169,9 +169,10 @@ class Ledger:
         """Enters when each rule of failure first held in a trial that has ended (`signs.as_text`)."""
         self._connection.execute("UPDATE outcomes SET signs = ? WHERE trial_id = ?", (signs, trial_id))
 
-    def signs(self) -> dict[str, str | None]:
-        """What was entered so, by trial; None where nothing was."""
-        return dict(self._connection.execute("SELECT trial_id, signs FROM outcomes"))
+    def signs(self, trial_ids: Sequence[str] | None = None) -> dict[str, str | None]:
+        """What was entered so, by trial: of all that have ended, or of these; None where nothing was."""
+        where = "" if trial_ids is None else f" WHERE trial_id IN ({','.join('?' * len(trial_ids))})"
+        return dict(self._connection.execute(f"SELECT trial_id, signs FROM outcomes{where}", trial_ids or ()))
 
     def add_sample(self, search: str, number: int, params: Mapping[str, Any], trial_ids: Sequence[str]) -> None:
         """Enters what a search chose, and the trials that are to tell what it is worth."""

@@ -32,7 +32,7 @@ from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.read_only import LEDGER
 from altgrad.sweep.spec import is_reference
-from altgrad.sweep.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, STEP, metrics_of, summary_of
+from altgrad.sweep.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, SIGNS, STEP, frequent, metrics_of, summary_of
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import RowReader, flat
@@ -69,8 +69,9 @@ def mode_of(asked: str | None) -> Mode:
 class TrialRun:
     """The W&B run of one trial, begun with its first row.
 
-    Signals of layers are mirrored at checkpoints only: at every check they would be four fifths of all that W&B holds,
-    half a megabyte in 100 steps. Beside the record the table of layers has them all.
+    Signals of layers are mirrored at checkpoints and at the last step, and those that are measured rarely whenever they
+    are: at every check they would be four fifths of all that W&B holds, half a megabyte in 100 steps. Beside the record
+    the table of layers has them all.
     """
 
     def __init__(self, out: Path, trial_id: str, mode: Mode) -> None:
@@ -109,6 +110,8 @@ class TrialRun:
             ),
         )
         self._next = self._run.step
+        self._left_out: dict[str, Any] = {}
+        """what was not logged of the last row"""
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         for name, best in SUMMARIES.items():
@@ -118,22 +121,28 @@ class TrialRun:
         """Logs the rows that have been written since; a step that was logged before is not logged again."""
         for row in self._rows.new():
             if row["step"] >= self._next:
-                if row["step"] % self._layers_every:
-                    row.pop("layers", None)
-                self._run.log(metrics_of(row), step=row["step"])
+                metrics = metrics_of(row)
+                at_checkpoint = row["step"] % self._layers_every == 0
+                self._left_out = {} if at_checkpoint else {name: metrics.pop(name) for name in frequent(metrics)}
+                self._run.log(metrics, step=row["step"])
                 self._next = row["step"] + 1
 
     def end(self, outcome: Outcome | None) -> None:
         """Logs the last rows and how it ended; None for a trial that was only interrupted."""
         self.follow()
+        if self._left_out:  # of the same step: W&B puts them into its row
+            self._run.log(self._left_out, step=self._next - 1)
         if outcome is not None:
-            self._run.summary.update(summary_of(outcome, self._run.summary.keys()))
+            self._run.summary.update(summary_of(outcome, self._run.summary.keys()) | self._in_ledger())
         is_result = outcome is not None and outcome.kind in RESULT_KINDS
-        if outcome is not None and self._may_exchange:
-            with Ledger.reading(self._out / LEDGER) as ledger:
-                taken = ledger.mutations([self._trial_id])[0]
-            self._run.summary.update({MUTATIONS: json.dumps([[*item[1:], 1] for item in taken])})
         self._run.finish(exit_code=0 if is_result else 1)
+
+    def _in_ledger(self) -> dict[str, Any]:
+        """What the ledger says of a trial that has ended, beside its ending."""
+        with Ledger.reading(self._out / LEDGER) as ledger:
+            taken = ledger.mutations([self._trial_id])[0] if self._may_exchange else []
+            found = {SIGNS: ledger.signs([self._trial_id]).get(self._trial_id)}
+        return found | ({MUTATIONS: json.dumps([[*item[1:], 1] for item in taken])} if taken else {})
 
 
 def _of_sweep(manifest: Mapping[str, Any], trial_id: str) -> dict[str, Any]:

@@ -25,11 +25,15 @@ DATA, MANIFEST, PLACE = "data.sha256", "sweep.manifest", "sweep.place"
 """What a run's configuration says beside the trial's own: its data, what `sweep.json` says, its place in the sweep."""
 MUTATIONS = "sweep/mutations"
 """In the summary of a population's member: what it took over, in the columns of the ledger's table behind the id."""
-SUMMARY = (OUTCOME, MUTATIONS)
+SIGNS = "sweep/signs"
+"""In the summary of a run that has ended: when each rule of failure first held, as the ledger has it."""
+SUMMARY = (OUTCOME, MUTATIONS, SIGNS)
 """How what the mirror itself puts into a summary begins; W&B adds every metric's last value."""
 EVALUATED = ("perplexity", "bits_per_byte", "threshold", "eval_samples_per_s")
 WORDS = ("formats", *EVENTS)
 """What a row says in words; all else in it are numbers."""
+RARE = ("exact", "detail", "shadow")
+"""Schedules of signals that many checks leave out; so do prospects, which the catalogue does not have."""
 NUMBERS_OF_ENDING = ("value", "limit", "train_loss", "val_loss", "bits_per_byte", "seconds")
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -53,6 +57,12 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, Any]:
     for layer, signals in row.get("layers", {}).items():
         found |= {f"{LAYERS}{layer}/{name}": value for name, value in signals.items()}
     return found | {STEP: row["step"]}
+
+
+def frequent(metrics: Iterable[str]) -> list[str]:
+    """The metrics of layers that are measured at every check, or nearly."""
+    signals = {name: name.rpartition("/")[2] for name in metrics if name.startswith(LAYERS)}
+    return [name for name, signal in signals.items() if signal in SIGNALS and SIGNALS[signal].schedule not in RARE]
 
 
 class Signals:

@@ -1,8 +1,8 @@
 """A sweep's folder made of its W&B runs, for all that reads such folders: ledger, records and `sweep.json`.
 
-Runs hold what the records hold, but for signals of layers between checkpoints. Each says which sweep it was part of as
-`sweep.json` said then; what the latest of them says is the sweep that is made, with the trials that it had still to
-run. Runs of earlier versions do not say it: their sweep has the name of their group, all the group's trials in the
+Runs hold what the records hold, but for most signals of layers between checkpoints. Each says which sweep it was part
+of as `sweep.json` said then; what the latest of them says is the sweep that is made, with the trials that it had still
+to run. Runs of earlier versions do not say it: their sweep has the name of their group, all the group's trials in the
 order in which they began, and the default margin.
 """
 
@@ -25,7 +25,7 @@ from altgrad.sweep.sampling import search_id
 from altgrad.sweep.shards import TABLES
 from altgrad.sweep.spec import SweepSpec
 from altgrad.sweep.transfer import write_record
-from altgrad.sweep.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, STEP, Signals, config_of, outcome_of
+from altgrad.sweep.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, SIGNS, STEP, Signals, config_of, outcome_of
 from altgrad.sweep.wandb_runs import Runs, WandbRun
 from altgrad.training.config import TrainConfig
 from altgrad.training.record import write_json
@@ -45,6 +45,7 @@ class _Trial:
     place: int
     created: float
     mutations: list[list[Any]]
+    signs: str | None
     has_ended: bool
 
 
@@ -66,6 +67,9 @@ def sweep_from(runs: Runs, group: str | None, out: Path) -> list[str]:
         exchanged = [(trial.id, *mutation) for trial in trials for mutation in trial.mutations]
         ledger.restore("mutations", exchanged, TABLES["mutations"])
         Recorder(ledger, out / "trials").ingest([trial.id for trial in trials])
+        for trial in trials:
+            if trial.signs is not None:  # from every check; of layers W&B holds fewer
+                ledger.record_signs(trial.id, trial.signs)
     write_json(out / read_only.MANIFEST, {**manifest, "wandb": runs.name, "trials": list(asked)})
     if left := [trial.id for trial in trials if not trial.has_ended]:
         notes.append(f"{len(left)} runs have not ended, and their trials count as unfinished: {_some(left)}")
@@ -121,6 +125,7 @@ def _trial(run: WandbRun, *, has_ended: bool) -> _Trial:
         run.config.get(PLACE) or 0,
         datetime.strptime(started, "%Y-%m-%dT%H:%M:%S%z").timestamp() if started else run.started,
         json.loads(run.summary.get(MUTATIONS) or "[]"),
+        run.summary.get(SIGNS),
         has_ended,
     )
 
@@ -134,7 +139,10 @@ def _last_sweep(trials: list[_Trial], group: str, notes: list[str]) -> tuple[Map
     every = {trial.id: trial.config for trial in ordered}
     newest = max(trials, key=lambda trial: (bool(trial.manifest), trial.created))
     if "spec" not in newest.manifest:
-        notes.append("the runs do not say their sweep's settings, as an earlier AltGrad made them: defaults are taken")
+        notes.append(
+            "the runs do not say their sweep's settings, as an earlier AltGrad made them: defaults are taken, and "
+            "signs of failure are those at checkpoints"
+        )
         return {"spec": {"name": group}, **newest.manifest}, every
     try:
         spec = SweepSpec.model_validate(newest.manifest["spec"])

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from altgrad.analysis.layer_signals import layers_of
 from altgrad.analysis.sweeps import read_sweep
 from altgrad.cli import main
 from altgrad.sweep import wandb_mirror
@@ -85,6 +86,13 @@ def assert_same(found: Path, expected: Path) -> None:
     pd.testing.assert_frame_equal(ours[0], theirs[0], check_exact=True)
     pd.testing.assert_frame_equal(ours[1], theirs[1], check_exact=True)
     assert ours[2] == theirs[2]
+    pd.testing.assert_series_equal(last_of_layers(found), last_of_layers(expected), check_exact=True)
+
+
+def last_of_layers(out: Path) -> pd.Series:
+    """The last value of every signal of every layer."""
+    table = layers_of(out, list(frames(out)[0]["trial_id"])).to_pandas().sort_values("step")
+    return table.groupby(["trial_id", "signal", "layer"])["value"].last()
 
 
 def test_every_signal_comes_back_from_its_metric() -> None:
@@ -131,6 +139,8 @@ def test_a_sweep_comes_back_from_its_offline_runs(swept: Path, tmp_path: Path) -
     assert_same(tmp_path / "back", swept)
     kinds = set(frames(swept)[0]["outcome"])
     assert {"done", "diverged", "pending"} <= kinds and frames(swept)[0]["formats"].any(), "what the sweep is here for"
+    ends = frames(swept)[0].query("outcome == 'diverged'")["step"]
+    assert (ends % SWEEP.checkpoint_interval != 0).any(), "layers are there beside checkpoints"
 
 
 def test_runs_of_earlier_versions_are_read_without_their_sweep(
