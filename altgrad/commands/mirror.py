@@ -1,10 +1,13 @@
-"""The W&B runs of a sweep that has run, made again from its records."""
+"""The W&B runs of a sweep: made again from its records, and the sweep's report made of them."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from pathlib import Path
 
+from altgrad.commands.ledgers import check_margins, print_report
 from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import owned
@@ -28,3 +31,19 @@ def wandb_sync(request: argparse.Namespace) -> int:
         return 1
     print(f"{count} runs in {request.out / 'wandb'}" if mode == "offline" else f"{count} runs are online")
     return 0
+
+
+def report_of_runs(request: argparse.Namespace) -> int:
+    """The report of a sweep's W&B runs, written to `--to`, else to a folder here that is named after them."""
+    from altgrad.sweep.wandb_runs import runs_in
+    from altgrad.sweep.wandb_sweep import sweep_from
+
+    if request.out is not None:
+        raise SpecError(f"{request.out} and --wandb: a report is of a sweep's folder, or of its W&B runs")
+    check_margins(request)
+    runs = runs_in(request.wandb)
+    name = "-".join([runs.title, *([request.group] if request.group else []), "report"])
+    with tempfile.TemporaryDirectory(prefix="altgrad-") as folder:
+        for note in sweep_from(runs, request.group, Path(folder)):
+            print(note)
+        return print_report(request, Path(folder), request.to or Path(name))

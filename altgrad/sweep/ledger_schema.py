@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from typing import TYPE_CHECKING, Any
 
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
+
+if TYPE_CHECKING:
+    from altgrad.training.config import TrainConfig
 
 ROW_SIGNALS = (
     *SIGNALS,
@@ -83,6 +87,26 @@ ADDED = {
 }
 """Columns that earlier versions lack."""
 _COLUMNS = "SELECT m.name, p.name FROM sqlite_master m JOIN pragma_table_info(m.name) p WHERE m.type = 'table'"
+
+
+def trial_values(
+    trial_id: str, config: TrainConfig, data_sha256: str, *, created: float, numerics: int | None
+) -> tuple[Any, ...]:
+    """A trial's entry, in the columns of TRIAL_FIELDS."""
+    return (
+        trial_id,
+        config.model_dump_json(),
+        config.task,
+        config.format,
+        config.arm,
+        config.policy,
+        config.optimizer.lr,
+        getattr(config.optimizer, "rung_clip", None),
+        config.seed,
+        data_sha256,
+        created,
+        numerics,
+    )
 
 
 def bring_up_to_date(connection: sqlite3.Connection) -> None:

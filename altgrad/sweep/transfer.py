@@ -157,7 +157,7 @@ def import_sweep(folder: Path, out: Path) -> Imported:
             path = out / "trials" / trial_id
             shutil.rmtree(path / "checkpoint", ignore_errors=True)
             config, heading = headings[trial_id]
-            _write_record(path, config, heading, rows.get(trial_id, []), outcomes[trial_id])
+            write_record(path, config, heading, rows.get(trial_id, []), outcomes[trial_id])
         recorder.ingest(wanted)
         for trial_id in wanted:
             if (seen := signs[trial_id]) is not None:  # at every check; of layers few came in
@@ -306,9 +306,10 @@ def _rounded(value: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(short), short, value)
 
 
-def _write_record(path: Path, config: str, heading: str, rows: list[dict[str, Any]], outcome: Outcome) -> None:
-    """What a worker that trained the trial here would have left, as far as it was exported."""
+def write_record(path: Path, config: str, heading: str, rows: list[dict[str, Any]], outcome: Outcome | None) -> None:
+    """What a worker that trained the trial here would have left, as far as it is known elsewhere."""
     with TrialFolder(path) as folder:
         folder.begin({"config": json.loads(config)} | json.loads(heading), after_step=0)
         folder.append(rows)
-        folder.finish(outcome)
+        if outcome is not None:
+            folder.finish(outcome)
