@@ -243,17 +243,31 @@ def online(projects: Mapping[str, list[dict[str, Any]]], tmp_path: Path, monkeyp
 def test_a_projects_runs_give_the_same_report(
     swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = tmp_path / "kept"
-
-    def keep(out: Path, **_: Any) -> Any:
-        shutil.copytree(out, kept)
+    def write_report(out: Path, *, to: Path, **_: Any) -> Any:
+        assert (out, to) == (Path("altgrad-report/sweep"), Path("altgrad-report"))
         raise OSError("enough")
 
-    monkeypatch.setattr("altgrad.analysis.report.write_report", keep)
-    assert main(["report", "--wandb", f"{ENTITY}/altgrad"]) == 2
-    said = capsys.readouterr()
-    assert "1 runs of other programs are left out" in said.out and "enough" in said.err
-    assert_same(kept, swept)
+    monkeypatch.setattr("altgrad.analysis.report.write_report", write_report)
+    for _ in range(2):
+        assert main(["report", "--wandb", f"{ENTITY}/altgrad"]) == 2
+        said = capsys.readouterr()
+        assert "1 runs of other programs are left out" in said.out and "enough" in said.err
+    assert_same(tmp_path / "altgrad-report" / "sweep", swept)
+
+
+@pytest.mark.parametrize("is_other", [False, True], ids=["file", "folder"])
+def test_what_stands_where_the_report_would_go_stays(
+    is_other: bool, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "to"
+    if is_other:
+        (to / "sweep").mkdir(parents=True)
+    else:
+        to.touch()
+    assert main(["report", "--wandb", str(swept), "--to", str(to)]) == 2
+    error = capsys.readouterr().err
+    assert ("earlier report" if is_other else "can't be written") in error and str(to) in error
+    assert (to / "sweep").is_dir() if is_other else to.is_file()
 
 
 @pytest.mark.usefixtures("online")
@@ -320,6 +334,8 @@ def test_a_real_sweep_is_reported_from_its_runs_alone(tmp_path: Path, monkeypatc
     ours, theirs = tmp_path / "back", out / "report"
     assert (ours / "results.csv").read_bytes() == (theirs / "results.csv").read_bytes()
     pages = [(folder / "report.md").read_text(encoding="utf-8") for folder in (ours, theirs)]
-    provenance = r"^- (argv|wandb): .*\n"
-    assert re.sub(provenance, "", pages[0], flags=re.M) == re.sub(provenance, "", pages[1], flags=re.M)
+    tables = [[line for line in page.splitlines() if line.startswith("|")] for page in pages]
+    assert [line.replace("](sweep/trials/", "](../trials/") for line in tables[0]] == tables[1]
+    links = re.findall(r"\]\((sweep/trials/[^)]*)\)", pages[0])
+    assert links and all((ours / link).is_dir() for link in links)
     assert {path.name for path in (ours / "figures").iterdir()} == {p.name for p in (theirs / "figures").iterdir()}
