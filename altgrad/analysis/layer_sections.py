@@ -17,8 +17,10 @@ ARMS_OVER_TRAINING = ("adamw_nearest", "adamw")
 
 def first_signs(material: Material) -> Section:
     """Where in a step, in which layers and when runs begin to fail."""
-    title = "First signs over training"
-    pictures = by_policy(material, title, "first_signs", lambda _, policy, path: timeline(material.study, policy, path))
+    title, last = "First signs over training", int(material.trials["steps"].max())
+    pictures = by_policy(
+        material, title, "first_signs", lambda _, policy, path: timeline(material.study, policy, last, path)
+    )
     return Section(
         "First signs of failure",
         Group.FAILURES,

@@ -96,19 +96,17 @@ def _fails(study: Study, cell: Cell) -> bool:
     return verdict is not None and verdict.word == "fails"
 
 
-def timeline(study: Study, policy: str, path: Path) -> bool:
-    """First signs by direction and stops over steps, a row per failing cell; False where there is none."""
+def timeline(study: Study, policy: str, last: int, path: Path) -> bool:
+    """First signs by direction and stops, a row per failing cell, to step `last`; False where there is none."""
     cells = [cell for cell in failing(study) if cell.policy == policy][:MOST_ROWS]
     cells = [cell for cell in cells if cell.stops or any(cell.signs.values())]
     if not cells:
         return False
-    ends = [sign.step for cell in cells for signs in cell.signs.values() for sign in signs]
-    last = max([*ends, *(stop.step for cell in cells for stop in cell.stops.values())])
     with drawn(path, 1.4 + 0.3 * len(cells)) as figure:
         axes = figure.add_subplot()
         for row, cell in enumerate(cells):
             _draw_row(axes, row, cell, last)
-        axes.set(xlabel="step", xlim=(0, last * 1.32), ylim=(len(cells) - 0.4, -0.6))
+        axes.set(xlabel="step", xlim=(0, last * 1.42), ylim=(len(cells) - 0.4, -0.6))
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
         axes.set_yticks(range(len(cells)), [f"{cell.format} {cell.arm}" for cell in cells])
         axes.tick_params(length=0, axis="y")
