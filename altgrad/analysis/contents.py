@@ -12,6 +12,7 @@ import pandas as pd
 
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import pictures, repeats
+from altgrad.analysis.methods import methods, sources
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.records import FINISHED, ending_of
 from altgrad.analysis.scores import geometry_scores_table, scores_table
@@ -215,6 +216,8 @@ SECTIONS: tuple[Builder, ...] = (
     exchanges,
     repeats.cells_and_trials,
     reading,
+    methods,
+    sources,
     control,
     provenance,
 )
