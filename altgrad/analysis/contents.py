@@ -12,6 +12,7 @@ import pandas as pd
 
 from altgrad import NUMERICS_VERSION
 from altgrad.analysis import comparison_sections, layer_sections, pictures, repeats
+from altgrad.analysis.methods import methods, sources
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.records import FINISHED, ending_of
 from altgrad.analysis.scores import scores_table
@@ -211,6 +212,8 @@ SECTIONS: tuple[Builder, ...] = (
     exchanges,
     repeats.cells_and_trials,
     reading,
+    methods,
+    sources,
     control,
     provenance,
 )

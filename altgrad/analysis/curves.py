@@ -24,11 +24,13 @@ from scipy import special
 
 from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, arm_order, format_order
 from altgrad.analysis.figures import LINEAR, drawn
-from altgrad.analysis.inference import ALPHA
+from altgrad.analysis.inference import ALPHA, Array
 from altgrad.analysis.palette import BACK, INK, WARN, line_of, marked
 from altgrad.analysis.records import FAILED
 from altgrad.training.guards import DEFAULT_GUARDS
 
+LEAST_BAND = 3
+"""Seeds from which a mean has a band."""
 LINE = 0.165
 """Inches between two names beside lines."""
 POINTS = 120
@@ -58,7 +60,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
                 labels += _draw_format(axes, name, members, curves, high)
         return labels
 
-    _draw_panels(trials, path, f"training loss, nats ({averaged})", (low, high), last, panel)
+    _draw_panels(trials, path, f"training loss, nats\n({averaged})", (low, high), last, panel)
     return True
 
 
@@ -98,7 +100,7 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")
         ]
 
-    _draw_panels(others, path, f"training loss minus BF16's, nats ({averaged})", limits, last, panel)
+    _draw_panels(others, path, f"training loss minus BF16's, nats\n({averaged})", limits, last, panel)
     return True
 
 
@@ -123,7 +125,7 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             for label in _draw_format(axes, name, members, curves, top)
         ]
 
-    _draw_panels(measured, path, f"flip yield ({averaged})", (0.0, top), last, panel)
+    _draw_panels(measured, path, f"flip yield\n({averaged})", (0.0, top), last, panel)
     return True
 
 
@@ -144,7 +146,7 @@ def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bo
         ]
 
     limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
-    _draw_panels(measured, path, f"gradient cosine ({averaged})", limits, last, panel)
+    _draw_panels(measured, path, f"gradient cosine\n({averaged})", limits, last, panel)
     return True
 
 
@@ -194,7 +196,7 @@ def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict
     groups = {str(trial_id): own for trial_id, own in values.groupby(kept["trial_id"].to_numpy())}
     if not groups:
         return {}, ""
-    spacing = int(min(np.diff(own.index).min(initial=own.index[0]) for own in groups.values()))
+    spacing = int(min(np.diff(own.index).min() if len(own) > 1 else own.index[0] for own in groups.values()))
     window = max(1, int(kept["step"].max()) // 20 // spacing)
     if window == 1:
         return groups, "each step" if spacing == 1 else f"every {spacing} steps"
@@ -212,11 +214,14 @@ def _draw_format(
     axes: Axes, name: str, members: pd.DataFrame, curves: Mapping[str, pd.Series], top: float, form: str = ".2f"
 ) -> list[Label]:
     """Draws the seeds' mean with its interval, and each stopped run alone with a cross; returns the lines' names."""
-    known = members[members["trial_id"].isin(set(curves))]
-    stopped = known[known["state"] == FAILED]
-    running = [curves[trial_id] for trial_id in known[known["state"] != FAILED]["trial_id"]]
     labels: list[Label] = []
-    for trial_id, step in zip(stopped["trial_id"], stopped["step"], strict=True):
+    running = []
+    for trial_id, state, step in zip(members["trial_id"], members["state"], members["step"], strict=True):
+        if trial_id not in curves:
+            continue
+        if state != FAILED:
+            running.append(curves[trial_id])
+            continue
         curve = thinned(curves[trial_id])
         end, look = min(float(curve.iloc[-1]), top), look_of(name, len(curve))
         axes.plot(curve.index, curve, lw=1.1, alpha=0.8, **look)
@@ -224,30 +229,43 @@ def _draw_format(
         axes.plot(curve.index[-1:], [end], "X", clip_on=False, zorder=5, **cross)
         labels = [(end, f"× {name} at {step:.0f}", name, False)]
     if running:
-        table = thinned(pd.concat(running, axis=1).sort_index())
-        mean, look = table.mean(axis=1), look_of(name, len(table))
-        half = half_interval(table)
-        if half is not None:
-            axes.fill_between(table.index, mean - half, mean + half, color=look["color"], alpha=0.12, lw=0)
-        axes.plot(mean.index, mean, lw=1.5, **look)
-        labels.append((float(mean.iloc[-1]), _minus(f"{name} {mean.iloc[-1]:{form}}"), name, True))
+        steps, mean, half = over_seeds(running)
+        look = look_of(name, len(steps))
+        if np.isfinite(half).any():
+            axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.12, lw=0)
+        axes.plot(steps, mean, lw=1.5, **look)
+        labels.append((float(mean[-1]), _minus(f"{name} {mean[-1]:{form}}"), name, True))
     return labels
 
 
-def thinned(values: pd.DataFrame | pd.Series) -> Any:
-    """Every k-th row, and the last, so that no more than POINTS are left."""
-    stride = -(-len(values) // POINTS)
-    return values if stride == 1 else values.iloc[sorted({*range(0, len(values), stride), len(values) - 1})]
+def thinned(curve: pd.Series) -> pd.Series:
+    """Every k-th value, and the last, so that no more than POINTS are left."""
+    return curve.iloc[_kept(len(curve))]
 
 
-def half_interval(table: pd.DataFrame) -> pd.Series | None:
-    """Half the 95 % t interval of the mean of the columns, by row; None where no row has two values."""
-    known = table.notna().sum(axis=1)
-    if known.max() < 2:
-        return None
-    quantile = special.stdtrit((known - 1).clip(lower=1).to_numpy(dtype=float), 1 - ALPHA / 2)
-    half: pd.Series = table.std(axis=1, ddof=1) * quantile / np.sqrt(known)
-    return half
+def _kept(count: int) -> list[int]:
+    stride = -(-count // (POINTS - 1))
+    return sorted({*range(0, count, stride), count - 1}) if count else []
+
+
+def over_seeds(curves: Sequence[pd.Series]) -> tuple[Array, Array, Array]:
+    """Steps, thinned; the mean of the curves at each, and half its 95 % t interval.
+
+    That is NaN where fewer than three have a value: of two it is nine times their distance, and hides all else.
+    """
+    steps = curves[0].index
+    if not all(curve.index.equals(steps) for curve in curves[1:]):
+        steps = pd.Index(sorted(set().union(*(curve.index for curve in curves))))
+    kept = steps[_kept(len(steps))]
+    # Plain arrays: a frame for each line of each panel takes longer than drawing it.
+    values = np.array([curve.reindex(kept).to_numpy(dtype=float) for curve in curves])
+    known = np.isfinite(values)
+    n = known.sum(axis=0)
+    mean = np.divide(np.where(known, values, 0.0).sum(axis=0), n, out=np.full(len(kept), np.nan), where=n > 0)
+    squares = np.where(known, (values - mean) ** 2, 0.0).sum(axis=0)
+    df = np.where(n >= LEAST_BAND, n - 1.0, np.nan)
+    half = special.stdtrit(df, 1 - ALPHA / 2) * np.sqrt(squares / df / np.maximum(n, 1))
+    return kept.to_numpy(dtype=float), mean, half
 
 
 def look_of(name: str, points: int) -> dict[str, Any]:
@@ -282,8 +300,7 @@ def _label_ends(axes: Axes, last: int, labels: Sequence[Label], gap: float) -> N
         look = line_of(name)
         if reaches:
             ends = [last * 1.005, last * 1.045]
-            axes.plot(ends, [share, place], lw=0.7, clip_on=False, transform=blend, **look | {"marker": ""})
-            axes.plot(ends[1:], [place], clip_on=False, transform=blend, **look)
+            axes.plot(ends, [share, place], lw=0.7, clip_on=False, transform=blend, markevery=[1], **look)
         axes.text(last * 1.075, place, text, fontsize=8, va="center", clip_on=False, transform=blend)
 
 

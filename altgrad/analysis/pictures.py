@@ -16,7 +16,7 @@ Draw = Callable[[pd.DataFrame, str, Path], bool]
 OF_EVERY_POLICY = ("heat_map", "loss_curves", "excess_curves", "first_signs")
 """Pictures by the beginning of their file's name; the others are of the policy that the finding speaks of."""
 BANDS = (
-    "Bands are 95 % t intervals of that mean at each step, from 2 seeds on, and not corrected for the number of steps "
+    "Bands are 95 % t intervals of that mean at each step, from 3 seeds on, and not corrected for the number of steps "
     "or lines."
 )
 
