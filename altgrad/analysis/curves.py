@@ -1,5 +1,7 @@
-"""Pictures of signals over steps: one panel per arm, one line per format, so that formats compare within an
-arm.
+"""Pictures of signals over steps: one panel per arm, one line per format, so that formats compare within an arm.
+
+Trials have a column `panel` that says in which they are drawn: their arm's, that of their policy and arm, or none ("")
+for a reference that others are only measured from.
 
 Seeds are drawn as their mean and its 95 % t interval. Axes are shared between the panels and cut to where runs
 differ. What leaves the axis is not hidden: a stopped run ends in a cross, at the upper edge if that is where
@@ -55,7 +57,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             axes.plot(shown.index, shown, lw=1.6, zorder=4, **look_of(REFERENCE_FORMAT, len(shown)))
             end = float(reference.iloc[-1])
             labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", REFERENCE_FORMAT, True))
-        for name, members in _by_format(trials[trials["optimizer"] == arm]):
+        for name, members in _by_format(trials[trials["panel"] == arm]):
             if reference is None or (arm, name) != (REFERENCE_ARM, REFERENCE_FORMAT):
                 labels += _draw_format(axes, name, members, curves, high)
         return labels
@@ -96,7 +98,7 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         axes.plot([0, last], [0, 0], color=INK, lw=1.4, zorder=4)
         return [
             label
-            for name, members in _by_format(others[others["optimizer"] == arm])
+            for name, members in _by_format(others[others["panel"] == arm])
             for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")
         ]
 
@@ -121,7 +123,7 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             axes.text(0, limit, f" stalled below {limit:g}", color=WARN, fontsize=8, va="bottom")
         return [
             label
-            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for name, members in _by_format(measured[measured["panel"] == arm])
             for label in _draw_format(axes, name, members, curves, top)
         ]
 
@@ -141,7 +143,7 @@ def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bo
     def panel(axes: Axes, arm: str) -> list[Label]:
         return [
             label
-            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for name, members in _by_format(measured[measured["panel"] == arm])
             for label in _draw_format(axes, name, members, curves, 1.0, ".3f")
         ]
 
@@ -158,8 +160,9 @@ def _draw_panels(
     last: int,
     panel: Callable[[Axes, str], list[Label]],
 ) -> None:
-    """One panel per arm, two to a row, axes shared; `panel` draws one and returns the names of its lines."""
-    arms = sorted(trials["optimizer"].unique(), key=arm_order)
+    """One panel per name in the trials' column `panel`, two to a row, axes shared; `panel` draws one and returns the
+    names of its lines."""
+    arms = sorted({name for name in trials["panel"] if name}, key=arm_order)
     columns = min(2, len(arms))
     inner = max(2.2, LINE * (trials["format"].nunique() + 2))
     count = -(-len(arms) // columns)

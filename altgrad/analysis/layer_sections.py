@@ -68,7 +68,8 @@ def layers_over_training(material: Material) -> Section:
         "Layers over training",
         Group.FAILURES,
         f"Of {arm}, means over seeds. Stiffness: the spacing of the grid at the weights; where it grows past the size "
-        "of the steps, flip yield falls. Overflow: weights beyond the format's largest value.",
+        "of the steps, flip yield falls. Overflow: weights beyond the format's largest value; left out where it is 0 "
+        "throughout, as it is under scales that follow the largest weight.",
         pictures=[] if picture is None else [Picture("Layers over training", picture)],
         nothing="No signals of layers are recorded.",
     )
