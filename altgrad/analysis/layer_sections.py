@@ -19,7 +19,7 @@ def first_signs(material: Material) -> Section:
     """Where in a step, in which layers and when runs begin to fail."""
     title, last = "First signs over training", int(material.trials["steps"].max())
     pictures = by_policy(
-        material, title, "first_signs", lambda _, policy, path: timeline(material.study, policy, last, path)
+        material, title, "first_signs", lambda _, policies, path: timeline(material.study, policies, last, path)
     )
     return Section(
         "First signs of failure",
