@@ -164,9 +164,15 @@ def _parser(words: Sequence[str]) -> Parser:
             help="a file or folder that the sweep needs there too, like a module that FILE.py imports; may be repeated",
         )
     command("status", "ledgers.status", "how far a sweep is").add_argument("out", type=Path, help="the sweep's folder")
-    report = command("report", "ledgers.report", "write a sweep's report from its ledger")
-    report.add_argument("out", type=Path, help="the sweep's folder")
-    report.add_argument("--to", type=Path, metavar="DIR", help="where the report is written; default OUT/report")
+    report = command("report", "ledgers.report", "write a sweep's report from its ledger, or from its W&B runs")
+    report.add_argument("out", type=Path, nargs="?", help="the sweep's folder")
+    report.add_argument(
+        "--wandb", metavar="PROJECT|FOLDER", help="its runs: entity/project, or a folder of W&B's files"
+    )
+    report.add_argument("--group", metavar="NAME", help="with --wandb: the sweep, where there are several")
+    report.add_argument(
+        "--to", type=Path, metavar="DIR", help="where the report is written; default OUT/report, of W&B PROJECT-report"
+    )
     compare = command("compare", "ledgers.compare", "what changed between two sweeps, cell by cell")
     compare.add_argument("out", type=Path, metavar="OUT1", help="a sweep's folder")
     compare.add_argument("other", type=Path, metavar="OUT2", help="another's")

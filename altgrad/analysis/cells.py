@@ -21,6 +21,7 @@ from typing import Any
 
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.records import FAILED, FINISHED, SHIFTED, ending_of
+from altgrad.analysis.signs import Sign, signs_of
 from altgrad.quantization import get_format
 from altgrad.training.config import ARMS, UNQUANTIZED
 from altgrad.training.outcome import OutcomeKind
@@ -67,6 +68,8 @@ class Cell:
     pruned: tuple[int, ...] = ()
     shifted: Mapping[int, str] = field(default_factory=dict)
     """By seed the moves to other formats that its run needed, as in "lm_head: E4M3->E5M2"."""
+    signs: Mapping[int, tuple[Sign, ...]] = field(default_factory=dict)
+    """By seed, of runs with a result, the first sign of failure in each direction, the earliest first."""
     outcomes: Mapping[str, int] = field(default_factory=dict)
     signals: Mapping[str, float] = field(default_factory=dict)
     trial_ids: tuple[str, ...] = ()
@@ -192,6 +195,7 @@ def cell_of(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[s
         missing=tuple(int(trial["seed"]) for trial in others if trial["outcome"] != OutcomeKind.PRUNED),
         pruned=pruned,
         shifted=shifted,
+        signs={int(trial["seed"]): signs_of(trial) for trial in (*finished, *failed)},
         outcomes=dict(Counter(map(ending_of, trials)).most_common()),
         signals={name: mean_of_known(trial[name] for trial in finished) for name in SIGNALS_OF_CELLS},
         trial_ids=tuple(trial["trial_id"] for trial in trials),

@@ -11,20 +11,13 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.analysis import pictures, repeats
+from altgrad.analysis import comparison_sections, layer_sections, pictures, repeats
 from altgrad.analysis.methods import methods, sources
 from altgrad.analysis.reading import GAIN, how_to_read, words
 from altgrad.analysis.records import FINISHED, ending_of
-from altgrad.analysis.scores import geometry_scores_table, scores_table
+from altgrad.analysis.scores import scores_table
 from altgrad.analysis.sections import Builder, Captioned, Group, Material, Section
-from altgrad.analysis.tables import (
-    cells_table,
-    choices_table,
-    geometry_table,
-    mutations_table,
-    shifts_table,
-    stops_table,
-)
+from altgrad.analysis.tables import cells_table, geometry_table, mutations_table, shifts_table, stops_table
 from altgrad.analysis.twins import twin_control
 from altgrad.sweep.ledger import outdated_text
 
@@ -101,16 +94,14 @@ def every_cell(material: Material) -> Section:
 
 
 def classification_scores(material: Material) -> Section:
-    """Scores of a classifier, and what geometry-aware arms gain in them."""
+    """Scores of a classifier."""
     scores = scores_table(material.trials, material.study)
-    gained = geometry_scores_table(material.trials, material.study)
     intro = (
         "On test documents, under the threshold that was best on validation documents; means over finished seeds, F1 ± "
         "half its 95 % interval. Formats are judged by the error, 1 − F1 micro: a classifier's loss may rise on new "
         "documents while its decisions improve."
     )
-    caption = "F1 of geometry-aware arms minus plain arms, paired by seed, 95 % intervals. Positive is a gain."
-    tables = [] if scores is None or gained is None else [Captioned(scores), Captioned(gained, caption)]
+    tables = [] if scores is None else [Captioned(scores)]
     return Section("Classification scores", Group.TRAINING, intro, tables)
 
 
@@ -160,13 +151,6 @@ def shifts(material: Material) -> Section:
     return Section("Runs that needed another format", Group.FAILURES, intro, [Captioned(shifts_table(material.trials))])
 
 
-def learning_rates(material: Material) -> Section:
-    """Every learning rate of every cell, where a cell was run with several."""
-    several = any(cell.settings > 1 for cell in material.study.cells)
-    tables = [Captioned(choices_table(material.study))] if several else []
-    return Section("Sensitivity to the learning rate", Group.COSTS, tables=tables)
-
-
 def exchanges(material: Material) -> Section:
     """What members of populations took over from others."""
     intro = (
@@ -204,15 +188,27 @@ SECTIONS: tuple[Builder, ...] = (
     other_settings,
     pictures.heat_map,
     every_cell,
+    comparison_sections.best_of_each_width,
     pictures.loss_curves,
     pictures.excess_curves,
     classification_scores,
     geometry,
+    comparison_sections.interactions,
+    comparison_sections.arms_compared,
+    layer_sections.first_signs,
     stops,
     pictures.stop_reasons,
+    comparison_sections.survival,
     pictures.flip_yields,
+    comparison_sections.gradient_cosine,
+    comparison_sections.widths_compared,
+    layer_sections.predictions,
+    layer_sections.sweet_spots,
+    layer_sections.layers_over_training,
+    layer_sections.stiffness_field,
     shifts,
-    learning_rates,
+    comparison_sections.learning_rates,
+    comparison_sections.speed_and_memory,
     exchanges,
     repeats.cells_and_trials,
     reading,

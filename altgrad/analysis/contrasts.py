@@ -8,6 +8,8 @@ nothing of a format.
     gain(f, a)        = y(f, plain of a) - y(f, a)                          positive where a is better
     beyond BF16       = gain(f, a) - gain(BF16, a)
     beyond FP32       = gain(f, a) - [y(FP32, AdamW) - y(f, control of a)]   the same steps over float32 weights
+    relief            = y(f, a, uniform) - y(f, a, recipe)      positive where a recipe that spares layers is better
+    width             = y(f, a) - y(g, a)     g: 16 bits with f's exponent bits; what the missing mantissa bits cost
 
 Contrasts of one kind are one family, and share one error rate of 5 %. What is tied in every seed is said to be
 identical and left out of it, as are contrasts with a stopped seed: those are compared by an exact test of their own,
@@ -25,7 +27,16 @@ from typing import Literal
 
 import numpy as np
 
-from altgrad.analysis.cells import REFERENCE_ARM, REFERENCE_FORMAT, Cell, Key, is_eight_bit, mean_of_known
+from altgrad.analysis.cells import (
+    MAIN_POLICY,
+    REFERENCE_ARM,
+    REFERENCE_FORMAT,
+    Cell,
+    Key,
+    format_order,
+    is_eight_bit,
+    mean_of_known,
+)
 from altgrad.analysis.inference import (
     ALPHA,
     LEAST_JOINT,
@@ -42,7 +53,7 @@ from altgrad.analysis.inference import (
 from altgrad.analysis.twins import noise_of
 from altgrad.training.config import ARMS, UNQUANTIZED
 
-Kind = Literal["reference", "gain", "beyond BF16", "beyond FP32", "change"]
+Kind = Literal["reference", "gain", "beyond BF16", "beyond FP32", "relief", "width", "change"]
 Status = Literal["measured", "identical", "one seed", "stopped", "shifted", "exploratory", "no result"]
 PRIMARY_FREE = 10
 """Seeds from which the distribution-free test must agree."""
@@ -167,6 +178,30 @@ def gains(cells: Sequence[Cell]) -> list[Contrast]:
         if cell.geometry and (plain := _plain_of(cell, by_arm)) is not None:
             found.append(Contrast("gain", cell, ((plain, 1), (cell, -1))))
     return found
+
+
+def reliefs(cells: Sequence[Cell]) -> list[Contrast]:
+    """What each recipe of an 8-bit format gives back: the loss under the main policy minus that under the recipe."""
+    main = {(cell.format, cell.arm): cell for cell in cells if cell.policy == MAIN_POLICY and cell.is_judged}
+    return [
+        Contrast("relief", cell, ((whole, 1), (cell, -1)))
+        for cell in cells
+        if cell.policy != MAIN_POLICY and (whole := main.get((cell.format, cell.arm))) is not None
+    ]
+
+
+def widths(cells: Sequence[Cell]) -> list[Contrast]:
+    """What an 8-bit format's missing mantissa bits cost: its loss minus that of 16 bits with its exponent bits."""
+    wide = {
+        (format_order(cell.format)[1], cell.arm, cell.policy): cell
+        for cell in cells
+        if format_order(cell.format)[0] == 16 and cell.quantized
+    }
+    return [
+        Contrast("width", cell, ((cell, 1), (other, -1)))
+        for cell in cells
+        if cell.is_judged and (other := wide.get((format_order(cell.format)[1], cell.arm, cell.policy))) is not None
+    ]
 
 
 def interactions(cells: Sequence[Cell]) -> list[Contrast]:

@@ -50,7 +50,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         labels: list[Label] = []
         if reference is not None:
             shown = thinned(reference)
-            axes.plot(shown.index, shown, lw=1.6, zorder=4, **_look(REFERENCE_FORMAT, len(shown)))
+            axes.plot(shown.index, shown, lw=1.6, zorder=4, **look_of(REFERENCE_FORMAT, len(shown)))
             end = float(reference.iloc[-1])
             labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", REFERENCE_FORMAT, True))
         for name, members in _by_format(trials[trials["optimizer"] == arm]):
@@ -127,6 +127,27 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
     return True
 
 
+def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
+    """Cosine of the gradient with the float32 shadow's over steps, one panel per arm; False where none was measured."""
+    curves, averaged = _curves(trials, rows, "gradient_cosine")
+    if not curves:
+        return False
+    measured = trials[trials["trial_id"].isin(set(curves))]
+    last = max(int(curve.index[-1]) for curve in curves.values())
+    low = float(pd.concat(list(curves.values())).quantile(0.02))
+
+    def panel(axes: Axes, arm: str) -> list[Label]:
+        return [
+            label
+            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for label in _draw_format(axes, name, members, curves, 1.0, ".3f")
+        ]
+
+    limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
+    _draw_panels(measured, path, f"gradient cosine ({averaged})", limits, last, panel)
+    return True
+
+
 def _draw_panels(
     trials: pd.DataFrame,
     path: Path,
@@ -200,14 +221,14 @@ def _draw_format(
             running.append(curves[trial_id])
             continue
         curve = thinned(curves[trial_id])
-        end, look = min(float(curve.iloc[-1]), top), _look(name, len(curve))
+        end, look = min(float(curve.iloc[-1]), top), look_of(name, len(curve))
         axes.plot(curve.index, curve, lw=1.1, alpha=0.8, **look)
         cross = {"color": look["color"], "mec": BACK, "mew": 0.7, "ms": 8}
         axes.plot(curve.index[-1:], [end], "X", clip_on=False, zorder=5, **cross)
         labels = [(end, f"× {name} at {step:.0f}", name, False)]
     if running:
         steps, mean, half = over_seeds(running)
-        look = _look(name, len(steps))
+        look = look_of(name, len(steps))
         if np.isfinite(half).any():
             axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.12, lw=0)
         axes.plot(steps, mean, lw=1.5, **look)
@@ -242,7 +263,7 @@ def over_seeds(curves: Sequence[pd.Series]) -> tuple[Array, Array, Array]:
     return kept.to_numpy(dtype=float), mean, half
 
 
-def _look(name: str, points: int) -> dict[str, Any]:
+def look_of(name: str, points: int) -> dict[str, Any]:
     return line_of(name) | {"markevery": marked(points, name)}
 
 

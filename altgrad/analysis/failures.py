@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from altgrad.analysis.cells import Cell, Key
 from altgrad.analysis.shifts import rescue_text
+from altgrad.analysis.signs import sign_text
 from altgrad.analysis.study import Study
 from altgrad.analysis.verdicts import survival
 from altgrad.analysis.wording import counted, listed, percent, several, share
@@ -61,6 +62,8 @@ def _reasons(study: Study, cells: Sequence[Cell]) -> str:
         distance = low if low == high else f"{low} to {high}"
         unlearned = [cell.arm for cell in above if not any(map(cell.seed_learned, cell.losses))]
         tail = f", {listed(unlearned)} without having learned" if unlearned else ""
+        signs = {text: cell.arm for cell in reversed(above) if (text := sign_text(list(cell.signs.values())))}
+        tail += "".join(f"; {arm}: {text}" for text, arm in reversed(signs.items()))
         parts.append(
             f"{listed(cell.arm for cell in above)} {'ends' if len(above) == 1 else 'end'} {distance} from BF16{tail}"
         )
@@ -69,9 +72,11 @@ def _reasons(study: Study, cells: Sequence[Cell]) -> str:
 
 def reason(study: Study, cell: Cell) -> str:
     """What stopped the cell's runs, when, and how many finish; or how far above BF16 it ends."""
+    sign = sign_text(list(cell.signs.values()))
     if not cell.stops:
         verdict = study.verdicts.get(cell.key)
-        return "" if verdict is None else f"ends {percent(verdict.excess)} from BF16"
+        tail = f" ({sign})" if sign else ""
+        return "" if verdict is None else f"ends {percent(verdict.excess)} from BF16{tail}"
     steps = [item.step for item in cell.stops.values()]
     when = f"step {steps[0]:.0f}" if min(steps) == max(steps) else f"steps {min(steps):.0f} to {max(steps):.0f}"
     if len(steps) > 2:
@@ -79,7 +84,7 @@ def reason(study: Study, cell: Cell) -> str:
     low, high = survival(cell)
     return (
         f"stopped in {len(cell.stops)} of {counted(cell.n, 'seed')} by {stop_text(cell)} ({when}; "
-        f"{share(low)} to {share(high)} of runs finish)"
+        f"{share(low)} to {share(high)} of runs finish{f'; {sign}' if sign else ''})"
     )
 
 

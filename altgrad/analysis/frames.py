@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 
+from altgrad.analysis.layer_signals import layers_of
 from altgrad.analysis.records import RESULT_COLUMNS, Records
 from altgrad.analysis.records import load as load_records
 from altgrad.analysis.sweeps import declared_axes
 from altgrad.sweep import read_only
 from altgrad.sweep.folder import read_manifest
-from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.read_only import LEDGER
-from altgrad.sweep.shards import OF_LAYERS, Export
 from altgrad.training.config import MODELS
 from altgrad.training.outcome import Outcome
 from altgrad.training.record import flat
@@ -97,16 +95,9 @@ class Frames:
         return load_records(self.folder)
 
     def _layers(self, signals: Collection[str] | None) -> pd.DataFrame:
-        if read_only.shards(self.folder):
-            table = Export(self.folder).layers(signals)
-        else:
-            with Ledger.reading(self.folder / LEDGER) as ledger:
-                names = list(ledger.trials())
-            parts = {name: read_layers(self.folder / "trials" / name, signals) for name in names}
-            owners = [pa.array([name] * len(part), pa.string()) for name, part in parts.items()]
-            named = [part.add_column(0, "trial_id", own) for own, part in zip(owners, parts.values(), strict=True)]
-            table = pa.concat_tables([OF_LAYERS.empty_table(), *named])
-        frame: pd.DataFrame = table.to_pandas()
+        with Ledger.reading(self.folder / LEDGER) as ledger:
+            names = list(ledger.trials())
+        frame: pd.DataFrame = layers_of(self.folder, names, signals).to_pandas()
         return frame
 
 

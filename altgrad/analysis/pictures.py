@@ -13,6 +13,8 @@ from altgrad.analysis.sections import Group, Material, Picture, Section
 
 Draw = Callable[[pd.DataFrame, str, Path], bool]
 """Draws the trials of a policy into a file; False where there is nothing to show."""
+OF_EVERY_POLICY = ("heat_map", "loss_curves", "excess_curves", "first_signs")
+"""Pictures by the beginning of their file's name; the others are of the policy that the finding speaks of."""
 BANDS = (
     "Bands are 95 % t intervals of that mean at each step, from 2 seeds on, and not corrected for the number of steps "
     "or lines."
@@ -95,17 +97,22 @@ def _section(
     material: Material, title: str, group: Group, caption: str, nothing: str, name: str, draw: Draw
 ) -> Section:
     """A section of one picture per policy, under the caption that they share."""
+    return Section(title, group, caption, pictures=by_policy(material, title, name, draw), nothing=nothing)
+
+
+def by_policy(material: Material, title: str, name: str, draw: Draw) -> list[Picture]:
+    """A picture per policy of which there is something to show."""
     # A curve under a format's name is of that format alone.
     trials = material.trials[material.trials["formats"] == ""]
     several = len(material.policies) > 1
     shown = []
-    for policy in material.policies:
+    for policy in material.policies if name in OF_EVERY_POLICY else [material.study.policy]:
         own = trials[trials["trial_id"].isin(_chosen_ids(material, policy))]
         path = material.picture(f"{name}_{policy}" if several else name, partial(draw, own, policy))
         if path is not None:
             named = (f"{title}, policy {policy}", f"Policy {policy}.") if several else (title, "")
             shown.append(Picture(named[0], path, named[1]))
-    return Section(title, group, caption, pictures=shown, nothing=nothing)
+    return shown
 
 
 def _chosen_ids(material: Material, policy: str) -> set[str]:

@@ -90,9 +90,9 @@ RESULT_COLUMNS = (
 
 @dataclass(frozen=True)
 class Records:
-    """`trials` (RESULT_COLUMNS, config, options, geometry, setting, created, first_loss) and `rows`
+    """`trials` (RESULT_COLUMNS, config, options, geometry, setting, created, first_loss, signs) and `rows`
     (trial_id, step, signals), up to the steps asked of each trial. `first_loss` is the training loss of the
-    first row, nats.
+    first row, nats; `signs` when rules of failure first held, as `sweep.signs.as_text` says it.
 
     `outside` counts the folder's trials of other sweeps, which `trials` and `rows` leave out, `outdated` those among
     them that an older version of the numerics computed.
@@ -247,6 +247,7 @@ def _trial(
         "seconds": _number(known.get("seconds")),
         **{name: known.get(name) or "" for name in ("device", "driver", "hostname")},
         "config": entry["config"],
+        "signs": (None if ending is None else ending["signs"]) or "",
         "state": _state(outcome),
         "options": config.optimizer.model_dump_json(),
         "geometry": config.use_manifold_aware,

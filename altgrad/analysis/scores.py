@@ -9,9 +9,9 @@ documents: what does not beat that has learned nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from altgrad.analysis.contrasts import Contrast
@@ -33,6 +33,12 @@ SHOWN = {
     "samples_per_s": "samples/s",
 }
 COMPARED = ("f1_micro", "f1_macro")
+SIGNALS_COMPARED = {"stall_ratio": "stall ratio", "flip_yield": "flip yield", "stable_rank": "stable rank"}
+EFFECTS = {
+    "lm": {"val_loss": "loss, nats", "bits_per_byte": "bits per byte", "perplexity": "perplexity"} | SIGNALS_COMPARED,
+    "classify": {"val_loss": "loss, nats", "f1_micro": "F1 micro", "f1_macro": "F1 macro"} | SIGNALS_COMPARED,
+}
+"""By task, what a geometry-aware arm is held against its plain arm in."""
 
 
 def judged(trials: pd.DataFrame) -> pd.DataFrame:
@@ -61,19 +67,20 @@ def scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
     return slim(Table(columns, lines, frozenset(range(3, len(columns))), "format", links(study.cells)), ("policy",))
 
 
-def geometry_scores_table(trials: pd.DataFrame, study: Study) -> Table | None:
-    """F1 of every geometry-aware arm minus that of the plain arm of its residence, paired by seed, 95 % intervals."""
-    if not (trials["task"] == "classify").any():
-        return None
-    by_id = trials[trials["state"] == FINISHED].set_index("trial_id")
-    lines = []
+def effects_table(trials: pd.DataFrame, study: Study) -> Table:
+    """What a geometry-aware arm changes in every score and signal, against the plain arm of its residence: differences
+    paired by seed, 95 % intervals, a line per format, policy and arm."""
+    task = "lm" if trials.empty else str(trials["task"].iloc[0])
+    finished = {trial["trial_id"]: trial for trial in trials[trials["state"] == FINISHED].to_dict("records")}
+    lines, shown = [], []
     for item in study.gains:
-        texts = [_difference_text(by_id, item, name) for name in COMPARED]
-        lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
-    columns = ("format", "policy", "arm", "against", *(f"{SHOWN[name]}, difference" for name in COMPARED))
-    return slim(
-        Table(columns, lines, frozenset({4, 5}), "format", links(item.cell for item in study.gains)), ("policy",)
-    )
+        texts = [_difference_text(finished, item, name) for name in EFFECTS[task]]
+        if set(texts) != {DASH}:
+            lines.append((item.cell.format, item.cell.policy, item.cell.arm, item.other.arm, *texts))
+            shown.append(item.cell)
+    columns = ("format", "policy", "arm", "against", *EFFECTS[task].values())
+    numeric = frozenset(range(4, len(columns)))
+    return slim(Table(columns, lines, numeric, "format", links(shown)), ("policy",))
 
 
 def _mean_text(values: pd.Series, *, with_interval: bool) -> str:
@@ -85,18 +92,17 @@ def _mean_text(values: pd.Series, *, with_interval: bool) -> str:
     return mean + ("" if math.isnan(low) else f" ± {(high - low) / 2:.3f}")
 
 
-def _difference_text(by_id: pd.DataFrame, item: Contrast, name: str) -> str:
-    own, other = (_by_seed(by_id, cell.trial_ids, name) for cell in (item.cell, item.other))
-    common = own.index.intersection(other.index)
-    if not len(common):
+def _difference_text(finished: Mapping[str, Mapping[Hashable, Any]], item: Contrast, name: str) -> str:
+    own, other = (_by_seed(finished, cell.trial_ids, name) for cell in (item.cell, item.other))
+    common = own.keys() & other.keys()
+    if not common:
         return DASH
-    differences = list(own[common] - other[common])
+    differences = [own[seed] - other[seed] for seed in sorted(common)]
     low, high = t_interval(differences)
     spread = " (1 seed)" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
     return signed(math.fsum(differences) / len(differences)) + spread
 
 
-def _by_seed(by_id: pd.DataFrame, trial_ids: Sequence[str], name: str) -> pd.Series:
-    own = by_id.loc[[trial_id for trial_id in trial_ids if trial_id in by_id.index]]
-    values = pd.Series(own[name].to_numpy(dtype=float), index=own["seed"].to_numpy())
-    return values[np.isfinite(values)]
+def _by_seed(finished: Mapping[str, Mapping[Hashable, Any]], trial_ids: Sequence[str], name: str) -> dict[int, float]:
+    own = [finished[trial_id] for trial_id in trial_ids if trial_id in finished]
+    return {int(trial["seed"]): float(trial[name]) for trial in own if math.isfinite(trial[name])}

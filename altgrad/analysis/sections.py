@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from altgrad.analysis.finding import Finding
+from altgrad.analysis.layer_signals import layers_of, signals_by_kind
 from altgrad.analysis.records import Records
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import Table
 from altgrad.analysis.wording import anchor_of
 
+LAYER_SIGNALS = ("weight_sqnr", "activation_sqnr", "gradient_sqnr", "flip_yield", "stiffness", "weight_overflow")
+"""Signals of layers of which a report says something."""
 Mutation = tuple[str, int, str, float, float, str]
 """(trial, step, field, before, after, source) of what a member of a population took over."""
 
@@ -125,6 +129,20 @@ class Material:
     @property
     def policies(self) -> list[str]:
         return list(dict.fromkeys(cell.policy for cell in self.study.cells))
+
+    @cached_property
+    def by_kind(self) -> pd.DataFrame:
+        """LAYER_SIGNALS of the cells' trials, by kind of layer (`layer_signals.signals_by_kind`)."""
+        steps = dict(zip(self.trials["trial_id"], self.trials["steps"], strict=True))
+        shown = {name: steps[name] for cell in self.study.cells for name in cell.trial_ids}
+        return signals_by_kind(self.out_dir, shown, LAYER_SIGNALS)
+
+    @cached_property
+    def prospects(self) -> pd.DataFrame:
+        """What the reference's layers show of other formats (`observers.prospects`): OF_LAYERS."""
+        shown = [] if self.study.reference is None else self.study.reference.trial_ids
+        found: pd.DataFrame = layers_of(self.out_dir, shown).to_pandas()
+        return found[found["signal"].str.contains("@")]
 
     def picture(self, name: str, draw: Callable[[Path], bool]) -> Path | None:
         """figures/NAME.png, drawn by `draw`; None where that has nothing to show."""

@@ -78,7 +78,7 @@ def cells_table(study: Study) -> Table:
                 effect_text(comparison),
                 _free_text(comparison),
                 DASH if verdict is None else excess_text(verdict),
-                _verdict_text(study, cell, verdict),
+                verdict_text(study, cell, verdict),
                 number(cell.signals["flip_yield"], ".2f"),
                 number(cell.signals["stall_ratio"], ".2f"),
                 _outcomes_text(cell.outcomes),
@@ -305,7 +305,7 @@ def _settings_text(cell: Cell) -> str:
     return str(cell.settings) if len(cell.rates) == cell.settings else f"{len(cell.rates)} of {cell.settings}"
 
 
-def _verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
+def verdict_text(study: Study, cell: Cell, verdict: Verdict | None) -> str:
     if cell is study.reference:
         return _reference_text(cell)
     if cell.shifted and not cell.n:

@@ -1,19 +1,22 @@
 """TEST_MATRIX.md: every format, arm and layer type, and what tests each combination; from the registries.
 
 Nothing here is typed by hand that a registry knows: numbers come from the formats, parameters from the arms,
-layer types from a converted model, thresholds from the monitor and the guards. A test holds the file current
-and another runs exactly the combinations that are listed as covered, so that neither can fall behind.
+layer types from a converted model, thresholds from the monitor and the guards, what is known from the registry of
+published results. A test holds the file current and another runs exactly the combinations that are listed as
+covered, so that neither can fall behind.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from torch import nn
 
+from altgrad.analysis.published import PUBLISHED, Bearing, Grade, bearing_on, mark
 from altgrad.quantization import (
     FORMATS,
     POLICIES,
@@ -113,10 +116,13 @@ def render() -> str:
         "## Signals",
         "A guard may test each of them; `signal/min`, `/max`, `/mean` and `/sum` go over the layers.",
         _signals(),
+        "## Published results",
+        _known(),
+        _published(),
         "## Combinations",
         "✓ is run by the test above: a gradient reaches the weight, all stays finite, "
         "and the arm's steps move the weight and leave it where the arm says it lives (resident arms: on the "
-        "grid).",
+        "grid). [n] is a published result for the same case, ~[n] for a near one.",
         *(part for layer in layer_types() for part in _combination_table(layer)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -213,11 +219,70 @@ def _signals() -> str:
     )
 
 
+def _known() -> str:
+    grades: Counter[Grade | None] = Counter(_closest(item) for item in combinations())
+    reached = {item.arm for item in combinations() if _closest(item) is not None}
+    return (
+        f"Of the {grades.total()} combinations {grades['same']} have a published result for the same case (same update "
+        "rule, weights in the same place) and a further "
+        f"{grades['near']} only for a near case (the column 'differs' says how). "
+        f"For {grades[None]} no published result is known to this registry; among them is every combination of the "
+        f"arms {', '.join(name for name in ARMS if name not in reached)}. "
+        "Negative results are listed and begin with that word. The last column says what was read of a source: an "
+        "abstract supports less than a table."
+    )
+
+
+def _closest(item: Combination) -> Grade | None:
+    grades: tuple[Grade, ...] = ("same", "near")
+    return next((grade for grade in grades if bearing_on(item.format, item.arm, item.layer.short, grade)), None)
+
+
+def _published() -> str:
+    columns = (
+        "no.",
+        "weights",
+        "arms",
+        "layers",
+        "policy",
+        "trained",
+        "tensors",
+        "result",
+        "differs",
+        "source",
+        "read",
+    )
+    return _table(
+        columns,
+        [
+            (
+                str(number),
+                ", ".join(entry.bearing.formats),
+                _arms_of(entry.bearing),
+                ", ".join(entry.bearing.layers),
+                entry.bearing.policy or "–",
+                entry.trained,
+                entry.tensors,
+                entry.result,
+                entry.differs,
+                entry.source,
+                entry.read,
+            )
+            for number, entry in enumerate(PUBLISHED, start=1)
+        ],
+    )
+
+
+def _arms_of(bearing: Bearing) -> str:
+    return ", ".join((*bearing.arms, *(f"~{name}" for name in bearing.near)))
+
+
 def _combination_table(layer: LayerType) -> tuple[str, ...]:
     title = f"### {layer.short}"
     if layer.excluded is not None:
         return title, f"Excluded, every format and arm: {layer.excluded}."
-    return title, _table(("format", *ARMS), [(name, *("✓" for _ in ARMS)) for name in FORMATS])
+    cells = [(name, *(f"✓ {mark(name, arm, layer.short)}".rstrip() for arm in ARMS)) for name in FORMATS]
+    return title, _table(("format", *ARMS), cells)
 
 
 def _power(value: float | None) -> str:

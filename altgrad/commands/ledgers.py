@@ -75,20 +75,40 @@ def compare(request: argparse.Namespace) -> int:
 
 
 def report(request: argparse.Namespace) -> int:
-    margin, equal_within = margin_of(request.margin), distance_of(request.equal_within)
+    if request.wandb is not None:
+        from altgrad.commands.mirror import report_of_runs
+
+        return report_of_runs(request)
+    if request.group is not None:
+        raise SpecError("--group: chooses a sweep among W&B runs; --wandb PROJECT or FOLDER is expected with it")
+    if request.out is None:
+        raise SpecError("a sweep's folder is expected, or --wandb with a project or folder of W&B")
+    check_margins(request)
     with monitor.open_ledger(request.out):
         pass
-    from altgrad.analysis.report import write_report
-
     to = request.to
     if to is None and not os.access(request.out, os.W_OK):
         to = Path(f"{request.out.resolve().name}-report")
         print(f"{request.out} can't be written: the report goes to {to}; --to DIR chooses another place")
+    return print_report(request, request.out, to)
+
+
+def check_margins(request: argparse.Namespace) -> None:
+    """SpecError where a margin or a distance asked for is none."""
+    margin_of(request.margin)
+    distance_of(request.equal_within)
+
+
+def print_report(request: argparse.Namespace, out: Path, to: Path | None) -> int:
+    """Writes the report of the sweep in `out` as the request has it, and prints its finding."""
+    from altgrad.analysis.report import write_report
+
+    margin, equal_within = margin_of(request.margin), distance_of(request.equal_within)
     try:
-        finding = write_report(request.out, margin=margin, equal_within=equal_within, to=to)
+        finding = write_report(out, margin=margin, equal_within=equal_within, to=to)
     except sqlite3.DatabaseError as error:
-        raise SpecError(damaged_text(request.out / "ledger.sqlite", error)) from None
+        raise SpecError(damaged_text(out / "ledger.sqlite", error)) from None
     except OSError as error:
-        raise SpecError(f"{to or request.out / 'report'}: can't be written ({error.strerror or error})") from None
+        raise SpecError(f"{to or out / 'report'}: can't be written ({error.strerror or error})") from None
     print(f"{finding}\nreport: {finding.path}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from altgrad.commands.flags import options_of, spec_of
@@ -18,12 +19,12 @@ from altgrad.sweep.held import READER_SECONDS
 from altgrad.sweep.ledger import outdated_text
 from altgrad.sweep.monitor import print_table
 from altgrad.sweep.options import GROWING, RunOptions
-from altgrad.sweep.plan import estimate
+from altgrad.sweep.plan import LOOK_STEPS, estimate, look_ahead
 from altgrad.sweep.progress import duration
 from altgrad.sweep.run import SweepResult, preflight, run_sweep
 from altgrad.sweep.sampling import sample_count
 from altgrad.sweep.spec import SweepSpec
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import BASELINE, TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
 from altgrad.training.data.cache import CacheError
 from altgrad.training.devices import gpu_count
@@ -132,7 +133,28 @@ def plan(request: argparse.Namespace) -> int:
 
     for line in planned_power(trials.values(), spec.seeds, spec.margin):
         print(line)
+    _print_prospects(trials.values())
     return 0
+
+
+def _print_prospects(trials: Iterable[TrainConfig]) -> None:
+    """What a short reference run says of the formats that are asked for; nothing where the plan has no reference."""
+    reference = next((config for config in trials if config.is_reference and config.format == BASELINE), None)
+    if reference is None:
+        return
+    import pandas as pd
+
+    from altgrad.analysis.prediction import planned, prospects_of, prospects_table
+
+    asked = {config.format for config in trials}
+    look = pd.DataFrame(look_ahead(reference), columns=["step", "layer", "signal", "value"])
+    prospects = prospects_of(look)
+    table = prospects_table({name: own for name, own in prospects.items() if name in asked})
+    if table.lines:
+        print(f"what formats would make of BF16 AdamW's tensors and steps, after {LOOK_STEPS} steps of it:")
+        print_table([tuple(table.columns), *map(tuple, table.lines)])
+    for line in planned(prospects, list(trials)):
+        print(line)
 
 
 def _print_estimate(spec: SweepSpec, options: RunOptions, left: dict[str, TrainConfig]) -> None:

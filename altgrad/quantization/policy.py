@@ -23,6 +23,7 @@ HEAD_NAMES = ("lm_head", "classifier", "score", "head")
 
 HEAD_PATTERN = rf"(^|\.)({'|'.join(HEAD_NAMES)})$"
 ATTENTION_PATTERN = r"(^|\.)(attn|attention|self_attn|self_attention)\."
+MLP_PATTERN = r"(^|\.)(mlp|ffn|feed_forward)\."
 
 
 class LayerRule(BaseModel):
@@ -92,6 +93,10 @@ def _attention_bf16(fmt: str) -> tuple[LayerRule, ...]:
     return (LayerRule(pattern=ATTENTION_PATTERN), _everywhere(fmt))
 
 
+def _mlp_bf16(fmt: str) -> tuple[LayerRule, ...]:
+    return (LayerRule(pattern=MLP_PATTERN), _everywhere(fmt))
+
+
 def _head_bf16(fmt: str) -> tuple[LayerRule, ...]:
     return (LayerRule(pattern=HEAD_PATTERN), _everywhere(fmt))
 
@@ -102,7 +107,7 @@ def _classic(fmt: str) -> tuple[LayerRule, ...]:
         LayerRule(pattern=HEAD_PATTERN),
         LayerRule(pattern=r"(^|\.)c_proj$"),
         LayerRule(pattern=ATTENTION_PATTERN, weight=as_role("E5M2")),
-        LayerRule(pattern=r"(^|\.)mlp\.", weight=as_role("E3M4")),
+        LayerRule(pattern=MLP_PATTERN, weight=as_role("E3M4")),
         LayerRule(pattern=""),
     )
 
@@ -113,6 +118,7 @@ POLICIES: Registry[Callable[[str], tuple[LayerRule, ...]]] = Registry(
         "uniform_act": _uniform_act,
         "uniform_full": _uniform_full,
         "attention_bf16": _attention_bf16,
+        "mlp_bf16": _mlp_bf16,
         "head_bf16": _head_bf16,
         "classic": _classic,
     }

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from altgrad.quantization import named_policy
-from altgrad.training.config import UNQUANTIZED
-
-BASELINE = "BF16"
+from altgrad.training.config import BASELINE, UNQUANTIZED
 
 
 class Combination(NamedTuple):

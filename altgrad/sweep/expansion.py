@@ -17,8 +17,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from altgrad.quantization import get_format
 from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_arm
-from altgrad.sweep.exclusions import BASELINE, RAW_LR, RAW_LR_REASON, RULES, Combination, Exclusion, excluded_by
-from altgrad.training.config import ARMS, UNQUANTIZED, OptimizerConfig, TrainConfig, has_own_lr_unit
+from altgrad.sweep.exclusions import RAW_LR, RAW_LR_REASON, RULES, Combination, Exclusion, excluded_by
+from altgrad.training.config import ARMS, BASELINE, UNQUANTIZED, OptimizerConfig, TrainConfig, has_own_lr_unit
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec

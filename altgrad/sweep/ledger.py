@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 from altgrad import NUMERICS_VERSION
 from altgrad.sweep import file_systems, held, read_only
 from altgrad.sweep.budget import Spend
-from altgrad.sweep.ledger_schema import EVENTS, OUTCOME_FIELDS, ROW_SIGNALS, TRIAL_FIELDS, bring_up_to_date
+from altgrad.sweep.ledger_schema import (
+    EVENTS,
+    OUTCOME_FIELDS,
+    ROW_SIGNALS,
+    TRIAL_FIELDS,
+    bring_up_to_date,
+    trial_values,
+)
 from altgrad.training.outcome import GUARD_KINDS, RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import from_plain, to_plain
 
@@ -103,20 +110,7 @@ class Ledger:
         """
         now = time.time()
         values = [
-            (
-                trial_id,
-                config.model_dump_json(),
-                config.task,
-                config.format,
-                config.arm,
-                config.policy,
-                config.optimizer.lr,
-                getattr(config.optimizer, "rung_clip", None),
-                config.seed,
-                data_sha256,
-                now,
-                NUMERICS_VERSION,
-            )
+            trial_values(trial_id, config, data_sha256, created=now, numerics=NUMERICS_VERSION)
             for trial_id, config in configs.items()
         ]
         with self._connection.transaction():
@@ -170,6 +164,15 @@ class Ledger:
             (trial_id, *(fields[name] for name in OUTCOME_FIELDS), time.time()),
         )
         return outcome
+
+    def record_signs(self, trial_id: str, signs: str) -> None:
+        """Enters when each rule of failure first held in a trial that has ended (`signs.as_text`)."""
+        self._connection.execute("UPDATE outcomes SET signs = ? WHERE trial_id = ?", (signs, trial_id))
+
+    def signs(self, trial_ids: Sequence[str] | None = None) -> dict[str, str | None]:
+        """What was entered so, by trial: of all that have ended, or of these; None where nothing was."""
+        where = "" if trial_ids is None else f" WHERE trial_id IN ({','.join('?' * len(trial_ids))})"
+        return dict(self._connection.execute(f"SELECT trial_id, signs FROM outcomes{where}", trial_ids or ()))
 
     def add_sample(self, search: str, number: int, params: Mapping[str, Any], trial_ids: Sequence[str]) -> None:
         """Enters what a search chose, and the trials that are to tell what it is worth."""

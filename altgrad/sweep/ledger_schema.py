@@ -1,14 +1,19 @@
 """The tables of a ledger, and how one of an earlier version gets what it lacks: tables and columns are only added.
 
-What is measured of single layers is not among them: it would be nine tenths of the file (`layer_table`).
+What is measured of single layers is not among them: it would be nine tenths of the file (`layer_table`). Of it the
+ending of a trial carries when each rule of failure first held (`signs`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
+from typing import TYPE_CHECKING, Any
 
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS, SIGNALS
+
+if TYPE_CHECKING:
+    from altgrad.training.config import TrainConfig
 
 ROW_SIGNALS = (
     *SIGNALS,
@@ -65,7 +70,7 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS outcomes (
     trial_id TEXT PRIMARY KEY, kind TEXT NOT NULL, signal TEXT, layer TEXT, step INTEGER, value REAL,
     limit_ REAL, first_seen INTEGER, message TEXT, train_loss REAL, val_loss REAL, bits_per_byte REAL,
-    seconds REAL, formats TEXT, device TEXT, driver TEXT, hostname TEXT, recorded REAL);
+    seconds REAL, formats TEXT, device TEXT, driver TEXT, hostname TEXT, recorded REAL, signs TEXT);
 CREATE TABLE IF NOT EXISTS spend (started REAL PRIMARY KEY, hours REAL, gpu_hours REAL, usd REAL);
 CREATE TABLE IF NOT EXISTS samples (
     search TEXT NOT NULL, number INTEGER NOT NULL, params TEXT NOT NULL, trials TEXT NOT NULL,
@@ -77,11 +82,31 @@ CREATE TABLE IF NOT EXISTS notices (subject TEXT PRIMARY KEY, recorded REAL, mes
 """
 ADDED = {
     "rows": dict.fromkeys(ROW_SIGNALS, "REAL") | {"formats": "TEXT", "events": "TEXT"},
-    "outcomes": {"formats": "TEXT", "device": "TEXT", "driver": "TEXT", "hostname": "TEXT"},
+    "outcomes": dict.fromkeys(("formats", "device", "driver", "hostname", "signs"), "TEXT"),
     "trials": {"numerics": "INTEGER"},
 }
 """Columns that earlier versions lack."""
 _COLUMNS = "SELECT m.name, p.name FROM sqlite_master m JOIN pragma_table_info(m.name) p WHERE m.type = 'table'"
+
+
+def trial_values(
+    trial_id: str, config: TrainConfig, data_sha256: str, *, created: float, numerics: int | None
+) -> tuple[Any, ...]:
+    """A trial's entry, in the columns of TRIAL_FIELDS."""
+    return (
+        trial_id,
+        config.model_dump_json(),
+        config.task,
+        config.format,
+        config.arm,
+        config.policy,
+        config.optimizer.lr,
+        getattr(config.optimizer, "rung_clip", None),
+        config.seed,
+        data_sha256,
+        created,
+        numerics,
+    )
 
 
 def bring_up_to_date(connection: sqlite3.Connection) -> None:

@@ -31,6 +31,8 @@ TRIAL_SECONDS = 0.3
 """What Tune and the ledger add to a trial in a reused actor."""
 REPORT_SECONDS = 5.0
 PROBE_INTERVAL = 10
+LOOK_STEPS = 60
+"""Of a reference, before it is looked at for what other formats would make of it."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,30 @@ def probe(config: TrainConfig) -> Cost:
         ended = time.perf_counter()
     step = (plain - built) / PROBE_INTERVAL
     return Cost(built - begun, step, max(0.0, (ended - plain) - (plain - built)))
+
+
+def look_ahead(config: TrainConfig) -> list[tuple[int, str, str, float]]:
+    """What layers of a reference show of other formats after LOOK_STEPS: (step, layer, signal, value).
+
+    In this process, one thread; ValueError where it is no reference.
+    """
+    import torch
+
+    from altgrad.training.trainer import Trainer
+
+    if not config.is_reference:
+        raise ValueError(f"{config.format} {config.arm} is no reference: BF16 with adamw is expected")
+    torch.set_num_threads(1)
+    intervals = dict.fromkeys(("log_interval", "eval_interval", "checkpoint_interval", "steps"), LOOK_STEPS)
+    trainer = Trainer(config.model_copy(update=intervals | {"guards": ()}))
+    trainer.run()
+    layers = trainer.rows[-1]["layers"].items()
+    return [
+        (LOOK_STEPS, layer, signal, value)
+        for layer, signals in layers
+        for signal, value in signals.items()
+        if "@" in signal
+    ]
 
 
 def measure(trials: Iterable[TrainConfig], concurrent: int) -> dict[str, Cost]:

@@ -11,18 +11,44 @@ from __future__ import annotations
 
 from typing import Any
 
+from altgrad.sweep.axes import Constraint
 from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
-from altgrad.training.config import UNQUANTIZED, ModelConfig, ScheduleConfig
+from altgrad.training.config import UNQUANTIZED, ModelConfig, ObserveConfig, ScheduleConfig
+
+WIDER = ("E4M11", "E7M8")
+"""16 bits with the exponent bits of E4M3 and E7M0, as FP16 has those of E5M2."""
+RECIPES = ("uniform_full", "attention_bf16", "mlp_bf16", "head_bf16")
+"""Gradients and activations in 8 bits too; one kind of layer after the other left in BF16."""
 
 PRESETS: dict[str, SweepSpec] = {
     "quick": SweepSpec(),
     "standard": SweepSpec(
         name="format_ablation_standard",
-        formats=(UNQUANTIZED, *ALL_FORMATS),
+        formats=(UNQUANTIZED, *ALL_FORMATS, *WIDER),
         optimizers=("adamw", "adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid"),
+        policies=("uniform", *RECIPES),
+        constraints=(
+            Constraint(
+                name="recipes_with_adamw",
+                when={"policy": RECIPES, "optimizer": ("adamw_nearest", "adamw_sr", "manifold", "manifold_sr", "grid")},
+                reason="what a kind of layer costs is asked of AdamW over master weights",
+            ),
+            Constraint(
+                name="recipes_in_8_bits",
+                when={"policy": RECIPES, "format": ("FP16", *WIDER)},
+                reason="layers are relieved of 8-bit formats",
+            ),
+            Constraint(
+                name="wider_formats_with_adamw",
+                when={"format": ("FP16", *WIDER), "optimizer": ("adamw_sr", "manifold", "manifold_sr", "grid")},
+                reason="16 bits with as many exponent bits tell range from precision: AdamW's two arms do",
+            ),
+        ),
+        lrs=(2e-3, 4e-3),
         seeds=3,
         steps=300,
         eval_interval=50,
+        observe=ObserveConfig(shadow_every=5),
     ),
     "study": SweepSpec(
         name="format_ablation_study",

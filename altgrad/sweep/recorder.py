@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.sweep.layer_table import FILE as LAYERS
-from altgrad.sweep.layer_table import write_layers
+from altgrad.sweep.layer_table import read_layers, write_layers
 from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.signs import RULES, as_text, first_moments
 from altgrad.training.devices import places_of
 from altgrad.training.outcome import FAILED, HUNG, Outcome
 from altgrad.training.record import RowReader, read_config, read_outcome, to_plain, write_json
@@ -67,15 +68,15 @@ class Recorder:
             (self.folder / trial_id).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / trial_id / "outcome.json", outcome.to_dict())
         # Where the driver ended it, a worker may still be saving: its checkpoint goes at the next start.
-        self._tidy(trial_id, outcome, drop=own is not None)
+        self._tidy(trial_id, outcome, drop=own is not None, is_new=True)
         return outcome
 
     def ingest(self, trial_ids: Iterable[str]) -> int:
         """Records what earlier runs left and the ledger lacks; returns the number of such trials.
 
-        Tables of layer signals that are missing are made again.
+        Tables of layer signals that are missing are made again, and what ledgers of earlier versions lack.
         """
-        known, counts = self.ledger.outcomes(), self.ledger.row_counts()
+        known, counts, signs = self.ledger.outcomes(), self.ledger.row_counts(), self.ledger.signs()
         found = 0
         for trial_id in trial_ids:
             path = self.folder / trial_id / "metrics.jsonl"
@@ -88,15 +89,18 @@ class Recorder:
                 if outcome is not None:
                     self.ledger.record_outcome(trial_id, outcome)
             if (ended := outcome or known.get(trial_id)) is not None:
-                self._tidy(trial_id, ended)
+                self._tidy(trial_id, ended, is_new=new_outcome or signs.get(trial_id) is None)
         return found
 
-    def _tidy(self, trial_id: str, outcome: Outcome, *, drop: bool = True) -> None:
-        """Leaves of a trial that has ended what is to stay."""
+    def _tidy(self, trial_id: str, outcome: Outcome, *, drop: bool = True, is_new: bool) -> None:
+        """Leaves of a trial that has ended what is to stay; of a new ending the ledger gets the first signs."""
         folder = self.folder / trial_id
         record, table = folder / "metrics.jsonl", folder / LAYERS
         if record.exists() and not (table.exists() and table.stat().st_mtime_ns >= record.stat().st_mtime_ns):
             write_layers(folder)
+            is_new = True
+        if is_new and record.exists():
+            self.ledger.record_signs(trial_id, as_text(first_moments(read_layers(folder, RULES))))
         if drop and self._drops(trial_id, outcome):
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from altgrad.sweep.exclusions import BASELINE
 from altgrad.sweep.spec import is_reference
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import BASELINE, TrainConfig
 
 SHARED = ("task", "model", "data", "schedule", "clip_grad_norm", "seed", "interventions")
 

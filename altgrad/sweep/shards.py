@@ -2,7 +2,7 @@
 
     0001-3f2a9c1d/
       trials.parquet     what was asked of each trial that is new or has changed, with the heading of its record
-      outcomes.parquet   how these ended
+      outcomes.parquet   how these ended, and when each rule of failure first held
       steps.parquet      the training loss at every step of those that ended
       checks.parquet     all evaluations, and every other signal at the ends of up to 24 log intervals
       layers.parquet     layer signals at a trial's first check, its last and a few checkpoints between
@@ -48,12 +48,12 @@ IN_CHECKS = (*AT_CHECKS, "formats", "events")
 TEXTS = {
     *("trial_id", "config", "task", "format", "arm", "policy", "data_sha256", "record", "fingerprint", "kind"),
     *("signal", "layer", "message", "formats", "device", "driver", "hostname", "events", "search", "params", "trials"),
-    *("field", "source"),
+    *("field", "source", "signs"),
 }
 INTEGERS = {"seed", "numerics", "step", "first_seen", "number", "applied"}
 TABLES = {
     "trials": (*TRIAL_FIELDS, "record", "fingerprint"),
-    "outcomes": ("trial_id", *OUTCOME_FIELDS, "recorded"),
+    "outcomes": ("trial_id", *OUTCOME_FIELDS, "recorded", "signs"),
     "steps": ("trial_id", "step", *AT_EVERY_STEP),
     "checks": ("trial_id", "step", *IN_CHECKS),
     "layers": ("trial_id", "step", "layer", "signal", "value"),

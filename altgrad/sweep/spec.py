@@ -27,12 +27,13 @@ from altgrad.quantization import FORMATS, POLICIES, get_format
 from altgrad.sweep import expansion
 from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
 from altgrad.sweep.complaints import check_choice, nearest
-from altgrad.sweep.exclusions import BASELINE, RULES, Exclusion
+from altgrad.sweep.exclusions import RULES, Exclusion
 from altgrad.sweep.objectives import OBJECTIVES
 from altgrad.sweep.strict_yaml import refuse_booleans
 from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import (
     ARMS,
+    BASELINE,
     MODELS,
     UNQUANTIZED,
     DataConfig,
@@ -110,7 +111,7 @@ class SweepSpec(Frozen):
     name: str = Field("format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder")
     task: Literal["lm", "classify"] = "lm"
     formats: tuple[str, ...] = Field(
-        ("FP32", "BF16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"),
+        (UNQUANTIZED, BASELINE, "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"),
         min_length=1,
         description="format names, or 'all'; FP32 is the unquantized reference",
     )
@@ -370,7 +371,7 @@ def _checked(rule: Constraint, arms: tuple[str, ...]) -> Constraint:
 
 def is_reference(config: TrainConfig) -> bool:
     """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
-    return config.format in (UNQUANTIZED, BASELINE) and (config.arm, config.policy) == ("adamw", "uniform")
+    return config.is_reference
 
 
 def evaluated_at(rung: int, eval_interval: int) -> int:

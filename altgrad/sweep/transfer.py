@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 
 from altgrad.sweep import read_only
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.exclusions import BASELINE
 from altgrad.sweep.folder import check_folder, owned, read_manifest
 from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.ledger import Ledger, outcome_of
@@ -44,7 +43,7 @@ from altgrad.sweep.shards import (
 )
 from altgrad.sweep.spec import is_reference
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import BASELINE, TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import TrialFolder, read_config, write_json
 
@@ -95,8 +94,8 @@ def export_sweep(out: Path, folder: Path) -> Exported:
     with alone(folder), read_only.current(out / LEDGER) as connection:
         connection.execute("BEGIN")  # one state of a ledger that others write
         trials = connection.execute(f"SELECT {','.join(TRIAL_FIELDS)} FROM trials ORDER BY created, rowid").fetchall()
-        names = ("trial_id", *OUTCOME_FIELDS, "recorded")
-        endings = {row[0]: row for row in connection.execute(f"SELECT {','.join(names)} FROM outcomes")}
+        names = ",".join(TABLES["outcomes"])
+        endings = {row[0]: row for row in connection.execute(f"SELECT {names} FROM outcomes")}
         counts = dict(connection.execute("SELECT trial_id, COUNT(*) FROM rows GROUP BY trial_id"))
         prints = {row[0]: _fingerprint(row, endings.get(row[0]), counts.get(row[0], 0)) for row in trials}
         of_sweep = {
@@ -135,7 +134,8 @@ def import_sweep(folder: Path, out: Path) -> Imported:
     export = Export(folder)
     check_folder(out)
     headings = {row[0]: row[1:] for row in export.rows("trials", ("trial_id", "config", "record"))}
-    outcomes = {row[0]: outcome_of(row[1:-1]) for row in export.rows("outcomes")}
+    outcomes = {row[0]: outcome_of(row[1:]) for row in export.rows("outcomes", ("trial_id", *OUTCOME_FIELDS))}
+    signs: dict[str, str | None] = dict(export.rows("outcomes", ("trial_id", "signs")))
     rows, manifest = step_rows(export), read_manifest(folder)
     begun = {_population(name) for name in headings if name not in outcomes or outcomes[name].kind not in RESULT_KINDS}
     begun -= {None}
@@ -157,8 +157,11 @@ def import_sweep(folder: Path, out: Path) -> Imported:
             path = out / "trials" / trial_id
             shutil.rmtree(path / "checkpoint", ignore_errors=True)
             config, heading = headings[trial_id]
-            _write_record(path, config, heading, rows.get(trial_id, []), outcomes[trial_id])
+            write_record(path, config, heading, rows.get(trial_id, []), outcomes[trial_id])
         recorder.ingest(wanted)
+        for trial_id in wanted:
+            if (seen := signs[trial_id]) is not None:  # at every check; of layers few came in
+                ledger.record_signs(trial_id, seen)
         own = read_manifest(out)
         if manifest is not None and (own is None or set(own.get("trials") or ()) <= set(manifest.get("trials") or ())):
             write_json(out / MANIFEST, manifest)
@@ -205,7 +208,9 @@ def _fingerprint(trial: Sequence[Any], ending: Sequence[Any] | None, rows: int) 
     config, numerics = json.loads(trial[TRIAL_FIELDS.index("config")]), trial[TRIAL_FIELDS.index("numerics")]
     for name in ("source", "revision"):  # where the text lies, which its sha256 tells better
         config["data"].pop(name, None)
-    text = json.dumps([config, numerics, ending[1:-1], rows] if ending is not None else [config, numerics])
+    recorded = TABLES["outcomes"].index("recorded")
+    parts = [] if ending is None else [[*ending[1:recorded], *ending[recorded + 1 :]], rows]
+    text = json.dumps([config, numerics, *parts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -301,9 +306,10 @@ def _rounded(value: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(short), short, value)
 
 
-def _write_record(path: Path, config: str, heading: str, rows: list[dict[str, Any]], outcome: Outcome) -> None:
-    """What a worker that trained the trial here would have left, as far as it was exported."""
+def write_record(path: Path, config: str, heading: str, rows: list[dict[str, Any]], outcome: Outcome | None) -> None:
+    """What a worker that trained the trial here would have left, as far as it is known elsewhere."""
     with TrialFolder(path) as folder:
         folder.begin({"config": json.loads(config)} | json.loads(heading), after_step=0)
         folder.append(rows)
-        folder.finish(outcome)
+        if outcome is not None:
+            folder.finish(outcome)

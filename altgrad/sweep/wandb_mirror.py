@@ -6,6 +6,7 @@ makes the same runs again from the files at any time. Whatever W&B raises ends t
 hangs is left behind: neither stops a sweep, and only its end waits for it, `Mirror.patience` seconds at most.
 
 A run has the trial's id, the sweep as its group, and `reference` or `trial` as its job type. Its step is the trial's.
+Its configuration holds the sweep's settings too, so that `altgrad report --wandb` needs nothing else (`wandb_sweep`).
 Offline, a trial that goes on in a later run of the sweep begins a run folder of its own with the same id; online it
 continues the run, and rows that are there already are not sent again.
 
@@ -28,17 +29,17 @@ from typing import Any, Literal, cast, get_args
 
 from altgrad.sweep.complaints import check_choice
 from altgrad.sweep.folder import read_manifest
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.read_only import LEDGER
 from altgrad.sweep.spec import is_reference
-from altgrad.training.catalogue import CLASSIFICATION_SCORES, SIGNALS
+from altgrad.sweep.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, SIGNS, STEP, frequent, metrics_of, summary_of
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import RowReader, flat
 
 Mode = Literal["off", "offline", "online"]
-STEP = "trainer/step"
 TEAR_DOWN_SECONDS = 5.0
 SUMMARIES = {"val/loss": "min", "val/f1_micro": "max"}
-EVALUATED = ("perplexity", "bits_per_byte", "threshold", "eval_samples_per_s")
 OWN_WORDS = {"disabled": "off", "dryrun": "offline", "run": "online", "shared": "online"}
 """What W&B's own WANDB_MODE calls the modes."""
 
@@ -65,32 +66,12 @@ def mode_of(asked: str | None) -> Mode:
     return mode
 
 
-def metric_name(signal: str) -> str:
-    """W&B's name of a row's signal: `train/loss`, `val/f1_micro`, `test/f1_micro`, `signals/stall_ratio`."""
-    for split in ("train", "val"):
-        if signal.startswith(f"{split}_"):
-            return f"{split}/{signal.removeprefix(f'{split}_')}"
-    if signal in (*CLASSIFICATION_SCORES, "baseline_f1_micro"):
-        return f"test/{signal}"
-    schedule = SIGNALS[signal].schedule if signal in SIGNALS else "step"
-    if signal in EVALUATED or schedule == "evaluation":
-        return f"val/{signal}"
-    return f"{'train' if schedule in ('step', 'reference') else 'signals'}/{signal}"
-
-
-def metrics_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `metrics.jsonl` under W&B's names, layers as `layers/<layer>/<signal>`."""
-    found = {metric_name(name): value for name, value in row.items() if name not in ("step", "layers", "formats")}
-    for layer, signals in row.get("layers", {}).items():
-        found |= {f"layers/{layer}/{name}": value for name, value in signals.items()}
-    return found | {STEP: row["step"]}
-
-
 class TrialRun:
     """The W&B run of one trial, begun with its first row.
 
-    Signals of layers are mirrored at checkpoints only: at every check they would be four fifths of all that W&B holds,
-    half a megabyte in 100 steps. Beside the record the table of layers has them all.
+    Signals of layers are mirrored at checkpoints and at the last step, and those that are measured rarely whenever they
+    are: at every check they would be four fifths of all that W&B holds, half a megabyte in 100 steps. Beside the record
+    the table of layers has them all.
     """
 
     def __init__(self, out: Path, trial_id: str, mode: Mode) -> None:
@@ -99,6 +80,8 @@ class TrialRun:
         folder = out / "trials" / trial_id
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sweep = read_manifest(out) or {}
+        self._out, self._trial_id = out, trial_id
+        self._may_exchange = sweep.get("spec", {}).get("scheduler") == "pbt"
         config = TrainConfig.model_validate(record["config"])
         self._rows = RowReader(folder / "metrics.jsonl")
         self._layers_every = config.checkpoint_interval
@@ -113,8 +96,9 @@ class TrialRun:
             job_type="reference" if is_reference(config) else "trial",
             name=f"{config.format} {config.arm} {config.policy} seed {config.seed}",
             config=flat(record["config"])
-            | {"data.sha256": record["data_sha256"]}
-            | flat({"git": sweep.get("git") or {}}),
+            | {DATA: record["data_sha256"]}
+            | flat({"git": sweep.get("git") or {}})
+            | _of_sweep(sweep, trial_id),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -126,6 +110,8 @@ class TrialRun:
             ),
         )
         self._next = self._run.step
+        self._left_out: dict[str, Any] = {}
+        """what was not logged of the last row"""
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         for name, best in SUMMARIES.items():
@@ -135,19 +121,37 @@ class TrialRun:
         """Logs the rows that have been written since; a step that was logged before is not logged again."""
         for row in self._rows.new():
             if row["step"] >= self._next:
-                if row["step"] % self._layers_every:
-                    row.pop("layers", None)
-                self._run.log(metrics_of(row), step=row["step"])
+                metrics = metrics_of(row)
+                at_checkpoint = row["step"] % self._layers_every == 0
+                self._left_out = {} if at_checkpoint else {name: metrics.pop(name) for name in frequent(metrics)}
+                self._run.log(metrics, step=row["step"])
                 self._next = row["step"] + 1
 
     def end(self, outcome: Outcome | None) -> None:
         """Logs the last rows and how it ended; None for a trial that was only interrupted."""
         self.follow()
+        if self._left_out:  # of the same step: W&B puts them into its row
+            self._run.log(self._left_out, step=self._next - 1)
         if outcome is not None:
-            said = outcome.to_dict().items()
-            self._run.summary.update({f"outcome/{name}": value for name, value in said if value not in (None, "")})
+            self._run.summary.update(summary_of(outcome, self._run.summary.keys()) | self._in_ledger())
         is_result = outcome is not None and outcome.kind in RESULT_KINDS
         self._run.finish(exit_code=0 if is_result else 1)
+
+    def _in_ledger(self) -> dict[str, Any]:
+        """What the ledger says of a trial that has ended, beside its ending."""
+        with Ledger.reading(self._out / LEDGER) as ledger:
+            taken = ledger.mutations([self._trial_id])[0] if self._may_exchange else []
+            found = {SIGNS: ledger.signs([self._trial_id]).get(self._trial_id)}
+        return found | ({MUTATIONS: json.dumps([[*item[1:], 1] for item in taken])} if taken else {})
+
+
+def _of_sweep(manifest: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
+    """What a report needs of the sweep beside its trials: 3 KB, as one text, and the trial's place in the sweep."""
+    if not manifest:
+        return {}
+    kept = {name: value for name, value in manifest.items() if name not in ("trials", "argv")}
+    names = manifest.get("trials") or ()
+    return {MANIFEST: json.dumps(kept), PLACE: names.index(trial_id) if trial_id in names else None}
 
 
 class Mirror:

@@ -15,6 +15,9 @@ mean), `flip_yield/lm_head` that of one layer.
 | evaluation | at every evaluation |
 
 A signal that is not measured at a check keeps the guards' counts as they are.
+
+Layers of reference runs also have values under names like weight_sqnr@E4M3: what another format would make of them
+(`observers.prospects`). They are not of the run itself, and no guard may test them.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 from altgrad.training.interventions import InterventionConfig
 from altgrad.training.rules import RULES
 
-UNQUANTIZED = "FP32"
+UNQUANTIZED, BASELINE = "FP32", "BF16"
 
 
 class Frozen(BaseModel):
@@ -360,6 +360,11 @@ class TrainConfig(Frozen):
     def use_manifold_aware(self) -> bool:
         """Whether the optimizer measures its steps in the format's geometry."""
         return self.optimizer.kind in ("manifold", "grid")
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
+        return self.format in (UNQUANTIZED, BASELINE) and (self.arm, self.policy) == ("adamw", "uniform")
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Everything that can change the numbers of this run, as plain JSON values."""

@@ -7,6 +7,9 @@ the format's grid: against an arm that lives elsewhere it would count what the r
 from __future__ import annotations
 
 from altgrad.training.config import AnyOptimizerConfig, GridOptimConfig, ManifoldAdamWConfig, RoundedAdamWConfig
+from altgrad.training.rules import RULES
+
+FLOAT_BYTES = 4
 
 
 def plain_arm(optimizer: AnyOptimizerConfig) -> str:
@@ -24,3 +27,19 @@ def control_arm(optimizer: AnyOptimizerConfig) -> str:
         return ""
     is_twin = optimizer.rounding is None and optimizer.precondition == "update"
     return ManifoldAdamWConfig(quantized=False).arm if is_twin else ""
+
+
+def bytes_per_weight(optimizer: AnyOptimizerConfig, bits: int) -> tuple[float, float]:
+    """What has to be kept of a weight between steps, and of the optimizer for it, bytes.
+
+    `bits`: of the format. A master weight and every moment are float32; a weight on the grid takes the format's bits.
+    """
+    is_on_grid = isinstance(optimizer, GridOptimConfig) or getattr(optimizer, "rounding", None) is not None
+    return bits / 8 if is_on_grid else FLOAT_BYTES, FLOAT_BYTES * state_tensors(optimizer)
+
+
+def state_tensors(optimizer: AnyOptimizerConfig) -> int:
+    """How many tensors of a weight's shape the optimizer keeps for it."""
+    if isinstance(optimizer, GridOptimConfig):
+        return 1 + (optimizer.normalize == "rms") + optimizer.carry
+    return len(RULES[optimizer.kind].state) if optimizer.kind in RULES else 2

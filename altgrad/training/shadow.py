@@ -11,23 +11,20 @@ It costs one more training step per measurement and a second copy of the weights
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from altgrad.training.observers.base import Layers, Moment, Observer, Readings, Subject
-from altgrad.training.tasks import device_of
+from altgrad.training.tasks import Task, device_of
 
 
 class ShadowObserver(Observer):
-    """`build` makes the float32 model, `loss(model, step)` is the task's loss of that step's batch."""
+    """The task makes the float32 model, and has the loss of each step's batch."""
 
-    def __init__(
-        self, subject: Subject, build: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor]
-    ) -> None:
-        self._subject, self._build, self._loss = subject, build, loss
+    def __init__(self, subject: Subject, task: Task) -> None:
+        self._subject, self._task = subject, task
         self._shadow: nn.Module | None = None
         self._moment = Moment(0, check=False, detail=False)
         self._found: Readings = {}
@@ -75,13 +72,15 @@ class ShadowObserver(Observer):
     def _shadow_gradients(self) -> dict[nn.Parameter, Tensor]:
         model = self._subject.model
         if self._shadow is None:
-            self._shadow = self._build().to(device_of(model))
+            self._shadow = self._task.build().to(device_of(model))
         shadow = self._shadow.train(model.training)
         pairs = dict(zip(model.parameters(), shadow.parameters(), strict=True))
         for own, copy in pairs.items():
             copy.data.copy_(own.data)
         with torch.enable_grad():
-            found = torch.autograd.grad(self._loss(shadow, self._moment.step), list(pairs.values()), allow_unused=True)
+            found = torch.autograd.grad(
+                self._task.loss(shadow, self._moment.step), list(pairs.values()), allow_unused=True
+            )
         return {own: gradient for own, gradient in zip(pairs, found, strict=True) if gradient is not None}
 
 

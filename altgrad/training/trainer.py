@@ -33,7 +33,8 @@ from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
 from altgrad.training.devices import Device, device_of, places_of
 from altgrad.training.guards import GuardPanel, Verdict, check_layers, verdict_fields
 from altgrad.training.interventions import Interventions, describe_clip
-from altgrad.training.observers import GradientNormScore, Observers, Subject
+from altgrad.training.observers import GradientNormScore, Observer, Observers, Subject
+from altgrad.training.observers.prospects import ProspectsObserver
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
 from altgrad.training.reference import ReferenceCurve
@@ -285,8 +286,9 @@ class Trainer:
         critical: tuple[str, ...] = self.model.critical_layers()  # type: ignore[operator]
         subject = Subject(self.model, self.optimizer, self.formats, critical, self.task.epoch())
         config = self.config.observe
-        shadow = [] if config.shadow_every is None else [ShadowObserver(subject, self.task.build, self.task.loss)]
-        return Observers(subject, config, self.reference, shadow)
+        extra: list[Observer] = [] if config.shadow_every is None else [ShadowObserver(subject, self.task)]
+        extra += [ProspectsObserver(subject, self.config.optimizer.lr)] if self.config.is_reference else []
+        return Observers(subject, config, self.reference, extra)
 
     def _apply(self, *shifts: FormatShift) -> None:
         """Moves layers to other formats; the optimizer and the observers go on with them."""

@@ -39,14 +39,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_files(written: Path) -> None:
     figures = {path.name for path in (written / "figures").glob("*.png")}
     assert {path.with_suffix(".png").name for path in (written / "figures").glob("*.svg")} == figures
-    assert figures == {"heat_map.png", "loss_curves.png", "excess_curves.png", "stop_reasons.png", "flip_yield.png"}
+    names = "heat_map loss_curves excess_curves stop_reasons flip_yield interactions first_signs survival costs"
+    assert figures == {f"{name}.png" for name in names.split()}
     linked = re.findall(r"\]\((figures/[^)]+)\)", (written / "report.md").read_text())
     assert {Path(link).name for link in linked} == figures
 
 
 def test_html_needs_nothing_else(written: Path) -> None:
     html = (written / "report.html").read_text()
-    assert html.count('role="img"') == 5
+    assert html.count('role="img"') == 9
     assert not re.search(r"<script|<link|<img|@import|(src|href)=\"(?!#)|url\((?!#)", html)
     assert "four &lt;formats&gt;" in html and "f00d" in html
 

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from altgrad.analysis.signs import first_sign, layer_kind
+from altgrad.analysis.layer_signals import layer_kind
+from altgrad.analysis.records import load
+from altgrad.analysis.study import build_study
+from altgrad.analysis.why import signs_table
 from altgrad.quantization import Role
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 from altgrad.sweep.layer_table import read_layers
+from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.signs import first_moments
 from altgrad.training import Trainer
 from altgrad.training.reference import ReferenceCurve
@@ -66,15 +71,20 @@ def test_a_planted_failure_is_told_by_its_first_sign(
     reference: ReferenceCurve,
     tmp_path: Path,
 ) -> None:
-    trainer = Trainer(config(**changes), folder=tmp_path / "trial", reference=reference)
+    trial = config(**changes)
+    name = trial.trial_id("planted")
+    trainer = Trainer(trial, folder=tmp_path / "trials" / name, reference=reference)
     if plant is not None:
         plant(trainer, AT)
-    outcome = trainer.run()
-    trial = {name: "" if value is None else value for name, value in outcome.to_dict().items()}
-    sign = first_sign(trial | {"outcome": str(outcome.kind)}, first_moments(read_layers(tmp_path / "trial")))
-    assert sign is not None, outcome
-    assert (sign.direction, sign.step) == (direction, step), sign
-    assert kind in (None, sign.kind), sign
+    trainer.run()
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.add_trials({name: trial}, "planted")
+        Recorder(ledger, tmp_path / "trials").ingest([name])
+    table = signs_table(build_study(load(tmp_path).trials))
+    (line,) = table.lines
+    said = dict(zip(table.columns, line, strict=True))
+    assert (said["direction"], said["step"]) == (direction, str(step)), said
+    assert kind in (None, said["layer type"]), said
 
 
 @pytest.mark.parametrize("format", ["BF16", "E4M3", "E5M2"])

@@ -32,10 +32,11 @@ def test_equal_configurations_give_equal_losses_bitwise(arm):
     assert losses(Trainer(config(arm))) == losses(Trainer(config(arm)))
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_observers_on_equals_observers_off_bitwise(arm):
+@pytest.mark.parametrize(("arm", "name"), [*((arm, "E5M2") for arm in ARMS), ("adamw", "BF16")])
+def test_observers_on_equals_observers_off_bitwise(arm, name):
+    """A reference (BF16) has one more: of what other formats would make of it."""
     always = {"exact_ranks_every": 1, "detail_every": 1, "shadow_every": 1}
-    own = config(arm, steps=100, eval_interval=50, checkpoint_interval=50, guards=(), observe=always)
+    own = config(arm, format=name, steps=100, eval_interval=50, checkpoint_interval=50, guards=(), observe=always)
     on, off = Trainer(own), Trainer(own, observe=False)
     assert losses(on) == losses(off)
     pairs = zip(on.model.state_dict().values(), off.model.state_dict().values(), strict=True)

@@ -76,4 +76,12 @@ def test_unknown_policies_name_the_nearest():
         named_policy("unifrom", "E4M3")
     with pytest.raises(ValueError, match="E4M3"):
         named_policy("uniform", "E4M3q")
-    assert set(POLICIES) == {"uniform", "uniform_act", "uniform_full", "attention_bf16", "head_bf16", "classic"}
+    assert set(POLICIES) == {
+        "uniform",
+        "uniform_act",
+        "uniform_full",
+        "attention_bf16",
+        "mlp_bf16",
+        "head_bf16",
+        "classic",
+    }

@@ -12,7 +12,7 @@ from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
 from altgrad.training.config import ARMS, TrainConfig
 
 CLIPS, SEEDS = (1.0, 3.0, 10.0), 6
-POLICIES = ("uniform", "uniform_act", "uniform_full", "attention_bf16", "head_bf16", "classic")
+POLICIES = ("uniform", "uniform_act", "uniform_full", "attention_bf16", "mlp_bf16", "head_bf16", "classic")
 
 
 def by_hand() -> set[tuple[str, str, str, float | None]]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from altgrad.sweep import shards
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.layer_table import FILE, read_layers
 from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.signs import from_text
 from altgrad.sweep.transfer import export_sweep, import_sweep, points
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import read_rows
@@ -102,6 +105,23 @@ def test_references_are_exported_exactly(whole: Path, exported: Path, tmp_path: 
     assert both["stable_rank"].isna().sum() == 0, "measured at every check of a reference"
     both = both.dropna()
     pd.testing.assert_series_equal(both["flip_yield"], both["flip_yield_exported"], check_names=False, rtol=1e-7)
+
+
+def test_signs_of_failure_are_exported_as_they_were_seen(whole: Path, exported: Path, tmp_path: Path) -> None:
+    """An import has layers at few steps only, from which they would come out later, or not at all."""
+    import_sweep(exported, tmp_path / "there")
+    ledgers = (whole, tmp_path / "there", shutil.copytree(whole, tmp_path / "old"))
+    with sqlite3.connect(tmp_path / "old" / "ledger.sqlite") as connection:
+        connection.execute("ALTER TABLE outcomes DROP COLUMN signs")
+    with Ledger(tmp_path / "old" / "ledger.sqlite") as ledger:
+        assert set(ledger.signs().values()) == {None}
+        Recorder(ledger, tmp_path / "old" / "trials").ingest(ledger.trials())
+    found = []
+    for out in ledgers:
+        with Ledger.reading(out / "ledger.sqlite") as ledger:
+            found.append(ledger.signs())
+    assert found[0] == found[1] == found[2]
+    assert any(from_text(text or "[]") for text in found[0].values()), "E7M0 to nearest shows some"
 
 
 def test_points_are_the_first_the_last_and_checkpoints() -> None:

@@ -17,7 +17,8 @@ from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.run import run_sweep
 from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.wandb_mirror import Mirror, metric_name, mode_of
+from altgrad.sweep.wandb_mirror import Mirror, mode_of
+from altgrad.sweep.wandb_names import metric_name
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, flat, write_json
@@ -136,6 +137,20 @@ def test_an_interrupted_trial_is_no_finished_run(out: Path, monkeypatch: pytest.
     mirror.follow("t")
     mirror.close()
     assert (len(run.logged), run.exit_code, run.summary) == (6, 1, {})
+
+
+def test_a_member_of_a_population_says_what_it_took_over(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(out / "sweep.json", {"spec": {"name": "small", "scheduler": "pbt"}, "argv": ["a"], "trials": ["x", "t"]})
+    with Ledger(out / "ledger.sqlite") as ledger:
+        ledger.add_mutations([("t", 4, "lr", 1e-3, 2e-3, "waiting"), ("waiting", 4, "lr", 2e-3, 1e-3, "t")])
+    run = FakeRun()
+    begun = fake(monkeypatch, run)
+    mirror = Mirror(out, "offline", pytest.fail)
+    mirror.end("t", DONE)
+    mirror.close()
+    assert json.loads(run.summary["sweep/mutations"]) == [[4, "lr", 1e-3, 2e-3, "waiting", 1]]
+    assert json.loads(begun["config"]["sweep.manifest"]) == {"spec": {"name": "small", "scheduler": "pbt"}}
+    assert begun["config"]["sweep.place"] == 1
 
 
 def refuse() -> None:

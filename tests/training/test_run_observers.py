@@ -223,3 +223,17 @@ def test_outputs_are_summed_where_the_loss_asks_for_it():
     assert torch.isfinite(sums.end_step(device)).all()
     sums.close()
     assert step(1.0) == [True, True, True]
+
+
+def test_stiffness_is_the_spacing_where_the_weights_lie():
+    """So one grid under two names has one stiffness."""
+    found = []
+    for name in ("E0M7", "E1M6", "E7M0"):
+        trainer = Watched(config(format=name))
+        trainer.run()
+        found.append(trainer.rows[-1]["layers"][LAYER]["stiffness"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    weight = trainer.seen["after"].double().numpy()
+    scale = np.abs(weight).max() / 2.0**64  # E7M0: powers of two to 2^64, each half its own size below the next
+    expected = np.floor(np.log2(np.abs(weight[weight != 0]) / scale)) + np.log2(scale)
+    assert found[2] == pytest.approx(expected.mean(), abs=0.01)

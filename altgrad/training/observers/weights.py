@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from altgrad.quantization import (
     RankGauge,
     codes_in_use,
-    compute_stiffness_field,
     count_nonfinite,
     format_scale,
     grid_alignment_statistics,
+    ulp,
     weight_grid,
 )
 from altgrad.quantization.formats import FloatFormat
@@ -126,8 +127,8 @@ class GridObserver(Observer):
             weight = parameter.detach()
             scale = grid_scale(parameter, fmt)
             alignment = grid_alignment_statistics(weight, fmt, scale)
-            stiffness = compute_stiffness_field(weight / scale, fmt)
-            found[name, "stiffness"] = (stiffness * scale).log2().nanmean()
+            spacing = ulp(weight, fmt, scale).log2()
+            found[name, "stiffness"] = torch.where(weight != 0, spacing, torch.nan).nanmean()
             found[name, "grid_distance"] = alignment.mean_distance
             found[name, "on_grid"] = alignment.share_on_grid
             found[name, "codes_in_use"] = codes_in_use(weight, fmt, scale)
