@@ -62,7 +62,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
                 labels += _draw_format(axes, name, members, curves, high)
         return labels
 
-    _draw_panels(trials, path, f"training loss, nats\n({averaged})", (low, high), last, panel)
+    _draw_panels(trials, path, "training loss, nats", averaged, (low, high), last, panel)
     return True
 
 
@@ -102,7 +102,7 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")
         ]
 
-    _draw_panels(others, path, f"training loss minus BF16's, nats\n({averaged})", limits, last, panel)
+    _draw_panels(others, path, "training loss minus BF16's, nats", averaged, limits, last, panel)
     return True
 
 
@@ -127,7 +127,7 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             for label in _draw_format(axes, name, members, curves, top)
         ]
 
-    _draw_panels(measured, path, f"flip yield\n({averaged})", (0.0, top), last, panel)
+    _draw_panels(measured, path, "flip yield", averaged, (0.0, top), last, panel)
     return True
 
 
@@ -148,7 +148,7 @@ def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bo
         ]
 
     limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
-    _draw_panels(measured, path, f"gradient cosine\n({averaged})", limits, last, panel)
+    _draw_panels(measured, path, "gradient cosine", averaged, limits, last, panel)
     return True
 
 
@@ -156,6 +156,7 @@ def _draw_panels(
     trials: pd.DataFrame,
     path: Path,
     ylabel: str,
+    averaged: str,
     limits: tuple[float, float],
     last: int,
     panel: Callable[[Axes, str], list[Label]],
@@ -170,7 +171,7 @@ def _draw_panels(
         grid = figure.subplots(count, columns, sharex=True, sharey=True, squeeze=False)
         for axes, arm in zip(grid.flat, arms, strict=False):
             labels = panel(axes, arm)
-            axes.set(title=arm, xlabel="step", ylim=limits, xlim=(0, last * (1.2 + 0.12 * columns)))
+            axes.set(title=arm, xlabel=f"step ({averaged})", ylim=limits, xlim=(0, last * (1.2 + 0.12 * columns)))
             axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
             axes.tick_params(labelbottom=True)
             _label_ends(axes, last, labels, LINE / inner)
@@ -234,7 +235,10 @@ def _draw_format(
     if running:
         steps, mean, half = over_seeds(running)
         look = look_of(name, len(steps))
-        if np.isfinite(half).any():
+        if len(running) == 2:
+            for curve in map(thinned, running):
+                axes.plot(curve.index, curve, color=look["color"], lw=0.5, alpha=0.6)
+        elif len(running) > 2:
             axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.12, lw=0)
         axes.plot(steps, mean, lw=1.5, **look)
         labels.append((float(mean[-1]), _minus(f"{name} {mean[-1]:{form}}"), name, True))

@@ -84,47 +84,57 @@ def drawn(path: Path, height: float) -> Iterator[Figure]:
         path.with_suffix(".svg").write_text(themed(drawing.getvalue(), path.stem), encoding="utf-8")
 
 
-def heat_map(study: Study, policy: str, path: Path) -> bool:
-    """Loss, or a classifier's error, minus BF16 AdamW's by format and arm, and below it minus that of BF16 with the
-    same arm; False where there is no reference or no cell."""
-    cells = {(cell.format, cell.arm): cell for cell in study.cells if cell.policy == policy}
+Column = tuple[str, str]
+"""Policy and arm."""
+
+
+def heat_map(study: Study, policies: Sequence[str], path: Path) -> bool:
+    """Loss, or a classifier's error, minus BF16 AdamW's by format and by arm and policy, and below it minus that of
+    BF16 with the same arm; False where there is no reference or no cell."""
+    cells = {(cell.format, cell.policy, cell.arm): cell for cell in study.cells if cell.policy in policies}
     if study.reference is None or not cells:
         return False
-    names = sorted({name for name, _ in cells}, key=format_order)
-    arms = sorted({arm for _, arm in cells}, key=arm_order)
+    names = sorted({cell.format for cell in cells.values()}, key=format_order)
+    columns = columns_of(study, policies)
     own = {cell.key for cell in cells.values()}
     blocks = [(f"{_measured(study)} minus BF16 AdamW's", study.against_reference, names)]
     same = {key: item for key, item in study.against_same_arm.items() if key in own}
-    if len(arms) > 1 and same:
+    if len({arm for _, arm in columns}) > 1 and same:
         rows = [name for name in names if any(key[0] == name for key in same)]
         blocks.append((f"{_measured(study)} minus that of BF16 with the same arm", same, rows))
     means = [abs(item.mean) for _, found, _ in blocks for key, item in found.items() if key in own]
     largest = max((mean for mean in means if math.isfinite(mean)), default=0.1)
     norm = SymLogNorm(linthresh=LINEAR, vmin=-max(largest, 0.1), vmax=max(largest, 0.1), base=10)
     heights = [0.5 * len(rows) for *_, rows in blocks]
-    with drawn(path, sum(heights) + 0.75 * len(blocks) + 1.0) as figure:
+    with drawn(path, sum(heights) + 0.9 * len(blocks) + 1.0) as figure:
         grid = figure.subplots(len(blocks) + 1, 1, height_ratios=[*heights, 0.35])
         for axes, (title, contrasts, rows) in zip(grid, blocks, strict=False):
-            _draw_block(axes, study, cells, rows, arms, contrasts, norm)
+            _draw_block(axes, study, cells, rows, columns, contrasts, norm)
             axes.set_title(title)
         _draw_scale(grid[-1], norm, study.unit)
     return True
 
 
+def columns_of(study: Study, policies: Sequence[str]) -> list[Column]:
+    """What a heat map of these policies has a column for."""
+    found = {(cell.policy, cell.arm) for cell in study.cells if cell.policy in policies}
+    return sorted(found, key=lambda column: (list(policies).index(column[0]), arm_order(column[1])))
+
+
 def _draw_block(
     axes: Axes,
     study: Study,
-    cells: Mapping[tuple[str, str], Cell],
+    cells: Mapping[tuple[str, str, str], Cell],
     names: Sequence[str],
-    arms: Sequence[str],
+    columns: Sequence[Column],
     contrasts: Mapping[Key, Contrast],
     norm: SymLogNorm,
 ) -> None:
-    """A field per format and arm: its colour by the mean, faded and without a border where nothing is decided."""
-    size = 9 if len(arms) <= 5 else 7.5 if len(arms) <= 8 else 5.5
+    """A field per format and column: its colour by the mean, faded and without a border where nothing is decided."""
+    size = 9 if len(columns) <= 5 else 7.5 if len(columns) <= 8 else 6 if len(columns) <= 12 else 5
     for row, name in enumerate(names):
-        for column, arm in enumerate(arms):
-            cell = cells.get((name, arm))
+        for place, column in enumerate(columns):
+            cell = cells.get((name, *column))
             if cell is None:
                 continue
             item = contrasts.get(cell.key)
@@ -133,17 +143,27 @@ def _draw_block(
                 area |= {"hatch": "////", "edgecolor": SOFT, "lw": 0}
             elif item is not None and math.isfinite(item.mean):
                 area |= _shade(item.mean, norm, decided=item.decided)
-            axes.add_patch(Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, **area))
+            axes.add_patch(Rectangle((place + 0.03, row + 0.05), 0.94, 0.9, **area))
             # Not one text of two lines: SVG aligns each line by itself.
-            for text, y in zip(_cell_text(study, cell, item), (0.32, 0.68), strict=True):
+            texts = [text for text in _cell_text(study, cell, item) if text]
+            for text, y in zip(texts, (0.32, 0.68) if len(texts) == 2 else (0.5,), strict=True):
                 box = {"facecolor": FAINT, "edgecolor": "none", "pad": 1.5} if cell.stops else None
-                axes.text(column + 0.5, row + y, text, ha="center", va="center", fontsize=size, bbox=box)
-    axes.set(xlim=(0, len(arms)), ylim=(len(names), 0))
-    axes.set_xticks(np.arange(len(arms)) + 0.5, [arm.replace("_", "\n", 1).replace(", ", "\n") for arm in arms])
+                axes.text(place + 0.5, row + y, text, ha="center", va="center", fontsize=size, bbox=box)
+    # A field is no wider than its numbers want.
+    axes.set(xlim=(0, max(len(columns), 4)), ylim=(len(names), 0))
+    labels = [_column_text(column, columns[0][0]) for column in columns]
+    axes.set_xticks(np.arange(len(columns)) + 0.5, labels, fontsize=10 if len(columns) <= 8 else 7.5)
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def _column_text(column: Column, first: str) -> str:
+    """The arm over several lines, with its policy where that is not the first's."""
+    policy, arm = column
+    text = arm.replace("_", "\n", 1).replace(", ", "\n")
+    return text if policy == first else f"{text}\n{policy.replace('_', chr(10), 1)}"
 
 
 def _shade(mean: float, norm: SymLogNorm, *, decided: bool) -> dict[str, Any]:

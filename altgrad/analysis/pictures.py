@@ -17,29 +17,36 @@ Draw = Callable[[pd.DataFrame, Sequence[str], Path], bool]
 """Draws trials, with the `panel` of each, of these policies into a file; False where there is nothing to show."""
 MOST_PANELS = 8
 """Of a picture of several policies."""
+MOST_COLUMNS = 12
+"""Of one heat map."""
+HEAT_MAP = (
+    "What formats are judged by, minus BF16's at the same seed: mean and half the simultaneous interval. Above, "
+    "against BF16 AdamW, which the verdicts are of; below, where several arms were run, against BF16 with the same "
+    "arm, which leaves what the format does. Purple is lower than BF16, orange higher, stronger the larger the "
+    "difference. A full colour with a border is decided; a faded one is not. Hatched cells had runs stopped and have "
+    "no mean."
+)
+NO_REFERENCE = "There is no BF16 AdamW reference to measure from."
 OF_EVERY_POLICY = ("loss_curves", "excess_curves", "first_signs")
 """Pictures by the beginning of their file's name; the others are of the policy that the finding speaks of."""
 BANDS = (
     "Bands are 95 % t intervals of that mean at each step, from 3 seeds on, and not corrected for the number of steps "
-    "or lines."
+    "or lines; of 2 seeds, whose interval would fill the panel, each is a thin line."
 )
 
 
 def heat_map(material: Material) -> Section:
-    """Every format and arm beside BF16."""
-    return _section(
-        material,
-        "Distance from BF16",
-        Group.TRAINING,
-        "What formats are judged by, minus BF16's at the same seed: mean and half the simultaneous interval. Above, "
-        "against BF16 AdamW, which the verdicts are of; below, where several arms were run, against BF16 with the same "
-        "arm, which leaves what the format does. Purple is lower than BF16, orange higher, stronger the larger the "
-        "difference. A full colour with a border is decided; a faded one is not. Hatched cells had runs stopped and "
-        "have no mean.",
-        "There is no BF16 AdamW reference to measure from.",
-        "heat_map",
-        lambda _, policies, path: figures.heat_map(material.study, policies[0], path),
-    )
+    """Every format, arm and policy beside BF16: one picture, or one per policy where that would be too wide."""
+    title, study, policies = "Distance from BF16", material.study, material.policies
+    parts = [policies] if len(figures.columns_of(study, policies)) <= MOST_COLUMNS else [[name] for name in policies]
+    shown = []
+    for part in parts:
+        suffix = "" if len(part) == len(policies) else f"_{part[0]}"
+        path = material.picture(f"heat_map{suffix}", partial(figures.heat_map, study, part))
+        if path is not None:
+            said = (f"{title}, policy {part[0]}", f"Policy {part[0]}.") if suffix else (title, "")
+            shown.append(Picture(said[0], path, said[1]))
+    return Section(title, Group.TRAINING, HEAT_MAP, pictures=shown, nothing=NO_REFERENCE)
 
 
 def loss_curves(material: Material) -> Section:
