@@ -69,7 +69,7 @@ def survival(material: Material) -> Section:
             material,
             "Survival",
             "survival",
-            lambda _, policy, path: comparison_figures.survival(material.study, policy, last, path),
+            lambda _, policies, path: comparison_figures.survival(material.study, policies[0], last, path),
         ),
     )
 
@@ -104,7 +104,7 @@ def learning_rates(material: Material) -> Section:
             material,
             title,
             "learning_rates",
-            lambda _, policy, path: comparison_figures.rate_sensitivity(material.study, policy, path),
+            lambda _, policies, path: comparison_figures.rate_sensitivity(material.study, policies[0], path),
         )
         if several
         else [],

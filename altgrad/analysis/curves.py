@@ -1,5 +1,7 @@
-"""Pictures of signals over steps: one panel per arm, one line per format, so that formats compare within an
-arm.
+"""Pictures of signals over steps: one panel per arm, one line per format, so that formats compare within an arm.
+
+Trials have a column `panel` that says in which they are drawn: their arm's, that of their policy and arm, or none ("")
+for a reference that others are only measured from.
 
 Seeds are drawn as their mean and its 95 % t interval. Axes are shared between the panels and cut to where runs
 differ. What leaves the axis is not hidden: a stopped run ends in a cross, at the upper edge if that is where
@@ -29,6 +31,8 @@ from altgrad.analysis.palette import BACK, INK, WARN, line_of, marked
 from altgrad.analysis.records import FAILED
 from altgrad.training.guards import DEFAULT_GUARDS
 
+LEAST_BAND = 3
+"""Seeds from which a mean has a band."""
 LINE = 0.165
 """Inches between two names beside lines."""
 POINTS = 120
@@ -53,7 +57,7 @@ def loss_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             axes.plot(shown.index, shown, lw=1.6, zorder=4, **look_of(REFERENCE_FORMAT, len(shown)))
             end = float(reference.iloc[-1])
             labels.append((end, f"BF16 {REFERENCE_ARM} {end:.2f}", REFERENCE_FORMAT, True))
-        for name, members in _by_format(trials[trials["optimizer"] == arm]):
+        for name, members in _by_format(trials[trials["panel"] == arm]):
             if reference is None or (arm, name) != (REFERENCE_ARM, REFERENCE_FORMAT):
                 labels += _draw_format(axes, name, members, curves, high)
         return labels
@@ -94,7 +98,7 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
         axes.plot([0, last], [0, 0], color=INK, lw=1.4, zorder=4)
         return [
             label
-            for name, members in _by_format(others[others["optimizer"] == arm])
+            for name, members in _by_format(others[others["panel"] == arm])
             for label in _draw_format(axes, name, members, excess, limits[1], "+.3f")
         ]
 
@@ -119,7 +123,7 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
             axes.text(0, limit, f" stalled below {limit:g}", color=WARN, fontsize=8, va="bottom")
         return [
             label
-            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for name, members in _by_format(measured[measured["panel"] == arm])
             for label in _draw_format(axes, name, members, curves, top)
         ]
 
@@ -139,7 +143,7 @@ def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bo
     def panel(axes: Axes, arm: str) -> list[Label]:
         return [
             label
-            for name, members in _by_format(measured[measured["optimizer"] == arm])
+            for name, members in _by_format(measured[measured["panel"] == arm])
             for label in _draw_format(axes, name, members, curves, 1.0, ".3f")
         ]
 
@@ -157,8 +161,9 @@ def _draw_panels(
     last: int,
     panel: Callable[[Axes, str], list[Label]],
 ) -> None:
-    """One panel per arm, two to a row, axes shared; `panel` draws one and returns the names of its lines."""
-    arms = sorted(trials["optimizer"].unique(), key=arm_order)
+    """One panel per name in the trials' column `panel`, two to a row, axes shared; `panel` draws one and returns the
+    names of its lines."""
+    arms = sorted({name for name in trials["panel"] if name}, key=arm_order)
     columns = min(2, len(arms))
     inner = max(2.2, LINE * (trials["format"].nunique() + 2))
     count = -(-len(arms) // columns)
@@ -195,7 +200,7 @@ def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict
     groups = {str(trial_id): own for trial_id, own in values.groupby(kept["trial_id"].to_numpy())}
     if not groups:
         return {}, ""
-    spacing = int(min(np.diff(own.index).min(initial=own.index[0]) for own in groups.values()))
+    spacing = int(min(np.diff(own.index).min() if len(own) > 1 else own.index[0] for own in groups.values()))
     window = max(1, int(kept["step"].max()) // 20 // spacing)
     if window == 1:
         return groups, "each step" if spacing == 1 else f"every {spacing} steps"
@@ -251,7 +256,10 @@ def _kept(count: int) -> list[int]:
 
 
 def over_seeds(curves: Sequence[pd.Series]) -> tuple[Array, Array, Array]:
-    """Steps, thinned; the mean of the curves at each, and half its 95 % t interval, NaN where only one has a value."""
+    """Steps, thinned; the mean of the curves at each, and half its 95 % t interval.
+
+    That is NaN where fewer than three have a value: of two it is nine times their distance, and hides all else.
+    """
     steps = curves[0].index
     if not all(curve.index.equals(steps) for curve in curves[1:]):
         steps = pd.Index(sorted(set().union(*(curve.index for curve in curves))))
@@ -262,7 +270,7 @@ def over_seeds(curves: Sequence[pd.Series]) -> tuple[Array, Array, Array]:
     n = known.sum(axis=0)
     mean = np.divide(np.where(known, values, 0.0).sum(axis=0), n, out=np.full(len(kept), np.nan), where=n > 0)
     squares = np.where(known, (values - mean) ** 2, 0.0).sum(axis=0)
-    df = np.where(n > 1, n - 1.0, np.nan)
+    df = np.where(n >= LEAST_BAND, n - 1.0, np.nan)
     half = special.stdtrit(df, 1 - ALPHA / 2) * np.sqrt(squares / df / np.maximum(n, 1))
     return kept.to_numpy(dtype=float), mean, half
 

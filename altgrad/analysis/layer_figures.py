@@ -24,9 +24,10 @@ BINADE = "weight_binade@"
 
 
 def over_training(cells: Sequence[Cell], by_kind: pd.DataFrame, path: Path) -> bool:
-    """A row per kind of layer, a column per signal, a line per format (means over seeds); False without any.
+    """A row per kind of layer, a column per signal that is not 0 throughout, a line per format (means over seeds).
 
-    `cells`: of one arm and policy. `by_kind`: see `layer_signals.signals_by_kind`.
+    False, and no file, where there is none. `cells`: of one arm and policy. `by_kind`: of
+    `layer_signals.signals_by_kind`.
     """
     owners = {name: cell.format for cell in cells for name in cell.trial_ids}
     own = by_kind[by_kind["trial_id"].isin(owners) & by_kind["signal"].isin(OVER_TRAINING)]
@@ -34,12 +35,15 @@ def over_training(cells: Sequence[Cell], by_kind: pd.DataFrame, path: Path) -> b
         return False
     own = own.assign(format=own["trial_id"].map(owners))
     means = own.groupby(["kind", "signal", "format", "step"])["value"].mean()
+    shown = {name: title for name, title in OVER_TRAINING.items() if (own["value"][own["signal"] == name] != 0).any()}
+    if not shown:
+        return False
     kinds = [kind for kind in KINDS if kind in means.index.get_level_values("kind")]
     names = sorted(set(own["format"]), key=format_order)
     with drawn(path, 0.8 + 1.25 * len(kinds)) as figure:
-        grid = figure.subplots(len(kinds), len(OVER_TRAINING), sharex=True, sharey="col", squeeze=False)
+        grid = figure.subplots(len(kinds), len(shown), sharex=True, sharey="col", squeeze=False)
         for row, kind in enumerate(kinds):
-            for axes, (signal, title) in zip(grid[row], OVER_TRAINING.items(), strict=True):
+            for axes, (signal, title) in zip(grid[row], shown.items(), strict=True):
                 for name in names:
                     if (kind, signal, name) in means.index:
                         curve = means[kind, signal, name].sort_index()
@@ -48,9 +52,6 @@ def over_training(cells: Sequence[Cell], by_kind: pd.DataFrame, path: Path) -> b
                     axes.set_title(title, fontsize=9)
                 axes.tick_params(labelsize=8)
             grid[row][0].set_ylabel(kind, fontsize=9)
-        # Overflow is 0 in healthy runs: noise around it is not to fill the panel.
-        top = means.xs("weight_overflow", level="signal").max() if "weight_overflow" in set(own["signal"]) else 0.0
-        grid[0][-1].set_ylim(-0.03 * max(0.01, top), 1.05 * max(0.01, top))
         for axes in grid[-1]:
             axes.set_xlabel("step", fontsize=9)
         handles = [Line2D([], [], lw=1.3, label=name, **line_of(name)) for name in names]

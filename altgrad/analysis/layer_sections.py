@@ -19,7 +19,7 @@ def first_signs(material: Material) -> Section:
     """Where in a step, in which layers and when runs begin to fail."""
     title, last = "First signs over training", int(material.trials["steps"].max())
     pictures = by_policy(
-        material, title, "first_signs", lambda _, policy, path: timeline(material.study, policy, last, path)
+        material, title, "first_signs", lambda _, policies, path: timeline(material.study, policies, last, path)
     )
     return Section(
         "First signs of failure",
@@ -68,7 +68,8 @@ def layers_over_training(material: Material) -> Section:
         "Layers over training",
         Group.FAILURES,
         f"Of {arm}, means over seeds. Stiffness: the spacing of the grid at the weights; where it grows past the size "
-        "of the steps, flip yield falls. Overflow: weights beyond the format's largest value.",
+        "of the steps, flip yield falls. Overflow: weights beyond the format's largest value; left out where it is 0 "
+        "throughout, as it is under scales that follow the largest weight.",
         pictures=[] if picture is None else [Picture("Layers over training", picture)],
         nothing="No signals of layers are recorded.",
     )
@@ -102,9 +103,10 @@ def predictions(material: Material) -> Section:
     found = judged(study, prospects)
     caption = (
         "Predicted to fail: a signal of the reference's own tensors and steps, put on the format's grid, is beyond "
-        "the limit that healthy runs keep (the rules of the first signs; nothing is fitted to this sweep). Score: "
-        "what orders the formats of an arm: flip yield for arms that round to nearest, else the least signal to noise"
-        " of the rounded roles, dB."
+        "the limit that healthy runs keep (the rules of the first signs), or, for arms that round to nearest, a "
+        "step moves fewer than 15 % of the weights. Nothing is fitted to this sweep. Score: what orders the formats"
+        " of an arm, the share of weights that a step moves for arms that round to nearest, else the least signal "
+        "to noise of the rounded roles, dB."
     )
     return Section(
         "Predicted before training",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pandas as pd
 
 from altgrad.analysis import curves, figures
 from altgrad.analysis.sections import Group, Material, Picture, Section
+from altgrad.analysis.wording import listed
 
-Draw = Callable[[pd.DataFrame, str, Path], bool]
-"""Draws the trials of a policy into a file; False where there is nothing to show."""
+Draw = Callable[[pd.DataFrame, Sequence[str], Path], bool]
+"""Draws trials, with the `panel` of each, of these policies into a file; False where there is nothing to show."""
+MOST_PANELS = 8
+"""Of a picture of several policies."""
 MOST_COLUMNS = 12
 """Of one heat map."""
 HEAT_MAP = (
@@ -108,22 +112,34 @@ def _section(
 
 
 def by_policy(material: Material, title: str, name: str, draw: Draw) -> list[Picture]:
-    """A picture per policy of which there is something to show."""
-    # A curve under a format's name is of that format alone.
-    trials = material.trials[material.trials["formats"] == ""]
+    """A picture of the policy that the finding speaks of, and one of all others, or one of each where that would have
+    too many panels; those of which there is something to show."""
+    main = material.study.policy
+    others = [policy for policy in material.policies if policy != main] if name in OF_EVERY_POLICY else []
+    panels = {(cell.policy, cell.arm) for cell in material.study.cells if cell.policy in others}
+    parts = [[main], *([others] if len(panels) <= MOST_PANELS else [[policy] for policy in others] if others else [])]
     several = len(material.policies) > 1
     shown = []
-    for policy in material.policies if name in OF_EVERY_POLICY else [material.study.policy]:
-        own = trials[trials["trial_id"].isin(_chosen_ids(material, policy))]
-        path = material.picture(f"{name}_{policy}" if several else name, partial(draw, own, policy))
+    for part in (part for part in parts if part):
+        said = part[0] if len(part) == 1 else "others"
+        path = material.picture(f"{name}_{said}" if several else name, partial(draw, _paneled(material, part), part))
         if path is not None:
-            named = (f"{title}, policy {policy}", f"Policy {policy}.") if several else (title, "")
-            shown.append(Picture(named[0], path, named[1]))
-    return shown
+            words = f"Policy {said}." if len(part) == 1 else f"Policies {listed(part)}."
+            shown.append(Picture(f"{title}, {words[0].lower()}{words[1:-1]}" if several else title, path, words))
+    return shown if several else [replace(picture, caption="") for picture in shown]
 
 
-def _chosen_ids(material: Material, policy: str) -> set[str]:
-    """The trials of the policy's cells at their chosen parameters, and the reference's."""
+def _paneled(material: Material, policies: Sequence[str]) -> pd.DataFrame:
+    """The trials of the policies' cells at their chosen parameters, with the panel that each is drawn in, and the
+    reference's."""
     study = material.study
-    cells = [cell for cell in study.cells if cell.policy == policy or cell is study.reference]
-    return {trial_id for cell in cells for trial_id in cell.trial_ids}
+    panels = {
+        name: cell.arm if len(policies) == 1 else f"{cell.policy}: {cell.arm}"
+        for cell in study.cells
+        if cell.policy in policies
+        for name in cell.trial_ids
+    }
+    measured_from = dict.fromkeys(() if study.reference is None else study.reference.trial_ids, "")
+    # A curve under a format's name is of that format alone.
+    own = material.trials[material.trials["formats"] == ""]
+    return own.assign(panel=own["trial_id"].map(measured_from | panels)).dropna(subset="panel")

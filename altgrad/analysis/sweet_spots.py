@@ -8,7 +8,6 @@ Signals are compared between formats over the same seeds; the formats named are 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,8 @@ QUESTIONS = (
     Question("gradient_sqnr", "gradient", "gradients kept", "dB", ("adamw", "adamw_sr", "adamw_nearest")),
     Question("flip_yield", "weight", "steps that arrive, to nearest", "", ("adamw_nearest",)),
 )
+ROLES = ("activation", "gradient")
+"""Roles that `uniform` leaves in BF16."""
 NOISE = 1e-6
 """Of a signal's size: differences below it are float32's."""
 SIGNALS = tuple(dict.fromkeys(question.signal for question in QUESTIONS))
@@ -189,15 +190,16 @@ def relief_table(found: Sequence[Contrast], unit: str) -> Table:
 def recipe_text(cell: Cell) -> str:
     """What tells the cell's policy from `uniform`, in words."""
     own, plain = named_policy(cell.policy, cell.format), named_policy(MAIN_POLICY, cell.format)
-    kept, roles = [], Counter[str]()
+    kept: list[str] = []
+    roles: dict[str, None] = {}
     for name in LAYERS:
         rule, usual = own.resolve(name), plain.resolve(name)
         if rule is None or rule.weight is None:
             kept.append(layer_kind(name))
-        for role in ("activation", "gradient"):
-            if rule is not None and getattr(rule, role) != getattr(usual, role):
-                roles[f"{role}s in {getattr(rule, role).format}"] += 1
-    parts = [*([f"{listed(_shortened(kept))} in BF16"] if kept else []), *roles]
+        else:
+            roles |= dict.fromkeys(role for role in ROLES if getattr(rule, role) != getattr(usual, role))
+    parts = [f"{listed(_shortened(kept))} in BF16"] if kept else []
+    parts += [f"{listed(f'{role}s' for role in roles)} in 8 bits too"] if roles else []
     return f"{cell.policy}: {', '.join(parts)}" if parts else cell.policy
 
 

@@ -6,6 +6,7 @@ end is seldom what began it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -96,9 +97,9 @@ def _fails(study: Study, cell: Cell) -> bool:
     return verdict is not None and verdict.word == "fails"
 
 
-def timeline(study: Study, policy: str, last: int, path: Path) -> bool:
+def timeline(study: Study, policies: Sequence[str], last: int, path: Path) -> bool:
     """First signs by direction and stops, a row per failing cell, to step `last`; False where there is none."""
-    cells = [cell for cell in failing(study) if cell.policy == policy][:MOST_ROWS]
+    cells = [cell for cell in failing(study) if cell.policy in policies][:MOST_ROWS]
     cells = [cell for cell in cells if cell.stops or any(cell.signs.values())]
     if not cells:
         return False
@@ -108,7 +109,8 @@ def timeline(study: Study, policy: str, last: int, path: Path) -> bool:
             _draw_row(axes, row, cell, last)
         axes.set(xlabel="step", xlim=(0, last * 1.42), ylim=(len(cells) - 0.4, -0.6))
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
-        axes.set_yticks(range(len(cells)), [f"{cell.format} {cell.arm}" for cell in cells])
+        names = [f"{cell.format} {cell.arm}{f', {cell.policy}' if len(policies) > 1 else ''}" for cell in cells]
+        axes.set_yticks(range(len(cells)), names)
         axes.tick_params(length=0, axis="y")
         handles = [
             Line2D([], [], marker=marker, color=colour, ls="", label=f"first sign, {pass_text(direction)}")

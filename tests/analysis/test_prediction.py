@@ -21,12 +21,12 @@ def prospects(**changes: dict[str, float]) -> dict[str, dict[str, float]]:
 CASES = (
     ("E5M2", "uniform", "adamw", {}, "trains", ""),
     ("E5M2", "uniform", "adamw", {"E5M2": {"weight_sqnr": 8.0}}, "fails", "weight_sqnr"),
-    ("E5M2", "uniform", "adamw", {"E5M2": {"gradient_sqnr": 8.0, "flip_yield": 0.1}}, "trains", ""),
+    ("E5M2", "uniform", "adamw", {"E5M2": {"gradient_sqnr": 8.0, "flip_rate": 0.1}}, "trains", ""),
     ("E5M2", "uniform_full", "adamw", {"E5M2": {"gradient_underflow": 0.99}}, "fails", "gradient_underflow"),
     ("E4M3", "uniform_full", "adamw", {"E4M3": {"gradient_underflow": 0.99}}, "trains", ""),
     ("E4M3", "uniform_full", "adamw", {"E5M2": {"gradient_underflow": 0.99}}, "fails", "gradient_underflow"),
-    ("E5M2", "uniform", "adamw_nearest", {"E5M2": {"flip_yield": 0.1}}, "fails", "flip_yield"),
-    ("E5M2", "uniform", "adamw_sr", {"E5M2": {"flip_yield": 0.1}}, "trains", ""),
+    ("E5M2", "uniform", "adamw_nearest", {"E5M2": {"flip_rate": 0.1}}, "fails", "flip_rate"),
+    ("E5M2", "uniform", "adamw_sr", {"E5M2": {"flip_rate": 0.1}}, "trains", ""),
 )
 
 
@@ -79,7 +79,7 @@ def test_a_plan_names_what_is_expected_to_fail() -> None:
     trials = [
         TrainConfig(format=name, optimizer=ARMS[arm]) for name in ("BF16", "E5M2") for arm in ("adamw", "adamw_nearest")
     ]
-    lines = planned(prospects(E5M2={"flip_yield": 0.1}), trials)
-    assert lines == ["predicted to fail, adamw_nearest under uniform: E5M2 (flip_yield 0.1)"]
+    lines = planned(prospects(E5M2={"flip_rate": 0.1}), trials)
+    assert lines == ["predicted to fail, adamw_nearest under uniform: E5M2 (flip_rate 0.1)"]
     assert planned(prospects(), trials) == ["no format is predicted to fail"]
     assert planned(prospects(), trials[:2]) == []

@@ -78,8 +78,8 @@ def test_what_a_recipe_gives_back_is_measured_against_uniform() -> None:
         ("attention_bf16", "attention_bf16: attention in BF16"),
         ("mlp_bf16", "mlp_bf16: MLP in BF16"),
         ("head_bf16", "head_bf16: head in BF16"),
-        ("uniform_act", "uniform_act: activations in E5M2"),
-        ("uniform_full", "uniform_full: activations in E5M2, gradients in E5M2"),
+        ("uniform_act", "uniform_act: activations in 8 bits too"),
+        ("uniform_full", "uniform_full: activations and gradients in 8 bits too"),
         ("uniform", "uniform"),
     ],
 )

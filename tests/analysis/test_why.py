@@ -49,8 +49,8 @@ def test_the_answer_names_the_first_sign() -> None:
 
 
 def test_the_timeline_is_drawn_where_there_are_signs(tmp_path: Path) -> None:
-    assert timeline(study(), "uniform", 100, tmp_path / "timeline.png")
+    assert timeline(study(), ["uniform"], 100, tmp_path / "timeline.png")
     width, height = struct.unpack(">II", (tmp_path / "timeline.png").read_bytes()[16:24])
     assert width == 1170 and 150 < height < 600
-    assert not timeline(study_of([cell({0: BASE}, format="BF16")]), "uniform", 100, tmp_path / "none.png")
+    assert not timeline(study_of([cell({0: BASE}, format="BF16")]), ["uniform"], 100, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
