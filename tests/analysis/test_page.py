@@ -124,13 +124,9 @@ def test_a_print_holds_every_column(report: Path, page: Page, tmp_path: Path) ->
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_axe_finds_no_serious_fault(report: Path, page: Page, axe: str, width: int, dark: bool) -> None:
+def test_axe_finds_no_fault(report: Path, page: Page, axe: str, width: int, dark: bool) -> None:
     page.open(report, width, dark=dark)
     page.run(f"{axe}; 0")
     found = page.run("axe.run(document, {resultTypes: ['violations']}).then(r => JSON.stringify(r.violations))")
-    serious = [
-        (fault["id"], fault["impact"], [node["html"][:120] for node in fault["nodes"][:3]])
-        for fault in json.loads(found)
-        if fault["impact"] in ("serious", "critical") or fault["id"] == "color-contrast"
-    ]
-    assert not serious
+    faults = [(item["id"], item["impact"], item["nodes"][0]["html"][:120]) for item in json.loads(found)]
+    assert not faults
