@@ -47,6 +47,8 @@ def widths_table(study: Study, found: Sequence[Contrast]) -> Table:
 
 
 def _lack_text(study: Study, item: Contrast) -> str:
+    if not item.other.n:
+        return "no result at 16 bits"
     narrow, wide = (_fails(study, cell) for cell in (item.cell, item.other))
     if narrow and wide:
         return "fails at 16 bits too: mantissa bits are not what is missing"

@@ -200,7 +200,8 @@ def _curves(trials: pd.DataFrame, rows: pd.DataFrame, signal: str) -> tuple[dict
     groups = {str(trial_id): own for trial_id, own in values.groupby(kept["trial_id"].to_numpy())}
     if not groups:
         return {}, ""
-    spacing = int(min(np.diff(own.index).min() if len(own) > 1 else own.index[0] for own in groups.values()))
+    apart = [np.diff(own.index).min() for own in groups.values() if len(own) > 1]
+    spacing = int(min(apart or [own.index[0] for own in groups.values()]))
     window = max(1, int(kept["step"].max()) // 20 // spacing)
     if window == 1:
         return groups, "each step" if spacing == 1 else f"every {spacing} steps"

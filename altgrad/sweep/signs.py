@@ -119,9 +119,9 @@ def as_text(moments: Iterable[Moment]) -> str:
 
 
 def from_text(text: str) -> list[Moment]:
-    """The inverse of `as_text`; rules that a later version no longer has are left out."""
+    """The inverse of `as_text`, without what the rules of this version do not hold of."""
     found = (Moment(signal, layer, step, from_plain(value)) for signal, layer, step, value in json.loads(text))
-    return [item for item in found if item.signal in RULES]
+    return [item for item in found if item.signal in RULES and item.rule.holds(np.array([item.value]))[0]]
 
 
 def first_of(moments: Iterable[Moment]) -> Moment | None:

@@ -19,7 +19,7 @@ from altgrad.quantization.scaling import ScaleRule
 from altgrad.sweep.layer_table import read_layers
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.signs import first_moments
+from altgrad.sweep.signs import Moment, as_text, first_moments, from_text
 from altgrad.training import Trainer
 from altgrad.training.reference import ReferenceCurve
 from tests.training import faults
@@ -122,3 +122,8 @@ def test_a_healthy_run_shows_no_sign(format: str, policy: str, reference: Refere
 )
 def test_layers_are_known_by_their_names(name: str, kind: str) -> None:
     assert layer_kind(name) == kind
+
+
+def test_what_a_ledger_says_is_held_against_the_rules_of_now() -> None:
+    seen = [Moment("gradient_underflow", "lm_head", 10, 0.5), Moment("flip_yield", "lm_head", 20, 0.1)]
+    assert from_text(as_text([*seen, Moment("no_rule", "", 5, 1.0)])) == seen[1:]
