@@ -215,7 +215,7 @@ def choices_table(study: Study) -> Table:
                     chosen or outside or DASH,
                 )
             )
-    columns = ("format", "arm", "policy", "lr", "finished", _measure(study), "minus the chosen", "")
+    columns = ("format", "arm", "policy", "lr", "finished", _measure(study), "minus the chosen", "choice")
     return slim(Table(columns, lines, frozenset({3, 4, 5, 6}), "format", links(cells)), ("policy",))
 
 
