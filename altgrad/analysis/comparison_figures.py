@@ -149,17 +149,18 @@ def trade_offs(found: pd.DataFrame, policy: str, unit: str, path: Path) -> bool:
     top = min(float(own["loss"].max()), 1.3 * low)
     with drawn(path, 4.2) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        for row in own.to_dict("records"):
-            marker = MARKERS[arms.index(row["arm"]) % len(MARKERS)]
-            look = {"color": line_of(row["format"])["color"], "marker": marker, "ms": 6, "mec": BACK, "mew": 0.5}
-            height = min(row["loss"], top)
-            if math.isfinite(row["speed"]):
-                left.plot(row["speed"], height, **look)
+        for place, arm in enumerate(arms):
+            cells = own[own["arm"] == arm]
+            look = {"marker": MARKERS[place % len(MARKERS)], "s": 36, "edgecolors": BACK, "linewidths": 0.5}
+            look["c"] = [line_of(name)["color"] for name in cells["format"]]
+            heights = cells["loss"].clip(upper=top)
+            left.scatter(cells["speed"].where(cells["speed"] > 0), heights, **look)
             # Formats of one width coincide: a little apart, by their exponent bits.
-            shift = 0.06 * (names.index(row["format"]) - len(names) / 2)
-            right.plot(row["weight_bytes"] + row["state_bytes"] + shift, height, **look)
+            shifts = [0.06 * (names.index(name) - len(names) / 2) for name in cells["format"]]
+            right.scatter(cells["weight_bytes"] + cells["state_bytes"] + shifts, heights, **look)
         left.set(xlabel="tokens (samples) per second, of this emulation", ylabel=f"validation loss, {unit}")
-        left.set_xscale("log")
+        if (own["speed"] > 0).any():
+            left.set_xscale("log")
         right.set(xlabel="bytes of weights and optimizer state, per weight")
         margin = 0.06 * max(top - low, 1e-3)
         left.set_ylim(low - margin, top + margin)

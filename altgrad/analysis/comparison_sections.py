@@ -79,8 +79,9 @@ def gradient_cosine(material: Material) -> Section:
     return Section(
         "Gradient cosine",
         Group.FAILURES,
-        "Cosine of the run's gradient with that of a float32 copy of its weights on the same batch: what the quantized "
-        "forward and backward passes make of the direction. Measured where observe.shadow_every is set.",
+        "Cosine of the run's gradient with that of a float32 copy of its weights on the same batch: what the "
+        "quantized forward and backward passes make of the direction. Measured where observe.shadow_every is set; "
+        "arms in which it stays within .001 of 1 are left out.",
         pictures=by_policy(
             material,
             "Gradient cosine",

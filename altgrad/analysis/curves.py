@@ -31,6 +31,8 @@ from altgrad.analysis.palette import BACK, INK, WARN, line_of, marked
 from altgrad.analysis.records import FAILED
 from altgrad.training.guards import DEFAULT_GUARDS
 
+FLAT_YIELD, FLAT_COSINE = 0.1, 1e-3
+"""Of signals that are 1 where nothing is wrong: panels of no more than this say nothing."""
 LEAST_BAND = 3
 """Seeds from which a mean has a band."""
 LINE = 0.165
@@ -107,11 +109,14 @@ def excess_curves(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
 
 
 def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
-    """Flip yield over steps by format, one panel per arm, with the guard's limit; False where none is."""
+    """Flip yield over steps by format, one panel per arm, with the guard's limit; False where none is.
+
+    Arms in which all of it stays within FLAT_YIELD of 1 are left out, unless all do.
+    """
     curves, averaged = _curves(trials, rows, "flip_yield")
     if not curves:
         return False
-    measured = trials[trials["trial_id"].isin(set(curves))]
+    measured = _without_flat(trials[trials["trial_id"].isin(set(curves))], curves, FLAT_YIELD)
     last = max(int(curve.index[-1]) for curve in curves.values())
     limit = next((rule.limit for rule in DEFAULT_GUARDS if rule.signal == "flip_yield"), None)
     top = float(np.clip(1.1 * pd.concat(list(curves.values())).quantile(0.99), 1.05, 1.6))
@@ -132,11 +137,14 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
 
 
 def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
-    """Cosine of the gradient with the float32 shadow's over steps, one panel per arm; False where none was measured."""
+    """Cosine of the gradient with the float32 shadow's over steps, one panel per arm; False where none was measured.
+
+    Arms in which all of it stays within FLAT_COSINE of 1 are left out, unless all do.
+    """
     curves, averaged = _curves(trials, rows, "gradient_cosine")
     if not curves:
         return False
-    measured = trials[trials["trial_id"].isin(set(curves))]
+    measured = _without_flat(trials[trials["trial_id"].isin(set(curves))], curves, FLAT_COSINE)
     last = max(int(curve.index[-1]) for curve in curves.values())
     low = float(pd.concat(list(curves.values())).quantile(0.02))
 
@@ -150,6 +158,13 @@ def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bo
     limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
     _draw_panels(measured, path, "gradient cosine", averaged, limits, last, panel)
     return True
+
+
+def _without_flat(trials: pd.DataFrame, curves: Mapping[str, pd.Series], near: float) -> pd.DataFrame:
+    """The trials of panels in which a curve leaves 1 by more than `near`; all, where none does."""
+    moved = [name for name in trials["trial_id"] if (curves[name] - 1).abs().max() > near]
+    panels = set(trials["panel"][trials["trial_id"].isin(moved)]) - {""}
+    return trials[trials["panel"].isin(panels)] if panels else trials
 
 
 def _draw_panels(

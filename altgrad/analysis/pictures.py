@@ -97,7 +97,8 @@ def flip_yields(material: Material) -> Section:
         "Flip yield",
         Group.FAILURES,
         "Code changes that happened over code changes expected of the steps taken, the mean of the seeds. Near 1 the "
-        f"steps reach the weights; near 0 rounding swallows them. {BANDS}",
+        "steps reach the weights; near 0 rounding swallows them. Arms in which it stays within .1 of 1 are left out. "
+        f"{BANDS}",
         "No flip yield is recorded: nothing was quantized.",
         "flip_yield",
         lambda trials, _, path: curves.flip_yields(trials, material.records.rows, path),

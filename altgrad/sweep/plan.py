@@ -8,21 +8,19 @@ upper one where formats fail.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import math
 import multiprocessing
-import sys
 import tempfile
 import time
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from altgrad.quantization import get_format
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.processes import nobodys_main
 from altgrad.training.config import UNQUANTIZED, TrainConfig
 
 START_SECONDS = 9.0
@@ -141,21 +139,9 @@ def measure(trials: Iterable[TrainConfig], concurrent: int) -> dict[str, Cost]:
     # The slots that a last round would leave empty are filled, or its probes would run too fast.
     padded = probes + [probes[i % len(probes)] for i in range(-len(probes) % concurrent)]
     context = multiprocessing.get_context("spawn")
-    with _nobodys_main(), ProcessPoolExecutor(min(concurrent, len(padded)), mp_context=context) as pool:
+    with nobodys_main(), ProcessPoolExecutor(min(concurrent, len(padded)), mp_context=context) as pool:
         costs = list(pool.map(probe, [config for _, config in padded]))
     return {name: cost for (name, _), cost in zip(probes, costs, strict=False)}
-
-
-@contextlib.contextmanager
-def _nobodys_main() -> Iterator[None]:
-    """Keeps processes that start in it from running the main program's file again: a worker of Ray does not either, and
-    a sweep file without a guard would start its sweep in each."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def estimate(

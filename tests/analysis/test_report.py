@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from synthetic import DATA, Plan, explode, stall, write_ledger
 
+from altgrad.analysis import report
 from altgrad.analysis.curves import spread
 from altgrad.analysis.report import write_report
 from altgrad.sweep.ledger import Ledger
@@ -249,3 +250,16 @@ def test_seeds_that_ran_on_more_than_one_kind_of_device_are_named(tmp_path: Path
     assert "Trials of seed 1 ran on different devices" in text
     table = pd.read_csv(tmp_path / "report" / "results.csv")
     assert sorted(table[table["seed"] == 1]["device"]) == ["A100", "H100"]
+
+
+def test_a_second_process_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large sweep it draws half of the pictures meanwhile."""
+    out_dir = write_ledger(tmp_path / "out", Plan(["BF16", "E5M2"], ["adamw", "grid"], lrs=(1e-3, 2e-3), steps=20))
+    written = {}
+    for name, least in (("alone", 1 << 40), ("together", 0)):
+        monkeypatch.setattr(report, "LARGE", least)
+        monkeypatch.setattr(report, "cores", lambda: 2)
+        write_report(out_dir, to=tmp_path / "report")
+        files = [path for path in (tmp_path / "report").rglob("*") if path.is_file()]
+        written[name] = {path.name: path.read_bytes() for path in files}
+    assert written["alone"] == written["together"] and "heat_map.png" in written["alone"]
