@@ -149,19 +149,22 @@ def trade_offs(found: pd.DataFrame, policy: str, unit: str, path: Path) -> bool:
     top = min(float(own["loss"].max()), 1.3 * low)
     with drawn(path, 4.2) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
+        kept = own["weight_bytes"] + own["state_bytes"]
+        # Formats that keep as much coincide: a little apart, in their order.
+        order = own["format"].map(names.index).groupby(kept).rank(method="dense")
+        apart = 0.06 * (order - order.groupby(kept).transform("mean"))
         for place, arm in enumerate(arms):
             cells = own[own["arm"] == arm]
             look = {"marker": MARKERS[place % len(MARKERS)], "s": 36, "edgecolors": BACK, "linewidths": 0.5}
             look["c"] = [line_of(name)["color"] for name in cells["format"]]
             heights = cells["loss"].clip(upper=top)
             left.scatter(cells["speed"].where(cells["speed"] > 0), heights, **look)
-            # Formats of one width coincide: a little apart, by their exponent bits.
-            shifts = [0.06 * (names.index(name) - len(names) / 2) for name in cells["format"]]
-            right.scatter(cells["weight_bytes"] + cells["state_bytes"] + shifts, heights, **look)
+            right.scatter(kept[cells.index] + apart[cells.index], heights, **look)
         left.set(xlabel="tokens (samples) per second, of this emulation", ylabel=f"validation loss, {unit}")
         if (own["speed"] > 0).any():
             left.set_xscale("log")
         right.set(xlabel="bytes of weights and optimizer state, per weight")
+        right.set_xticks(sorted(set(kept)))
         margin = 0.06 * max(top - low, 1e-3)
         left.set_ylim(low - margin, top + margin)
         shown = [Line2D([], [], marker=m, ls="", color=SOFT, label=arm) for m, arm in zip(MARKERS, arms, strict=False)]
