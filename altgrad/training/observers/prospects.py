@@ -120,8 +120,10 @@ def expected_flips(weight: Tensor, change: Tensor, fmt: FloatFormat) -> tuple[Te
 
 def binades(weight: Tensor) -> Tensor:
     """[BINADES] share of the weight's elements in each binade below its largest magnitude; zeros are in none."""
-    magnitude = weight.abs().flatten()
+    magnitude = weight.float().abs().flatten()
     depth = -(magnitude / magnitude.amax()).log2().floor() - 1  # (1/2, 1] is binade 0, but 1 itself gives -1
-    known = depth.clamp(min=0)[magnitude > 0]
-    known = known[known < BINADES].long()
-    return torch.bincount(known, minlength=BINADES).double() / magnitude.numel()
+    # What is deeper, and zeros, count in one more, which is cut off: a mask would wait for the device.
+    place = depth.nan_to_num(nan=BINADES, posinf=BINADES).clamp(0, BINADES).long()
+    counts = torch.zeros(BINADES + 1, dtype=torch.float64, device=weight.device)
+    counts = counts.scatter_add(0, place, torch.ones_like(magnitude, dtype=torch.float64))
+    return counts[:BINADES] / magnitude.numel()
