@@ -113,27 +113,18 @@ def flip_yields(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
 
     Arms in which all of it stays within FLAT_YIELD of 1 are left out, unless all do.
     """
-    curves, averaged = _curves(trials, rows, "flip_yield")
-    if not curves:
-        return False
-    measured = _without_flat(trials[trials["trial_id"].isin(set(curves))], curves, FLAT_YIELD)
-    last = max(int(curve.index[-1]) for curve in curves.values())
     limit = next((rule.limit for rule in DEFAULT_GUARDS if rule.signal == "flip_yield"), None)
-    top = float(np.clip(1.1 * pd.concat(list(curves.values())).quantile(0.99), 1.05, 1.6))
 
-    def panel(axes: Axes, arm: str) -> list[Label]:
+    def ground(axes: Axes, last: int) -> None:
         if limit is not None:
             axes.fill_between([0, last], 0, limit, color=WARN, alpha=0.07, lw=0)
             axes.plot([0, last], [limit, limit], color=WARN, lw=1.2, ls=":")
             axes.text(0, limit, f" stalled below {limit:g}", color=WARN, fontsize=8, va="bottom")
-        return [
-            label
-            for name, members in _by_format(measured[measured["panel"] == arm])
-            for label in _draw_format(axes, name, members, curves, top)
-        ]
 
-    _draw_panels(measured, path, "flip yield", averaged, (0.0, top), last, panel)
-    return True
+    def limits(values: pd.Series) -> tuple[float, float]:
+        return 0.0, float(np.clip(1.1 * values.quantile(0.99), 1.05, 1.6))
+
+    return _near_one(trials, rows, "flip_yield", path, FLAT_YIELD, limits, ground, ".2f")
 
 
 def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bool:
@@ -141,22 +132,41 @@ def gradient_cosines(trials: pd.DataFrame, rows: pd.DataFrame, path: Path) -> bo
 
     Arms in which all of it stays within FLAT_COSINE of 1 are left out, unless all do.
     """
-    curves, averaged = _curves(trials, rows, "gradient_cosine")
+
+    def limits(values: pd.Series) -> tuple[float, float]:
+        low = float(values.quantile(0.02))
+        return low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3
+
+    return _near_one(trials, rows, "gradient_cosine", path, FLAT_COSINE, limits, lambda *_: None, ".3f")
+
+
+def _near_one(
+    trials: pd.DataFrame,
+    rows: pd.DataFrame,
+    signal: str,
+    path: Path,
+    near: float,
+    limits: Callable[[pd.Series], tuple[float, float]],
+    ground: Callable[[Axes, int], None],
+    form: str,
+) -> bool:
+    """A signal that is 1 where nothing is wrong; `limits` of all its values, `ground` draws under a panel's lines."""
+    curves, averaged = _curves(trials, rows, signal)
     if not curves:
         return False
-    measured = _without_flat(trials[trials["trial_id"].isin(set(curves))], curves, FLAT_COSINE)
+    measured = _without_flat(trials[trials["trial_id"].isin(set(curves))], curves, near)
     last = max(int(curve.index[-1]) for curve in curves.values())
-    low = float(pd.concat(list(curves.values())).quantile(0.02))
+    low, high = limits(pd.concat(list(curves.values())))
 
     def panel(axes: Axes, arm: str) -> list[Label]:
+        ground(axes, last)
         return [
             label
             for name, members in _by_format(measured[measured["panel"] == arm])
-            for label in _draw_format(axes, name, members, curves, 1.0, ".3f")
+            for label in _draw_format(axes, name, members, curves, high, form)
         ]
 
-    limits = (low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
-    _draw_panels(measured, path, "gradient cosine", averaged, limits, last, panel)
+    _draw_panels(measured, path, signal.replace("_", " "), averaged, (low, high), last, panel)
     return True
 
 

@@ -2,9 +2,10 @@
 
 BF16 AdamW runs are looked at for what each 8-bit format would make of their tensors and steps
 (`training.observers.prospects`). A cell is predicted to fail where that is already beyond what healthy runs show: the
-limits are those of `sweep.signs`, of the roles that its policy rounds. An arm that rounds to nearest is predicted to
-fail where one step at the full rate moves fewer than MOVED of the weights: flip yield itself says too little, for the
-weights that still move are those that soon stop to. Formats of an arm are expected in the order of their scores.
+limits are those of `sweep.signs`, of the roles that its policy rounds, and one of its own. An arm that rounds to
+nearest is predicted to fail where one step at the full rate moves fewer than MOVED of the weights: flip yield itself
+says too little, for the weights that still move are those that soon stop to. Formats of an arm are expected in the
+order of their scores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy.stats import spearmanr
 from altgrad.analysis.cells import Cell, format_order, is_eight_bit
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, excess_text, links, number, slim, verdict_text
-from altgrad.quantization import named_policy
+from altgrad.quantization import FORMATS, named_policy
 from altgrad.sweep.signs import RULES, Rule
 from altgrad.training.config import ARMS, AnyOptimizerConfig, TrainConfig
 
@@ -53,13 +54,10 @@ class Prediction:
 
 def prospects_of(by_layer: pd.DataFrame) -> Prospects:
     """From signals of layers named like weight_sqnr@E4M3 (columns step, signal, value), of the last look."""
-    own = by_layer[by_layer["signal"].str.contains("@E", regex=False)]
-    if own.empty:
-        return {}
-    own = own[own["step"] == own["step"].max()]
-    means = own.groupby("signal")["value"].mean()
+    own = by_layer[by_layer["signal"].isin({f"{signal}@{name}" for signal in SIGNALS for name in FORMATS})]
+    last = own[own["step"] == own["step"].max()]
     found: dict[str, dict[str, float]] = {}
-    for name, value in means.items():
+    for name, value in last.groupby("signal")["value"].mean().items():
         signal, _, fmt = str(name).partition("@")
         found.setdefault(fmt, {})[signal] = float(value)
     return dict(sorted(found.items(), key=lambda item: format_order(item[0])))

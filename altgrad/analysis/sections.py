@@ -16,14 +16,16 @@ from typing import Any
 
 import pandas as pd
 
+from altgrad.analysis import sweet_spots
 from altgrad.analysis.finding import Finding
+from altgrad.analysis.layer_figures import OVER_TRAINING
 from altgrad.analysis.layer_signals import layers_of, signals_by_kind
 from altgrad.analysis.records import Records
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import Table
 from altgrad.analysis.wording import anchor_of
 
-LAYER_SIGNALS = ("weight_sqnr", "activation_sqnr", "gradient_sqnr", "flip_yield", "stiffness", "weight_overflow")
+LAYER_SIGNALS = tuple(dict.fromkeys((*sweet_spots.SIGNALS, *OVER_TRAINING)))
 """Signals of layers of which a report says something."""
 Mutation = tuple[str, int, str, float, float, str]
 """(trial, step, field, before, after, source) of what a member of a population took over."""

@@ -29,7 +29,7 @@ from altgrad.quantization import (
 )
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
-from altgrad.training.config import UNQUANTIZED, ScheduleConfig, TrainConfig
+from altgrad.training.config import BASELINE, UNQUANTIZED, ScheduleConfig, TrainConfig
 from altgrad.training.devices import Device, device_of, places_of
 from altgrad.training.guards import GuardPanel, Verdict, check_layers, verdict_fields
 from altgrad.training.interventions import Interventions, describe_clip
@@ -287,7 +287,8 @@ class Trainer:
         subject = Subject(self.model, self.optimizer, self.formats, critical, self.task.epoch())
         config = self.config.observe
         extra: list[Observer] = [] if config.shadow_every is None else [ShadowObserver(subject, self.task)]
-        extra += [ProspectsObserver(subject, self.config.optimizer.lr)] if self.config.is_reference else []
+        is_baseline = self.config.is_reference and self.config.format == BASELINE
+        extra += [ProspectsObserver(subject, self.config.optimizer.lr)] if is_baseline else []
         return Observers(subject, config, self.reference, extra)
 
     def _apply(self, *shifts: FormatShift) -> None:

@@ -118,7 +118,8 @@ def test_binades_count_every_weight_once() -> None:
     assert [round(7 * float(share)) for share in shares[:4]] == [3, 1, 1, 0]
 
 
-def test_only_references_are_looked_at() -> None:
-    trainer = Trainer(CONFIG.model_copy(update={"format": "E5M2"}))
+@pytest.mark.parametrize("name", ["E5M2", "FP32"])
+def test_only_bf16_references_are_looked_at(name: str) -> None:
+    trainer = Trainer(CONFIG.model_copy(update={"format": name}))
     trainer.run()
     assert not [name for name in trainer.rows[-1]["layers"][LAYER] if "@" in name]
