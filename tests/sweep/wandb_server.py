@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tests.local_server import serving
 
 ENTITY = "laboratory"
 WORDS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
@@ -78,13 +79,8 @@ def server_of(projects: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[s
             self.end_headers()
             self.wfile.write(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as address:
+        yield address
 
 
 def _page(runs: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
