@@ -73,7 +73,7 @@ def _fails(study: Study, cell: Cell) -> bool:
 
 def best_table(study: Study) -> Table:
     """The best cells of 8 and of 16 bits by mean loss, those without stops, and their distance from BF16 AdamW."""
-    columns = ("bits", "format", "arm", "policy", "lr", "seeds", "loss", f"minus BF16, {study.unit}", "verdict")
+    columns = ("format", "bits", "arm", "policy", "lr", "seeds", "loss", f"minus BF16, {study.unit}", "verdict")
     lines, shown = [], []
     for bits in (8, 16):
         own = [cell for cell in study.cells if format_order(cell.format)[0] == bits and math.isfinite(cell.mean)]
@@ -84,8 +84,8 @@ def best_table(study: Study) -> Table:
             distance = "reference" if cell is study.reference else effect_text(study.comparison(cell))
             lines.append(
                 (
-                    str(bits),
                     cell.format,
+                    str(bits),
                     cell.arm,
                     cell.policy,
                     number(cell.lr, "g"),

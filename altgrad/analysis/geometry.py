@@ -11,6 +11,10 @@ from altgrad.analysis.study import Study, candidates
 from altgrad.analysis.wording import counted, listed, needed, of_seeds, several, signed, size
 
 
+MOST_REASONS = 4
+"""Why pairs are not compared, of which the answer names those with the most pairs; a sweep half run has dozens."""
+
+
 def geometry_answer(study: Study) -> str:
     """Rescues, the pair that leads or those that may, what is decided, what is open, what stands outside."""
     tested = candidates(study.beyond, study.policy)
@@ -47,7 +51,10 @@ def _untested_text(study: Study, tested: Sequence[Contrast]) -> str:
             reasons.setdefault(_why_untested(study, cell), []).append(f"{cell.format} {cell.arm}")
     if not reasons:
         return ""
-    texts = [f"{several(names)} ({why})" for why, names in reasons.items()]
+    shown = sorted(reasons, key=lambda why: -len(reasons[why]))[:MOST_REASONS]
+    texts = [f"{several(reasons[why])} ({why})" for why in reasons if why in shown]
+    if rest := sum(len(names) for why, names in reasons.items() if why not in shown):
+        texts.append(f"{counted(rest, 'more pair')} for other reasons")
     return f"Not compared: {'; '.join(texts)}."
 
 

@@ -27,7 +27,7 @@ HEAT_MAP = (
     "no mean."
 )
 NO_REFERENCE = "There is no BF16 AdamW reference to measure from."
-OF_EVERY_POLICY = ("loss_curves", "excess_curves", "first_signs")
+OF_EVERY_POLICY = ("loss_curves", "excess_curves", "first_signs", "stop_reasons")
 """Pictures by the beginning of their file's name; the others are of the policy that the finding speaks of."""
 BANDS = (
     "Bands are 95 % t intervals of that mean at each step, from 3 seeds on, and not corrected for the number of steps "
@@ -83,8 +83,8 @@ def stop_reasons(material: Material) -> Section:
         material,
         "Stops by reason",
         Group.FAILURES,
-        "Runs that a guard ended, by the signal that ended them.",
-        "No run was stopped by a guard.",
+        "Runs that a guard ended, by the signal that ended them, of each cell at its chosen settings.",
+        "No run of a cell at its chosen settings was stopped by a guard.",
         "stop_reasons",
         lambda trials, _, path: figures.stop_reasons(trials, path),
     )

@@ -210,5 +210,6 @@ def _rank_texts(study: Study, found: Sequence[Judged]) -> list[str]:
     for (arm, policy), pairs in groups.items():
         if len(pairs) >= LEAST_RANKED:
             scores, ends = zip(*pairs, strict=True)
-            texts.append(f"{arm} under {policy} {spearmanr(scores, ends).statistic:.2f} of {len(pairs)} formats")
+            rank = f"{spearmanr(scores, ends).statistic:+.2f}".replace("-", "−")
+            texts.append(f"{arm} under {policy} {rank} of {len(pairs)} formats")
     return texts

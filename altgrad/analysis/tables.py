@@ -200,7 +200,7 @@ def choices_table(study: Study) -> Table:
         for item in sorted(cell.tried, key=lambda item: item.lr):
             common = item.losses.keys() & cell.losses.keys() if not (item.stops or cell.stops) else ()
             distance = mean_of_known(item.losses[seed] - cell.losses[seed] for seed in common)
-            chosen = "chosen" if item.trial_ids == cell.trial_ids else ""
+            chosen = "chosen" if item.trial_ids == cell.trial_ids and (cell.losses or cell.stops) else ""
             outside = "" if item.lr in cell.rates else "not compared"
             cells.append(cell)
             lines.append(

@@ -92,6 +92,13 @@ def test_without_the_arm_in_bf16_the_step_rule_is_not_known(tmp_path: Path) -> N
     )
 
 
+def test_of_many_reasons_four_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    names = ["E3M4", "E4M3", "E5M2", "E6M1", "E7M0"]
+    stops = offsets({(name, "adamw"): stall() for name in names})
+    text = finding_of(tmp_path, Plan(["BF16", *names], GEOMETRY, 3, offset=stops)).answers[1].text
+    assert text.count("(stopped runs of ") == 4 and text.endswith("; 1 more pair for other reasons.")
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     found = finding_of(
         tmp_path, Plan(["BF16", "E5M2", "E7M0"], GEOMETRY, 1, offset=offsets({("E7M0", "adamw"): stall()}))
