@@ -52,7 +52,7 @@ def test_range_is_told_from_precision() -> None:
 
 def test_the_best_of_each_width_leave_out_what_stopped() -> None:
     table = best_table(study())
-    firsts = {line[0]: line[1] for line in reversed(table.lines)}
+    firsts = {line[1]: line[0] for line in reversed(table.lines)}
     assert firsts == {"8": "E4M3", "16": "BF16"}
     assert all("adamw_nearest" not in line for line in table.lines)
 
