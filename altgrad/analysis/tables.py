@@ -134,7 +134,7 @@ def geometry_table(study: Study) -> Table:
 
 
 def stops_table(trials: pd.DataFrame) -> Table:
-    """Every failed trial with the evidence of its guard."""
+    """Every failed trial with the evidence of its guard, or the message of what ended without one."""
     columns = (
         "trial",
         "format",
@@ -165,11 +165,13 @@ def stops_table(trials: pd.DataFrame) -> Table:
             number(row["step"], ".0f"),
             number(row["value"], ".4g", missing="not finite"),
             number(row["limit"], "g"),
-            row["message"],
+            "" if row["signal"] else row["message"],
         )
         for _, row in failed.iterrows()
     ]
-    return slim(Table(columns, lines, frozenset({4, 5, 9, 10, 11})), ("policy", "lr"))
+    told = any(line[-1] for line in lines)
+    left_out = ("policy", "lr") if told else ("policy", "lr", "message")
+    return slim(Table(columns, lines, frozenset({4, 5, 9, 10, 11})), left_out)
 
 
 def shifts_table(trials: pd.DataFrame) -> Table:
