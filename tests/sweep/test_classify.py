@@ -38,7 +38,7 @@ EFFECTS = "Geometry-aware minus plain steps, by score and signal"
 
 
 def _section(report: str, title: str) -> str:
-    return report.split(f"## {title}\n")[1].split("\n## ")[0]
+    return report.split(f"## {title}\n")[1].split("\n##")[0]
 
 
 @pytest.mark.parametrize("size", PRESETS)
