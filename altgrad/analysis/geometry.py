@@ -10,7 +10,6 @@ from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.study import Study, candidates
 from altgrad.analysis.wording import counted, listed, needed, of_seeds, several, signed, size
 
-
 MOST_REASONS = 4
 """Why pairs are not compared, of which the answer names those with the most pairs; a sweep half run has dozens."""
 

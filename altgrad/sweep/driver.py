@@ -8,29 +8,21 @@ run. The same error in three trials is a bug that more trials will not cure, and
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.exceptions import RayError
-from ray.job_config import JobConfig
 
-import altgrad
-from altgrad import search_path
 from altgrad.sweep.budget import Meter
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.environment import blamed, safe_path
+from altgrad.sweep.connection import AUTH_MODE, Connection
 from altgrad.sweep.executors import PAUSED, TrialActor, run_request
 from altgrad.sweep.faults import Breaker, fault
-from altgrad.sweep.folder import cores
 from altgrad.sweep.groups import GroupWatch
 from altgrad.sweep.growth import Growth
 from altgrad.sweep.ledger import WAITING
@@ -48,10 +40,8 @@ from altgrad.sweep.schedulers import HealthScheduler, trial_id_of
 from altgrad.sweep.train_executor import DRIVER_CPUS, GROUP, WorkerGroup, group_trainable
 from altgrad.sweep.wandb_mirror import Mirror
 from altgrad.training.config import TrainConfig
-from altgrad.training.devices import gpu_count
 from altgrad.training.outcome import Outcome
 
-OBJECT_STORE_BYTES = 200_000_000
 GROWS = "KUBERAY_GEN_RAY_START_CMD"
 """What KubeRay sets in its pods; its autoscaler's configuration is in none of them."""
 RETRIES = 2
@@ -216,8 +206,9 @@ def drive(
     enter(trials)
     planned = len(trials) + (0 if growth is None else growth.planned)
     pauses = max(PAUSES, race.most_pauses + 1) if isinstance(race, Population) else PAUSES
+    connection = Connection()
     # Ray sets the mode itself where it finds a token in the home folder.
-    progress.watch(_start(options.address), asks_token=os.environ.get("RAY_AUTH_MODE") == "token")
+    progress.watch(connection.open(options.address), asks_token=os.environ.get(AUTH_MODE) == "token")
     follower.settle()
     # A population hands checkpoints over between one-device trials.
     executor = "actor" if isinstance(race, Population) else options.chosen_executor
@@ -260,7 +251,7 @@ def drive(
         recorder.ledger.hurry(LAST_WORDS_SECONDS)
         raise
     finally:
-        ray.shutdown()
+        connection.close()
         shutil.rmtree(scratch, ignore_errors=True)
         with recorder.ledger.unless_held():
             if meter is not None:
@@ -303,8 +294,9 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
     on it, ValueError where the options can't be met there.
     """
     knock(options.address)
+    connection = Connection()
     try:
-        _start(options.address)
+        connection.open(options.address)
         options = with_gpus(options, *ClusterSize().read())
         return options, list(check_cluster(options, worker_group(options).resources()))
     except (RuntimeError, RayError, ConnectionError) as error:
@@ -315,7 +307,7 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
             raise
         raise SpecError(f"--address: {options.address!r}: {reason}") from None
     finally:
-        ray.shutdown()
+        connection.close()
 
 
 def with_gpus(options: RunOptions, now: Mapping[str, float], most: Mapping[str, float] | None) -> RunOptions:
@@ -333,49 +325,6 @@ def with_gpus(options: RunOptions, now: Mapping[str, float], most: Mapping[str, 
         return options.settled(max(now.get("GPU", 0.0), (most or {}).get("GPU", 0.0)))
     except ValueError as error:
         raise SpecError(str(error)) from None
-
-
-def _start(address: str) -> str | None:
-    """Starts a local Ray, or connects to a running one; returns where its dashboard is."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        quiet |= {"num_cpus": cores(), "num_gpus": gpu_count()}
-        quiet |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": True}
-    with _sigterm_stays_the_callers(), blamed(), safe_path():
-        found = ray.init(address=address, job_config=OwnPath(), **quiet).dashboard_url
-    return f"http://{found}" if found else None
-
-
-class OwnPath(JobConfig):
-    """Of Ray's driver. Its workers find this package where the driver does, and nothing else of the driver's path.
-
-    Ray itself puts the driver's current folder, and the folder of its script, before all others on its workers' path:
-    a file random.py there would end every worker.
-    """
-
-    def __init__(self) -> None:
-        # A checkout that is not installed is found only from where the driver stands or was started.
-        root = str(Path(altgrad.__file__).parents[1])
-        super().__init__(_py_driver_sys_path=[] if search_path.is_found_by_workers() else [root])
-
-    def _runtime_env_has_working_dir(self) -> bool:
-        """What Ray asks before it adds the two folders, and asks for nothing else."""
-        return True
-
-
-@contextlib.contextmanager
-def _sigterm_stays_the_callers() -> Iterator[None]:
-    """Undoes Ray's own handler, under which SIGTERM during a sweep aborts in C++ without a word."""
-    on_term = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as error:
-        if error.code == signal.SIGTERM and callable(on_term):
-            on_term(signal.SIGTERM, None)
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_term)
 
 
 def _forget(ended: Iterable[Any]) -> None:

@@ -74,14 +74,11 @@ def test_planted_faults_end_by_name_inside_ray(planted: str, tmp_path: Path, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worker_guards", [True, False], ids=["worker", "scheduler"])
-def test_planted_faults_end_by_name_under_ray_train(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_guards: bool
-) -> None:
+def test_planted_faults_end_by_name_under_ray_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the scheduler; that workers of Ray Train keep guards themselves is seen in test_train_executor."""
     monkeypatch.setenv("PYTHONPATH", planted_path(tmp_path, PLANT, FAULTS))
     spec = SweepSpec.model_validate({"formats": "E4M3", "optimizers": "adamw", "seeds": 3} | SMALL)
-    options = RunOptions(out=tmp_path / "sweep", worker_guards=worker_guards, executor="train")
-    result = run_sweep(spec, options)
+    result = run_sweep(spec, RunOptions(out=tmp_path / "sweep", worker_guards=False, executor="train"))
     assert result.left == 0
     with Ledger(result.out / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
@@ -89,6 +86,6 @@ def test_planted_faults_end_by_name_under_ray_train(
         outcome, seed = outcomes[trial_id], trial["seed"]
         assert outcome.kind == (EXPECTED[seed] if trial["format"] == "E4M3" else "done"), (trial, outcome)
         if trial["format"] == "E4M3":
-            assert ("stopped by the scheduler" in outcome.message) == (not worker_guards)
-            assert (result.out / "trials" / trial_id / "checkpoint" / "state.pt").exists() == worker_guards
+            assert "stopped by the scheduler" in outcome.message
+            assert not (result.out / "trials" / trial_id / "checkpoint" / "state.pt").exists()
             assert seed not in LAYERS or outcome.layer == LAYERS[seed]

@@ -1,5 +1,6 @@
 """Faults planted into whole sweeps on real Ray: afterwards the ledger holds every step of every trial once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from altgrad.sweep.spec import SweepSpec
 from altgrad.training.record import read_rows
 
 pytestmark = pytest.mark.slow
-STEPS = 1500
+STEPS = 900
 
 
 def small(**changes: object) -> SweepSpec:
@@ -130,21 +131,32 @@ def driver(spec: SweepSpec, out: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_driver_killed_twice_loses_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
+def test_a_driver_killed_twice_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    out, steps = tmp_path / "sweep", 1500
+
+    def ended() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/outcome.json")}
+
     for _ in range(2):
-        before = len(list((out / "trials").glob("*/outcome.json")))
-        running = driver(small(steps=3000), out)
+        before = len(ended())
+        running = driver(small(steps=steps), out)
         deadline = time.monotonic() + 240
-        while len(list((out / "trials").glob("*/outcome.json"))) == before or not in_the_middle(out):
+        while len(ended()) == before or not in_the_middle(out):
             assert running.poll() is None and time.monotonic() < deadline, "nothing happened"
             time.sleep(0.05)
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
-    last = driver(small(steps=3000), out)
+    finished = ended()
+    last = driver(small(steps=steps), out)
     text, _ = last.communicate(timeout=400)
     assert last.returncode == 0, text
-    assert is_whole(out, 4, 3000)
+    assert is_whole(out, 4, steps)
+    assert finished and finished.items() <= ended().items(), "what had ended is touched again"
+    resumed = [json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")]
+    assert any(resumed), "the interrupted trials go on from their checkpoints"
+    once_more = driver(small(steps=steps), out)
+    text, _ = once_more.communicate(timeout=120)
+    assert once_more.returncode == 0 and "nothing was left to run" in text and "Ray dashboard" not in text
 
 
 def test_an_interrupt_leaves_a_whole_record_and_a_second_driver_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Whole sweeps on a real local Ray: small, then with a fault planted, then killed in the middle."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -116,6 +114,7 @@ def test_asking_again_runs_nothing_and_starts_no_ray(first: SweepResult) -> None
 
 @pytest.mark.slow
 def test_more_steps_go_on_from_the_checkpoint(first: SweepResult, running_ray: str) -> None:
+    # A local Ray, which asks for tokens, was at work in this process before this one, which has none.
     result = run_sweep(tiny(steps=15), RunOptions(out=first.out, address=running_ray))
     assert (result.ran, result.left) == (2, 0)
     assert set(map(tuple, steps_in_files(first.out).values())) == {tuple(range(1, 16))}
@@ -178,41 +177,3 @@ def test_sigterm_ends_a_sweep_like_an_interrupt(tmp_path: Path) -> None:
     with Ledger(out / "ledger.sqlite") as ledger:
         assert ledger.row_counts()
     assert not (out / ".tune").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
-    driver = altgrad(out)
-
-    def ended() -> list[Path]:
-        return list((out / "trials").glob("*/outcome.json"))
-
-    def in_the_middle() -> bool:
-        started = [
-            path
-            for path in (out / "trials").glob("*/checkpoint/state.pt")
-            if not (path.parents[1] / "outcome.json").exists()
-        ]
-        return len(ended()) >= 2 and len(started) >= 1
-
-    wait_until(in_the_middle, 240)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    finished = {path: path.stat().st_mtime_ns for path in ended()}
-
-    second = altgrad(out)
-    text, _ = second.communicate(timeout=400)
-    assert second.returncode == 0, text
-    files = steps_in_files(out)
-    assert len(files) == 8 and set(map(tuple, files.values())) == {tuple(range(1, 301))}
-    with Ledger(out / "ledger.sqlite") as ledger:
-        assert {outcome.kind for outcome in ledger.outcomes().values()} == {OutcomeKind.DONE}
-        assert len(ledger.outcomes()) == 8 and set(ledger.row_counts().values()) == {300}
-    assert finished == {path: path.stat().st_mtime_ns for path in finished}
-    resumed = [json.loads(path.read_text())["resumed_from"] for path in (out / "trials").glob("*/config.json")]
-    assert any(step for step in resumed), "the interrupted trials go on from their checkpoints"
-
-    third = altgrad(out)
-    text, _ = third.communicate(timeout=120)
-    assert third.returncode == 0 and "nothing was left to run" in text and "Ray dashboard" not in text

@@ -109,7 +109,7 @@ def restored() -> Iterator[None]:
 
 
 def test_workers_get_nothing_but_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored: None) -> None:
-    from altgrad.sweep.driver import OwnPath
+    from altgrad.sweep.connection import OwnPath
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(ROOT), *sys.path])

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from optuna.trial import TrialState
+from trained import train
 
 from altgrad.cli import main
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.resolve import resolve
 from altgrad.sweep.run import run_sweep
 from altgrad.sweep.sampling import OptunaSearch
 from altgrad.sweep.spec import SweepSpec
@@ -116,23 +118,23 @@ def test_the_best_configuration_runs_again_to_the_same_loss(
     assert len(again) == 2 and again == {name: before[name] for name in again}
 
 
+def short(path: Path, folder: Path) -> Path:
+    """The sweep file with everything cut but what it is about."""
+    cut = {"steps": 20, "log_interval": 2, "eval_interval": 10, "model": TINY, "checkpoint_interval": 10}
+    found = folder / path.name
+    found.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | cut | {"data": {"batch": 2}}))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_of_the_originals_experiments_runs(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running_ray: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    short = yaml.safe_load(path.read_text()) | {
-        "steps": 20,
-        "log_interval": 2,
-        "eval_interval": 10,
-        "model": TINY,
-        "checkpoint_interval": 10,
-        "data": {"batch": 2},
-    }
-    (tmp_path / path.name).write_text(yaml.safe_dump(short))
-    assert main(["run", path.name, "--address", running_ray]) == 0
-    with Ledger(tmp_path / "runs" / path.stem / "ledger.sqlite") as ledger:
+def test_each_of_the_originals_experiments_runs(path: Path, tmp_path: Path, running_ray: str) -> None:
+    if path.stem == "e5m2_fp8":
+        out = tmp_path / "out"
+        assert main(["run", str(short(path, tmp_path)), "--address", running_ray, "--out", str(out)]) == 0
+    else:
+        out = train(tmp_path / "out", resolve(SweepSpec(), {}, short(path, tmp_path)))
+    with Ledger(out / "ledger.sqlite") as ledger:
         trials, outcomes = ledger.trials(), ledger.outcomes()
         shadow = [ledger.signal(name, "gradient_cosine") for name in trials] if path.stem == "e5m2_fp8" else [True]
     assert set(outcomes) == set(trials) and all(shadow)

@@ -1,0 +1,198 @@
+"""How long and on which schedule the study trains: `python tests/bench/study_design.py OUT.jsonl`.
+
+The question is decided by differences of differences: what the geometry-aware step gains over AdamW in a format, minus
+what it gains in BF16, paired by seed. What a design is worth is the sd of that over seeds, squared, times the steps it
+takes: as many CPU-seconds buy a shorter interval where this is smaller. Measured here over lengths, schedules, learning
+rates, and with the weights averaged over the last 30 % of the steps, on seeds that the study never uses.
+
+A constant rate needs one run for all lengths; `wsd` (half of the steps decaying) and `cosine` one run for each. Losses
+go to OUT.jsonl as they are measured, and a run whose losses stand there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from altgrad.training.config import ARMS, DataConfig, ScheduleConfig, TrainConfig
+from altgrad.training.trainer import Trainer
+
+LENGTHS = (100, 200, 400, 1000)
+SCHEDULES = {
+    "constant": (ScheduleConfig(), LENGTHS[-1:]),
+    "cosine": (ScheduleConfig(kind="cosine"), LENGTHS),
+    "wsd": (ScheduleConfig(kind="wsd", decay_fraction=0.5), (200, 400)),
+}
+RATES = (2e-3, 4e-3)
+FIRST_SEED, SEEDS = 1000, 4
+JUDGED = tuple(itertools.product(("uniform", "uniform_full"), ("E4M3", "E7M0")))
+CELLS = (("uniform", "BF16"), *JUDGED)
+"""Policy and format; where the format is BF16 all policies are one training."""
+ARMS_COMPARED = ("adamw", "manifold")
+AVERAGED = 0.3
+"""Share of a run, its end, over which weights are averaged."""
+
+
+def configs(lengths: Sequence[int] = LENGTHS) -> Iterator[tuple[str, TrainConfig]]:
+    """Every run with its schedule's name."""
+    seeds = range(FIRST_SEED, FIRST_SEED + SEEDS)
+    for seed, (kind, (schedule, own)), rate in itertools.product(seeds, SCHEDULES.items(), RATES):
+        for steps, (policy, name), arm in itertools.product(own, CELLS, ARMS_COMPARED):
+            if steps in lengths:
+                yield (
+                    kind,
+                    TrainConfig(
+                        format=name,
+                        policy=policy,
+                        optimizer=ARMS[arm].model_copy(update={"lr": rate}),
+                        schedule=schedule,
+                        guards=(),
+                        seed=seed,
+                        steps=steps,
+                        eval_interval=steps,
+                        checkpoint_interval=steps,
+                        data=DataConfig(eval_batches=16),
+                    ),
+                )
+
+
+def measured(kind: str, config: TrainConfig) -> list[dict[str, Any]]:
+    """Trains it and returns a line per length, and one more with averaged weights where the rate is constant."""
+    torch.set_num_threads(1)
+    trainer, found = Trainer(config, observe=False), []
+    lengths = [length for length in LENGTHS if length <= config.steps] if kind == "constant" else [config.steps]
+    sums = {length: dict.fromkeys(trainer.model.state_dict(), 0.0) for length in lengths}
+    counts = dict.fromkeys(lengths, 0)
+    key = {
+        "format": config.format,
+        "policy": config.policy,
+        "arm": config.arm,
+        "lr": config.optimizer.lr,
+        "seed": config.seed,
+        "run": config.steps,
+    }
+    started = time.process_time()
+    for row in trainer.intervals():
+        step = row["step"]
+        for length in lengths:
+            if kind == "constant" and length * (1 - AVERAGED) < step <= length:
+                counts[length] += 1
+                for name, value in trainer.model.state_dict().items():
+                    sums[length][name] = sums[length][name] + value.double()
+        if step not in lengths:
+            continue
+        seconds = time.process_time() - started
+        line = key | {"schedule": kind, "steps": step, "seconds": seconds}
+        found.append(line | {"val_loss": trainer.task.evaluate(trainer.model)["val_loss"]})
+        if kind == "constant":
+            own = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+            mean = {name: (total / counts[step]).to(own[name].dtype) for name, total in sums[step].items()}
+            trainer.model.load_state_dict(mean)
+            loss = trainer.task.evaluate(trainer.model)["val_loss"]
+            trainer.model.load_state_dict(own)
+            found.append(line | {"schedule": "constant, averaged", "val_loss": loss})
+    return found
+
+
+def run(out: Path, workers: int) -> None:
+    """Measures what OUT lacks."""
+    done = {tuple(line[name] for name in KEY) for line in lines(out)}
+    left = [
+        (kind, config)
+        for kind, config in configs()
+        if (kind, config.format, config.policy, config.arm, config.optimizer.lr, config.seed, config.steps) not in done
+    ]
+    started = time.monotonic()
+    total = sum(config.steps for _, config in left)
+    past = 0
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(measured, kind, config): config for kind, config in left}
+        for place, job in enumerate(as_completed(jobs), 1):
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in job.result())
+            past += jobs[job].steps
+            if place % 20 == 0:
+                minutes = (time.monotonic() - started) / 60
+                print(f"{place}/{len(left)} runs, {minutes * (total / past - 1):.0f} min left", flush=True)
+
+
+KEY = ("schedule", "format", "policy", "arm", "lr", "seed", "run")
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """A line per schedule, length and rate; sd are of a single seed's difference, over all formats and policies."""
+    loss = {
+        tuple(line[name] for name in ("schedule", "steps", "lr", "policy", "format", "arm", "seed")): line["val_loss"]
+        for line in found
+    }
+    texts = [
+        "| schedule | steps | lr | BF16 loss | BF16 gain (sd) | E4M3 interaction (sd), weights | E7M0, weights "
+        "| E4M3, all | E7M0, all | sd² × 1 000 steps, all four |",
+        "| --- |" + " ---: |" * 9,
+    ]
+    for schedule, steps, lr in sorted({key[:3] for key in loss}):
+        seeds = sorted({key[6] for key in loss if key[:3] == (schedule, steps, lr)})
+
+        def gains(
+            policy: str, name: str, at: tuple[Any, ...] = (schedule, steps, lr), own: Sequence[int] = seeds
+        ) -> list[float]:
+            plain, geometry = (
+                {seed: loss.get((*at, policy, name, arm, seed)) for seed in own} for arm in ARMS_COMPARED
+            )
+            return [(plain[seed] or math.nan) - (geometry[seed] or math.nan) for seed in own]
+
+        bf16 = gains("uniform", "BF16")
+        beyond = [[x - y for x, y in zip(gains(*cell), bf16, strict=True)] for cell in JUDGED]
+        cells = [_text(values) for values in (bf16, *beyond)]
+        squares = [statistics.variance(values) if len(values) > 1 else math.nan for values in beyond]
+        reference = statistics.fmean(
+            loss.get((schedule, steps, lr, "uniform", "BF16", "adamw", seed), math.nan) for seed in seeds
+        )
+        texts.append(
+            f"| {schedule} | {steps} | {lr:g} | {reference:.3f} | {' | '.join(cells)} "
+            f"| {statistics.fmean(squares) * steps:.4f} |"
+        )
+    return "\n".join(texts)
+
+
+def _text(values: Sequence[float]) -> str:
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):+.3f} ({sd:.3f})"
+
+
+def main() -> None:
+    """Measures what is missing, then prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    run(arguments.out, arguments.workers)
+    print(table(lines(arguments.out)))
+
+
+@pytest.mark.bench
+def test_study_design(tmp_path: Path) -> None:
+    main_out = tmp_path / "losses.jsonl"
+    run(main_out, 2)
+    print(table(lines(main_out)))
+
+
+if __name__ == "__main__":
+    main()
