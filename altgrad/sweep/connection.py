@@ -1,4 +1,4 @@
-"""This process's connection to Ray: how it is opened, and that nothing of it stays when it is closed."""
+"""This process's connection to Ray: how it begins, and that nothing of it stays when it ends."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OBJECT_STORE_BYTES = 200_000_000
 
 
 class Connection:
-    """At most one at a time; closing one that is not open is harmless."""
+    """At most one at a time; ending one that was not begun is harmless."""
 
     def __init__(self) -> None:
         self._mode = os.environ.get(AUTH_MODE)
 
-    def open(self, address: str) -> str | None:
+    def connect(self, address: str) -> str | None:
         """Starts a local Ray, or connects to a running one; returns where its dashboard is."""
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address == "local":
@@ -41,7 +41,7 @@ class Connection:
             found = ray.init(address=address, job_config=OwnPath(), **quiet).dashboard_url
         return f"http://{found}" if found else None
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         """Disconnects, and ends what Ray was started here.
 
         A local Ray asks for a token and makes this process do so too, for good: a cluster without tokens could then not

@@ -208,7 +208,7 @@ def drive(
     pauses = max(PAUSES, race.most_pauses + 1) if isinstance(race, Population) else PAUSES
     connection = Connection()
     # Ray sets the mode itself where it finds a token in the home folder.
-    progress.watch(connection.open(options.address), asks_token=os.environ.get(AUTH_MODE) == "token")
+    progress.watch(connection.connect(options.address), asks_token=os.environ.get(AUTH_MODE) == "token")
     follower.settle()
     # A population hands checkpoints over between one-device trials.
     executor = "actor" if isinstance(race, Population) else options.chosen_executor
@@ -251,7 +251,7 @@ def drive(
         recorder.ledger.hurry(LAST_WORDS_SECONDS)
         raise
     finally:
-        connection.close()
+        connection.disconnect()
         shutil.rmtree(scratch, ignore_errors=True)
         with recorder.ledger.unless_held():
             if meter is not None:
@@ -296,7 +296,7 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
     knock(options.address)
     connection = Connection()
     try:
-        connection.open(options.address)
+        connection.connect(options.address)
         options = with_gpus(options, *ClusterSize().read())
         return options, list(check_cluster(options, worker_group(options).resources()))
     except (RuntimeError, RayError, ConnectionError) as error:
@@ -307,7 +307,7 @@ def reach(options: RunOptions) -> tuple[RunOptions, list[str]]:
             raise
         raise SpecError(f"--address: {options.address!r}: {reason}") from None
     finally:
-        connection.close()
+        connection.disconnect()
 
 
 def with_gpus(options: RunOptions, now: Mapping[str, float], most: Mapping[str, float] | None) -> RunOptions:
