@@ -48,7 +48,7 @@ from altgrad.quantization.flip_metrics import (
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from altgrad.quantization.ops import code_index, decode, encode, hash_uniform, index_to_value, mix_seed, quantize, ulp
-from altgrad.quantization.policy import POLICIES, LayerRule, PrecisionPolicy, named_policy
+from altgrad.quantization.policy import POLICIES, LayerRule, PrecisionPolicy, named_policy, same_weights
 from altgrad.quantization.rank_health import RankHealthMonitor, RankTrendDetector, RankWarning, ReferenceRatioDetector
 from altgrad.quantization.ranks import (
     SpectralNorms,
@@ -176,6 +176,7 @@ __all__ = [
     "quantized_parameters",
     "range_statistics",
     "requantize_layer",
+    "same_weights",
     "spectrum",
     "stiffness_pearson",
     "synchronize_amax",

@@ -136,3 +136,9 @@ def named_policy(name: str, fmt: str) -> PrecisionPolicy:
     if fmt.upper() == "FP32":
         return PrecisionPolicy()
     return PrecisionPolicy(rules=POLICIES[name](get_format(fmt).name))
+
+
+def same_weights(first: str, second: str, fmt: str) -> bool:
+    """Whether two named policies give every layer the same weight format, whatever the other roles take."""
+    one, other = ([(rule.pattern, rule.weight) for rule in named_policy(name, fmt).rules] for name in (first, second))
+    return one == other

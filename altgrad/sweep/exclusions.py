@@ -6,11 +6,11 @@ These are left out because they would be the same training as another trial, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from altgrad.quantization import named_policy
-from altgrad.training.config import BASELINE, UNQUANTIZED
+from altgrad.quantization import named_policy, same_weights
+from altgrad.training.config import ARMS, BASELINE, UNQUANTIZED
 
 
 class Combination(NamedTuple):
@@ -60,9 +60,33 @@ RULES: tuple[Rule, ...] = (
             point.format == BASELINE and point.policy != "uniform" and not _names_its_own_formats(point.policy)
         ),
     ),
+    Rule(
+        "float32_operands_are_uniform",
+        "no layer rounds anything: policies with the weight formats of uniform are the same training",
+        lambda point: (
+            not getattr(ARMS[point.arm], "quantized", True)
+            and point.policy != "uniform"
+            and point.format != UNQUANTIZED
+            and same_weights(point.policy, "uniform", point.format)
+        ),
+    ),
 )
 RAW_LR = "raw_unit_has_its_own_lr"
 RAW_LR_REASON = "its learning rate is in rungs, not in weight units: the lrs axis does not apply, its default does"
+
+
+def in_place_of(point: Combination, policies: Sequence[str]) -> Combination:
+    """The combination, or the uniform one that is the same training where the sweep has no uniform policy: under the
+    first of its policies for which that holds."""
+    if "uniform" in policies:
+        return point
+    same = [policy for policy in policies if _is_uniform(point._replace(policy=policy))]
+    return point._replace(policy="uniform") if same[:1] == [point.policy] else point
+
+
+def _is_uniform(point: Combination) -> bool:
+    rule = excluded_by(point)
+    return rule is not None and rule.name.endswith("_uniform")
 
 
 def excluded_by(point: Combination) -> Rule | None:

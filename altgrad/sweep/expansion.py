@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from altgrad.quantization import get_format
 from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_arm
-from altgrad.sweep.exclusions import RAW_LR, RAW_LR_REASON, RULES, Combination, Exclusion, excluded_by
+from altgrad.sweep.exclusions import RAW_LR, RAW_LR_REASON, RULES, Combination, Exclusion, excluded_by, in_place_of
 from altgrad.training.config import ARMS, BASELINE, UNQUANTIZED, OptimizerConfig, TrainConfig, has_own_lr_unit
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def points(spec: SweepSpec) -> Iterator[tuple[Point, str | None]]:
 def combinations(spec: SweepSpec) -> Iterator[Combination]:
     """Format × policy × arm."""
     for format, policy, arm in product(spec.formats, spec.policies, spec.optimizers):
-        yield Combination(format, policy, arm, lead(spec))
+        yield in_place_of(Combination(format, policy, arm, lead(spec)), spec.policies)
 
 
 def lead(spec: SweepSpec) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from altgrad.sweep import expansion
 from altgrad.sweep.axes import CONDITIONS, Range, is_of_arm, is_whole
-from altgrad.sweep.exclusions import Combination
+from altgrad.sweep.exclusions import Combination, in_place_of
 from altgrad.sweep.expansion import Point
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.objectives import OBJECTIVES, value_of
@@ -54,11 +54,14 @@ def sample_count(spec: SweepSpec) -> int:
 def draw(spec: SweepSpec, choose: Choose) -> Point:
     """One point of the space, whether or not it is left out."""
     formats = [name for name in spec.formats if name != UNQUANTIZED] or list(spec.formats)
-    combination = Combination(
-        choose("format", formats),
-        choose("policy", spec.policies),
-        choose("optimizer", spec.optimizers),
-        expansion.lead(spec),
+    combination = in_place_of(
+        Combination(
+            choose("format", formats),
+            choose("policy", spec.policies),
+            choose("optimizer", spec.optimizers),
+            expansion.lead(spec),
+        ),
+        spec.policies,
     )
     setting: dict[str, Any] = {}
     of_setting = [path for path in spec.axes if not is_of_arm(path)]

@@ -49,6 +49,11 @@ def test_the_fp32_control_is_the_same_steps_over_weights_that_nothing_rounds() -
     assert gain.other.format == "FP32" and gain.mean == pytest.approx(0.10, abs=0.01)
     assert not any(item.cell.arm == "manifold_fp32" for item in study.beyond)
     assert ("E4M3", "manifold_fp32", "uniform") not in study.verdicts, "it rounds nothing: it is no E4M3"
+    full = [replace(own, policy="uniform_full") for own in study.cells if own.arm in ("adamw", "manifold")]
+    rounded = [own for own in full if own.format == "E4M3"]
+    spared = [replace(own, policy="attention_bf16") for own in rounded]
+    found = {item.cell.policy for item in interactions([*study.cells, *rounded, *spared]) if item.kind == "beyond FP32"}
+    assert found == {"uniform", "uniform_full"}, "float32 weights step by the spacings of the formats they would have"
 
 
 def test_arms_of_one_parameter_are_compared_with_each_other() -> None:

@@ -23,6 +23,8 @@ def by_hand() -> set[tuple[str, str, str, float | None]]:
             continue  # it names its own formats: once, under the first
         if name == "BF16" and policy not in ("uniform", "classic"):
             continue  # all layers are BF16 already
+        if arm == "manifold_fp32" and policy in ("uniform_act", "uniform_full"):
+            continue  # no layer rounds anything, and the weights' spacings are those of uniform
         cells |= {(name, arm, policy, clip) for clip in (CLIPS if arm.startswith("grid") else (None,))}
     return cells | {("BF16", "adamw", "uniform", None)}
 

@@ -100,6 +100,26 @@ def test_bf16_under_a_policy_that_spares_layers_is_the_uniform_one() -> None:
     assert [(item.rule, item.trials) for item in spec.exclusions()] == [("bf16_everywhere_is_uniform", 8)]
 
 
+def test_what_no_policy_changes_runs_once_and_as_the_uniform_one() -> None:
+    values = {"formats": ("E4M3", "BF16"), "optimizers": ("manifold", "manifold_fp32"), "seeds": 1}
+    controls = [("E4M3", "manifold_fp32", "uniform", 0), ("BF16", "manifold_fp32", "uniform", 0)]
+    both = SweepSpec(policies=("uniform", "uniform_full"), **values)
+    assert [name for name in names(both) if name[1] == "manifold_fp32"] == controls
+    assert {item.rule: item.trials for item in both.exclusions()} == {
+        "bf16_everywhere_is_uniform": 2,
+        "float32_operands_are_uniform": 1,
+    }
+    alone = SweepSpec(policies=("uniform_full",), **values)
+    assert [name for name in names(alone) if name[2] == "uniform"] == [
+        ("BF16", "adamw", "uniform", 0),
+        controls[0],
+        ("BF16", "manifold", "uniform", 0),
+        controls[1],
+    ]
+    spared = SweepSpec(policies=("attention_bf16",), **values)
+    assert ("E4M3", "manifold_fp32", "attention_bf16", 0) in names(spared), "its spacings are another's"
+
+
 def test_references_exist_at_every_learning_rate_and_repeats_are_dropped() -> None:
     spec = SweepSpec(formats=("E5M2", "E5M2", "BF16"), optimizers=("adamw",), lrs=(1e-3, 2e-3, 1e-3), seeds=1)
     assert [(trial.format, trial.optimizer.lr) for trial in spec.expand()] == [
