@@ -21,7 +21,7 @@ SWEEP = SweepSpec(
     seeds=3,
     first_seed=1000,
     steps=400,
-    schedule=ScheduleConfig(kind="cosine"),
+    schedule=ScheduleConfig(kind="wsd", decay_fraction=0.5),
     eval_interval=100,
     checkpoint_interval=200,
 )
