@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from altgrad.analysis.cells import Cell, format_order, is_eight_bit
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, excess_text, links, number, slim, verdict_text
+from altgrad.analysis.wording import signed
 from altgrad.quantization import FORMATS, named_policy
 from altgrad.sweep.signs import RULES, Rule
 from altgrad.training.config import ARMS, AnyOptimizerConfig, TrainConfig
@@ -210,6 +211,6 @@ def _rank_texts(study: Study, found: Sequence[Judged]) -> list[str]:
     for (arm, policy), pairs in groups.items():
         if len(pairs) >= LEAST_RANKED:
             scores, ends = zip(*pairs, strict=True)
-            rank = f"{spearmanr(scores, ends).statistic:+.2f}".replace("-", "−")
-            texts.append(f"{arm} under {policy} {rank} of {len(pairs)} formats")
+            rank = float(spearmanr(scores, ends).statistic)
+            texts.append(f"{arm} under {policy} {signed(rank)} of {len(pairs)} formats")
     return texts

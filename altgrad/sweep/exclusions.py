@@ -12,6 +12,8 @@ from typing import NamedTuple
 from altgrad.quantization import named_policy, same_weights
 from altgrad.training.config import ARMS, BASELINE, UNQUANTIZED
 
+MAIN = "uniform"
+
 
 class Combination(NamedTuple):
     """One point of the product of the axes, before its arm's parameters and seeds."""
@@ -29,6 +31,8 @@ class Rule(NamedTuple):
     name: str
     reason: str
     applies: Callable[[Combination], bool]
+    stands_for: str | None = None
+    """the policy under which the same training runs"""
 
 
 class Exclusion(NamedTuple):
@@ -56,19 +60,19 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "bf16_everywhere_is_uniform",
         "where the format is BF16, this policy and uniform are the same training",
-        lambda point: (
-            point.format == BASELINE and point.policy != "uniform" and not _names_its_own_formats(point.policy)
-        ),
+        lambda point: point.format == BASELINE and point.policy != MAIN and not _names_its_own_formats(point.policy),
+        stands_for=MAIN,
     ),
     Rule(
         "float32_operands_are_uniform",
         "no layer rounds anything: policies with the weight formats of uniform are the same training",
         lambda point: (
             not getattr(ARMS[point.arm], "quantized", True)
-            and point.policy != "uniform"
+            and point.policy != MAIN
             and point.format != UNQUANTIZED
-            and same_weights(point.policy, "uniform", point.format)
+            and same_weights(point.policy, MAIN, point.format)
         ),
+        stands_for=MAIN,
     ),
 )
 RAW_LR = "raw_unit_has_its_own_lr"
@@ -76,17 +80,15 @@ RAW_LR_REASON = "its learning rate is in rungs, not in weight units: the lrs axi
 
 
 def in_place_of(point: Combination, policies: Sequence[str]) -> Combination:
-    """The combination, or the uniform one that is the same training where the sweep has no uniform policy: under the
-    first of its policies for which that holds."""
-    if "uniform" in policies:
-        return point
-    same = [policy for policy in policies if _is_uniform(point._replace(policy=policy))]
-    return point._replace(policy="uniform") if same[:1] == [point.policy] else point
+    """The combination; under the first of the sweep's policies whose rule names another that the sweep lacks, that."""
+    named = {policy: _stands_for(point._replace(policy=policy)) for policy in policies}
+    first = next((policy for policy, other in named.items() if other is not None and other not in policies), None)
+    return point._replace(policy=str(named[first])) if first == point.policy else point
 
 
-def _is_uniform(point: Combination) -> bool:
+def _stands_for(point: Combination) -> str | None:
     rule = excluded_by(point)
-    return rule is not None and rule.name.endswith("_uniform")
+    return None if rule is None else rule.stands_for
 
 
 def excluded_by(point: Combination) -> Rule | None:

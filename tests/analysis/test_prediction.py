@@ -70,7 +70,7 @@ def test_the_report_counts_what_was_right() -> None:
     assert [item.prediction.word for item in found] == ["fails", "trains", "trains", "fails"]
     texts = accuracy_texts(study, found)
     assert texts[0] == "Right in 3 of 4 decided cells; of 1 that fail 1 were predicted to, and 3 train."
-    assert "adamw under uniform +0.40 of 4 formats" in texts[1]
+    assert "adamw under uniform +0.400 of 4 formats" in texts[1]
     table = prediction_table(study, found)
     assert [line[-1] for line in table.lines] == ["no", "yes", "yes", "yes"]
 

@@ -44,8 +44,8 @@ AVERAGED = 0.3
 """Share of a run, its end, over which weights are averaged."""
 
 
-def configs(lengths: Sequence[int] = LENGTHS) -> Iterator[tuple[str, TrainConfig]]:
-    """Every run with its schedule's name."""
+def configs(lengths: Sequence[int]) -> Iterator[tuple[str, TrainConfig]]:
+    """Every run of these lengths with its schedule's name."""
     seeds = range(FIRST_SEED, LAST)
     for seed, (kind, (schedule, own)), rate in itertools.product(seeds, SCHEDULES.items(), RATES):
         for steps, (policy, name), arm in itertools.product(own, CELLS, ARMS_COMPARED):
@@ -105,12 +105,12 @@ def measured(kind: str, config: TrainConfig) -> list[dict[str, Any]]:
     return found
 
 
-def run(out: Path, workers: int) -> None:
-    """Measures what OUT lacks."""
+def run(out: Path, workers: int, lengths: Sequence[int] = LENGTHS) -> None:
+    """Measures what OUT lacks, of runs of these lengths."""
     done = {tuple(line[name] for name in KEY) for line in lines(out)}
     left = [
         (kind, config)
-        for kind, config in configs()
+        for kind, config in configs(lengths)
         if (kind, config.format, config.policy, config.arm, config.optimizer.lr, config.seed, config.steps) not in done
     ]
     started = time.monotonic()
@@ -187,9 +187,11 @@ def main() -> None:
 
 @pytest.mark.bench
 def test_study_design(tmp_path: Path) -> None:
-    main_out = tmp_path / "losses.jsonl"
-    run(main_out, 2)
-    print(table(lines(main_out)))
+    out = tmp_path / "losses.jsonl"
+    run(out, 2, lengths=(100,))
+    text = table(lines(out))
+    print(text)
+    assert "| cosine | 100 | 0.002 | 4 |" in text
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def smallest(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("redirect", "said"), [("> >(true)", b"pipe"), ("2>&-", b"")])
+@pytest.mark.parametrize(("redirect", "said"), [(">&-", b"it is closed"), ("> >(true)", b"pipe"), ("2>&-", b"")])
 def test_a_sweep_without_a_reader_is_run_whole(tmp_path: Path, redirect: str, said: bytes) -> None:
     done = call(smallest(tmp_path), redirect)
     assert done.returncode == 0 and said.lower() in done.stderr.lower() and b"Traceback" not in done.stderr, done

@@ -86,6 +86,7 @@ def test_two_workers_run_a_sweep_to_its_outcomes_and_leave_nothing_behind(tmp_pa
         assert [row["step"] for row in ours] == list(range(1, 16))
         assert [row["train_loss"] for row in ours] == pytest.approx([row["train_loss"] for row in theirs], abs=1e-5)
         assert json.loads((folder / "config.json").read_text())["workers"] == 2
+        assert (folder / "checkpoint" / "state.pt").exists(), "a worker that stops by its own guard leaves one"
 
 
 def test_a_killed_worker_is_replaced_and_no_step_is_lost_or_doubled(tmp_path: Path) -> None:
