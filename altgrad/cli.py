@@ -189,6 +189,11 @@ def _parser(words: Sequence[str]) -> Parser:
     export = command("export", "transfer.export", "add what an export lacks of a sweep, as compact parquet files")
     export.add_argument("out", type=Path, metavar="OUT", help="the sweep's folder, also of one that is running")
     export.add_argument("folder", type=Path, metavar="DIR", help="the export's folder; what it holds stays as it is")
+    export.add_argument(
+        "--lean",
+        action="store_true",
+        help="signals at 8 checks and two points of layers, in 12 bits; losses of evaluations stay exact",
+    )
     take = command("import", "transfer.import_", "make a sweep of an export, to go on with or to look at")
     take.add_argument("folder", type=Path, metavar="DIR", help="the export's folder")
     take.add_argument("out", type=Path, metavar="OUT", help="the sweep's folder: new, or of the same sweep")

@@ -12,9 +12,9 @@ from altgrad.sweep.folder import FolderError
 def export(request: argparse.Namespace) -> int:
     with monitor.open_ledger(request.out):
         pass
-    from altgrad.sweep.transfer import export_sweep
+    from altgrad.sweep.transfer import FULL, LEAN, export_sweep
 
-    found = export_sweep(request.out, request.folder)
+    found = export_sweep(request.out, request.folder, LEAN if request.lean else FULL)
     if found.shard is None:
         print(f"{request.folder} has all that {request.out} holds")
         return 0

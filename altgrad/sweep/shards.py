@@ -12,7 +12,8 @@ A shard is never rewritten: what came later stands in the next one, and of a tri
 whole; but a result is never replaced by an interruption, and an ending never by none. A shard appears by rename, under
 a name that holds a hash of its content, so two machines may add shards to copies of one export, and damage is seen.
 
-Losses and signals are exact. Layer signals are rounded to float32, but for what references are measured by.
+Losses and signals are exact. Layer signals are rounded to float32, but for what references are measured by. A lean
+export (`transfer.LEAN`) has fewer checks and fewer bits of all but evaluations.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def write_shard(folder: Path, tables: Mapping[str, pa.Table | Iterable[Sequence[
     partial = folder / f"{PARTIAL}{number:04d}"
     partial.mkdir()
     for name, rows in tables.items():
-        table = rows if isinstance(rows, pa.Table) else _to_arrow(TABLES[name], list(rows))
+        table = rows if isinstance(rows, pa.Table) else to_table(name, rows)
         if len(table) or name == "trials":
             write_parquet(table.replace_schema_metadata({_VERSION: str(VERSION).encode()}), partial / f"{name}.parquet")
     if manifest is not None:
@@ -220,8 +221,9 @@ def _types(columns: Sequence[str]) -> dict[str, pa.DataType]:
     return {name: kinds.get(name, pa.float64()) for name in columns}
 
 
-def _to_arrow(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> pa.Table:
+def to_table(name: str, given: Iterable[Sequence[Any]]) -> pa.Table:
     """The rows as columns; those in which nothing stands are left out, each would cost half a kilobyte."""
+    columns, rows = TABLES[name], list(given)
     values = zip(*rows, strict=True) if rows else ((),) * len(columns)
     found = {}
     for (name, kind), column in zip(_types(columns).items(), values, strict=True):

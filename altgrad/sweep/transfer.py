@@ -39,6 +39,7 @@ from altgrad.sweep.shards import (
     Export,
     alone,
     step_rows,
+    to_table,
     write_shard,
 )
 from altgrad.sweep.spec import is_reference
@@ -47,10 +48,25 @@ from altgrad.training.config import BASELINE, TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome
 from altgrad.training.record import TrialFolder, read_config, write_json
 
-CHECKS = 24
-"""Ends of log intervals at which all signals of a trial are exported; of the others, what an evaluation found."""
-POINTS = 4
-"""Steps of a trial at which a signal of layers is exported: the first measured, the last, checkpoints between."""
+
+@dataclass(frozen=True)
+class Detail:
+    """How much of a trial is exported beside how it ended and its evaluations, which always are, exactly.
+
+    `checks`: ends of log intervals with a value of a signal, but for those of HEADLINE: HEADLINE_CHECKS. `points`:
+    steps with a signal of layers; the first measured, the last, checkpoints between. `bits`: significant bits of
+    signals and of the training losses (off by 2^-bits of their value at most); None for all that there are.
+    """
+
+    checks: int
+    points: int
+    bits: int | None
+
+
+FULL, LEAN = Detail(24, 4, None), Detail(8, 2, 12)
+HEADLINE = ("flip_yield", "stall_ratio", "rank_drop", "critical_rank_drop")
+"""Signals of which also a lean export has HEADLINE_CHECKS values: what early warnings are judged by."""
+HEADLINE_CHECKS = 24
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
 REFERENCE_SIGNALS = ("stable_rank", "spectral_norm")
 """What other trials are held against: of references these are exported exactly, at every check."""
@@ -81,7 +97,7 @@ class Imported:
     differing: int
 
 
-def export_sweep(out: Path, folder: Path) -> Exported:
+def export_sweep(out: Path, folder: Path, detail: Detail = FULL) -> Exported:
     """Adds what the export in `folder` lacks of the sweep in `out`, which may be running, as one shard.
 
     SpecError where `folder` holds other things, or `out` is an export itself.
@@ -114,9 +130,11 @@ def export_sweep(out: Path, folder: Path) -> Exported:
         tables: dict[str, pa.Table | Iterable[Sequence[Any]]] = {
             "trials": [(*row, _heading(out / "trials" / row[0]), prints[row[0]]) for row in new],
             "outcomes": [endings[trial_id] for trial_id in ended],
-            "steps": _rows(connection, ended, AT_EVERY_STEP, ""),
-            "checks": _checks(_rows(connection, ended, IN_CHECKS, f"AND ({_IS_CHECK})")),
-            "layers": _layers(out / "trials", configs),
+            "steps": _cut(to_table("steps", _rows(connection, ended, AT_EVERY_STEP, "")), detail),
+            "checks": _cut(
+                to_table("checks", _checks(_rows(connection, ended, IN_CHECKS, f"AND ({_IS_CHECK})"), detail)), detail
+            ),
+            "layers": _layers(out / "trials", configs, detail),
             **of_sweep,
         }
         shard = write_shard(folder, tables, said)
@@ -234,15 +252,16 @@ def _rows(connection: Any, trial_ids: Sequence[str], columns: Sequence[str], mor
         )
 
 
-def _checks(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    """Of each signal CHECKS values of each trial, the first and the last among them, and all evaluations and words."""
+def _checks(rows: Iterable[Sequence[Any]], detail: Detail) -> Iterator[Sequence[Any]]:
+    """Of each signal so many values of each trial, the first and the last among them, and all evaluations and words."""
     names = ("trial_id", "step", *IN_CHECKS)
     whole = {place for place, name in enumerate(names) if name in (*EVALUATED, "formats", "events")}
     for _, own in groupby(rows, key=itemgetter(0)):
         found = [list(row) for row in own]
         for column in set(range(2, len(names))) - whole:
             measured = [place for place, row in enumerate(found) if row[column] is not None]
-            for place in set(measured) - set(_evenly(measured, CHECKS)):
+            most = HEADLINE_CHECKS if names[column] in HEADLINE else detail.checks
+            for place in set(measured) - set(_evenly(measured, most)):
                 found[place][column] = None
         yield from (row for row in found if any(value is not None for value in row[2:]))
 
@@ -254,17 +273,40 @@ def _evenly(items: Sequence[int], most: int) -> list[int]:
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, most)]
 
 
-def _layers(trials: Path, configs: Mapping[str, TrainConfig]) -> pa.Table:
+def _cut(table: pa.Table, detail: Detail) -> pa.Table:
+    """The table with its signals and training losses in so many bits."""
+    if detail.bits is None:
+        return table
+    for place, name in enumerate(table.column_names):
+        if pa.types.is_floating(table.schema.field(name).type) and name not in EVALUATED:
+            column = table[name].combine_chunks()
+            cut = pa.array(
+                to_bits(column.to_numpy(zero_copy_only=False), detail.bits), mask=np.asarray(column.is_null())
+            )
+            table = table.set_column(place, name, cut)
+    return table
+
+
+def to_bits(value: np.ndarray, bits: int) -> np.ndarray:
+    """Rounded to so many significant bits, to nearest; infinities and NaN stay."""
+    mantissa, exponent = np.frexp(value)
+    with np.errstate(over="ignore"):
+        found: np.ndarray = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
+    return found
+
+
+def _layers(trials: Path, configs: Mapping[str, TrainConfig], detail: Detail) -> pa.Table:
     """Layer signals as they are exported, like values beside each other."""
     found = [OF_LAYERS.empty_table()]
     for trial_id, config in configs.items():
         table = read_layers(trials / trial_id)
-        kept = pc.is_in(_moments(table), _moments(_chosen(table, config.checkpoint_interval)))
+        kept = pc.is_in(_moments(table), _moments(_chosen(table, config.checkpoint_interval, detail.points)))
         exact = REFERENCE_SIGNALS if is_reference(config) and config.format == BASELINE else ()
         is_exact = pc.is_in(table["signal"], pa.array(exact, pa.string()))
         table = table.append_column("is_exact", is_exact).filter(pc.or_(kept, is_exact))
         value = table["value"].to_numpy()
-        stored = np.where(table["is_exact"].to_numpy(), value, _rounded(value))
+        short = _rounded(value) if detail.bits is None else to_bits(value, detail.bits)
+        stored = np.where(table["is_exact"].to_numpy(), value, short)
         names = pa.array([trial_id] * len(table), pa.string())
         columns = [names, *(table[name] for name in ("step", "layer", "signal")), pa.array(stored)]
         found.append(pa.table(columns, schema=OF_LAYERS))
@@ -272,14 +314,14 @@ def _layers(trials: Path, configs: Mapping[str, TrainConfig]) -> pa.Table:
     return pa.concat_tables(found).sort_by(order)
 
 
-def _chosen(table: pa.Table, checkpoint_interval: int) -> pa.Table:
+def _chosen(table: pa.Table, checkpoint_interval: int, most: int) -> pa.Table:
     """(signal, step) of what is exported of a trial: signals are measured at different checks."""
     measured = table.group_by(["signal", "step"]).aggregate([]).sort_by("signal")
     rows = zip(measured["signal"].to_pylist(), measured["step"].to_pylist(), strict=True)
     chosen = [
         (signal, step)
         for signal, own in groupby(rows, key=itemgetter(0))
-        for step in points([step for _, step in own], checkpoint_interval)
+        for step in points([step for _, step in own], checkpoint_interval, most)
     ]
     signals, steps = zip(*chosen, strict=True) if chosen else ((), ())
     return pa.table({"signal": pa.array(signals, pa.string()), "step": pa.array(steps, pa.int64())})
@@ -289,14 +331,14 @@ def _moments(table: pa.Table) -> pa.Array:
     return pc.binary_join_element_wise(table["signal"], table["step"].cast(pa.string()), " ")
 
 
-def points(steps: Iterable[int], checkpoint_interval: int) -> list[int]:
-    """Of the steps at which a signal was measured POINTS at most: the first, the last, and evenly between them, of
+def points(steps: Iterable[int], checkpoint_interval: int, most: int) -> list[int]:
+    """At most so many of the steps at which a signal was measured: the first, the last, and evenly between them, of
     checkpoints where there are enough."""
     measured = sorted(steps)
     at_checkpoints = [step for step in measured[1:-1] if step % checkpoint_interval == 0]
-    if len(at_checkpoints) >= POINTS - 2:
+    if len(at_checkpoints) >= most - 2:
         measured = [measured[0], *at_checkpoints, measured[-1]]
-    return _evenly(measured, POINTS)
+    return _evenly(measured, most)
 
 
 def _rounded(value: np.ndarray) -> np.ndarray:

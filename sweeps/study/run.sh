@@ -15,7 +15,7 @@ stop() {
         code=0
         wait "$sweep" || code=$?
         echo "the sweep ended with $code"
-        "$altgrad" export "$out" "sweeps/study/$name"
+        "$altgrad" export --lean "$out" "sweeps/study/$name"
     fi
     exit 143
 }
@@ -33,13 +33,13 @@ for name in "$@"; do
         sleep 10 & wait $!
         waited=$((waited + 10))
         if [ "$waited" -ge "$EVERY" ]; then
-            "$altgrad" export "$out" "sweeps/study/$name"
+            "$altgrad" export --lean "$out" "sweeps/study/$name"
             waited=0
         fi
     done
     code=0
     wait "$sweep" || code=$?
     sweep=
-    "$altgrad" export "$out" "sweeps/study/$name"  # whatever it ended with, what it found is kept
+    "$altgrad" export --lean "$out" "sweeps/study/$name"  # whatever it ended with, what it found is kept
     [ "$code" = 0 ] || exit "$code"
 done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +29,7 @@ from altgrad.sweep.layer_table import FILE, read_layers
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.recorder import Recorder
 from altgrad.sweep.signs import from_text
-from altgrad.sweep.transfer import export_sweep, import_sweep, points
+from altgrad.sweep.transfer import LEAN, export_sweep, import_sweep, points, to_bits
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import read_rows
 from altgrad.training.reference import ReferenceCurve
@@ -128,12 +130,39 @@ def test_signs_of_failure_are_exported_as_they_were_seen(whole: Path, exported: 
     assert any(from_text(text or "[]") for text in found[0].values()), "E7M0 to nearest shows some"
 
 
+def test_a_lean_export_rounds_signals_and_no_result(whole: Path, exported: Path, tmp_path: Path) -> None:
+    lean = tmp_path / "lean"
+    assert export_sweep(whole, lean, LEAN).bytes < 0.7 * sum(path.stat().st_size for path in exported.rglob("*"))
+    assert export_sweep(whole, lean, LEAN).shard is None
+    few, all_ = load(lean), load(whole)
+    exact = ["trial_id", "outcome", "step", "val_loss", "perplexity", "bits_per_byte", "signal", "value", "message"]
+    pd.testing.assert_frame_equal(few.trials[exact], all_.trials[exact])
+    ours, theirs = (frame.rows.set_index(["trial_id", "step"]) for frame in (few, all_))
+    assert ours.index.equals(theirs.index), "each step once"
+    pd.testing.assert_series_equal(ours["val_loss"], theirs["val_loss"])
+    for name in ("train_loss", "grad_norm", "flip_yield", "stable_rank"):
+        known = ours[name].notna()
+        assert known.any()
+        pd.testing.assert_series_equal(ours[name][known], theirs[name][known], rtol=2**-12)
+        assert (ours[name][known] != theirs[name][known]).any()
+    assert few.layers.groupby(["trial_id", "layer", "signal"]).size().median() == 2
+    reports = [write_report(folder, to=tmp_path / str(place)) for place, folder in enumerate((whole, lean))]
+    assert str(reports[0]) == str(reports[1])
+
+
+def test_a_signal_is_rounded_to_nearest() -> None:
+    given = [1.0, 1 + 2**-12, 1 + 3 * 2**-12, -(1 + 2**-11), 0.0, math.inf, 5e-324]
+    assert to_bits(np.array(given), 12).tolist() == [1.0, 1.0, 1 + 2**-10, -(1 + 2**-11), 0.0, math.inf, 5e-324]
+    assert np.isnan(to_bits(np.array([math.nan]), 12)).all()
+
+
 def test_points_are_the_first_the_last_and_checkpoints() -> None:
-    assert points(range(10, 301, 10), 50) == [10, 100, 200, 300]
-    assert points([10, 110, 210], 50) == [10, 110, 210], "measured at few steps: all of them"
-    assert points(range(10, 811, 100), 50) == [10, 310, 510, 810]
-    assert points([7], 50) == [7]
-    assert points([], 50) == []
+    assert points(range(10, 301, 10), 50, 4) == [10, 100, 200, 300]
+    assert points([10, 110, 210], 50, 4) == [10, 110, 210], "measured at few steps: all of them"
+    assert points(range(10, 811, 100), 50, 4) == [10, 310, 510, 810]
+    assert points(range(10, 301, 10), 50, 2) == [10, 300]
+    assert points([7], 50, 4) == [7]
+    assert points([], 50, 4) == []
 
 
 def test_a_table_of_layers_is_made_again_from_the_record(whole: Path, tmp_path: Path) -> None:
