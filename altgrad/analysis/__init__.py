@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from altgrad.analysis.frames import Frames
+    from altgrad.analysis.grids import SettledRates
 
 
 def load(folder: Path | str) -> Frames:
@@ -22,3 +23,15 @@ def load(folder: Path | str) -> Frames:
     from altgrad.analysis.frames import Frames
 
     return Frames(folder)
+
+
+def settled_lrs(folder: Path | str) -> SettledRates:
+    """The learning rate of each cell at which a sweep over rates ended lowest, for `SweepSpec.settled_lrs` of one that
+    judges on other seeds; by format, arm and policy.
+
+    `folder`: the sweep's, or an export of it. Of E0M7 and E1M6, which are one grid, one stands for both. ValueError
+    where the sweep has trials without a result, or several settings.
+    """
+    from altgrad.analysis.settled import settled_lrs
+
+    return settled_lrs(Path(folder))

@@ -14,8 +14,7 @@ from typing import Any
 from altgrad.analysis.cells import Cell, Key
 from altgrad.analysis.contrasts import Contrast, measured
 from altgrad.analysis.records import Records, setting_words
-from altgrad.analysis.scores import judged
-from altgrad.analysis.study import Study, build_study
+from altgrad.analysis.study import Study
 from altgrad.analysis.sweeps import read_sweep
 from altgrad.analysis.tables import DASH, Table, effect_text, loss_text
 from altgrad.analysis.wording import counted, listed
@@ -59,9 +58,8 @@ def compare(first: Path, second: Path, *, margin: float | None = None, equal_wit
 
 def _side(out: Path, margin: float | None, equal_within: float | None) -> tuple[Records, Study]:
     sweep = read_sweep(out)
-    margin, equal_within = sweep.margin(margin), sweep.equal_within(equal_within)
     records = next(iter(sweep.settings.values()))
-    return records, build_study(judged(records.trials), margin=margin, equal_within=equal_within)
+    return records, sweep.study(records, margin, equal_within)
 
 
 def _setting_lines(one: Records, other: Records) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 The best of 12 rates looks better than the best of 4 by chance. So the formats of an arm are cut to the rates that they
 share, and arms of one unit to the rates that all have, where they have unequal numbers of them. A cell that shares no
-rate with its like is exploratory: it is shown, and nothing of it is decided.
+rate with its like is exploratory: it is shown, and nothing of it is decided; but for one that ran at the rate which was
+settled for it on other seeds, and so was chosen from nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ MOST_ARMS = 8
 """An arm's parameter with more values than these is no axis that somebody wants to compare along."""
 
 Rates = tuple[float, ...]
+SettledRates = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Format to arm to policy: the rate that was chosen on other seeds."""
 
 
-def build_cells(trials: pd.DataFrame) -> list[Cell]:
-    """One cell per format, arm and policy, in the order of formats, each at its best learning rate."""
+def build_cells(trials: pd.DataFrame, settled: SettledRates | None = None) -> list[Cell]:
+    """One cell per format, arm and policy, in the order of formats, each at its best learning rate.
+
+    A cell that ran at its `settled` rate alone was chosen from nothing, and is compared whatever the rates of others.
+    """
     # Plain records: a frame per choice takes most of the time of a large sweep's report.
     records = trials.to_dict("records")
     labels = arm_labels(records)
@@ -44,12 +50,18 @@ def build_cells(trials: pd.DataFrame) -> list[Cell]:
     # Settings of one cell that differ in more than the rate are samples of a search: no other cell has the same.
     grids = {key: [cell.lr for cell in cells] for key, cells in found.items()}
     gridded = {key: rates for key, rates in grids.items() if len(set(rates)) == len(rates)}
-    compared = compared_rates(gridded, units)
+    fixed = {key: tuple(rates) for key, rates in gridded.items() if rates == [_settled(settled or {}, key)]}
+    compared = compared_rates(gridded, units) | fixed
     cells = [chosen(settings, compared.get(key)) for key, settings in found.items()]
     return sorted(
         cells,
         key=lambda cell: (format_order(cell.format), cell.policy != MAIN_POLICY, cell.policy, arm_order(cell.arm)),
     )
+
+
+def _settled(rates: SettledRates, key: Key) -> float | None:
+    format, arm, policy = key
+    return rates.get(format, {}).get(arm.partition(",")[0], {}).get(policy)
 
 
 def compared_rates(ran: Mapping[Key, Sequence[float]], units: Mapping[str, str]) -> dict[Key, Rates]:

@@ -56,7 +56,7 @@ def how_to_read(study: Study) -> list[str]:
         "others of its cell; a lost one costs its seed only. A run in which a layer was shifted to another format is "
         "in no mean, no gain and no choice, and an arm with one is not said to train.",
         f"Of several learning rates a cell is shown at the one with the {choice}. Cells are compared over equal "
-        "grids, so that choosing flatters all alike.",
+        "grids, so that choosing flatters all alike, or each at the one rate that was settled for it on other seeds.",
         "Flip yield is realised over expected code changes under unbiased rounding; stall ratio is 1 − flips / "
         "updates, high in healthy runs too.",
     ]

@@ -24,9 +24,8 @@ from altgrad.analysis.finding import Finding, find
 from altgrad.analysis.frames import results_table
 from altgrad.analysis.records import UNRESOLVED, Records, mutations, unevaluated
 from altgrad.analysis.rendering import write_pages
-from altgrad.analysis.scores import judged
 from altgrad.analysis.sections import Material, Section
-from altgrad.analysis.study import Study, build_study
+from altgrad.analysis.study import Study
 from altgrad.analysis.sweeps import Sweep, read_sweep
 from altgrad.sweep.folder import cores
 from altgrad.sweep.processes import nobodys_main
@@ -82,10 +81,9 @@ def _materials(
     labels = list(settings)[:MOST_SETTINGS]
     folders = {label: folder / "settings" / str(place) if place else folder for place, label in enumerate(labels)}
     exchanged = mutations(out_dir, list(sweep.selected.trials["trial_id"]))
-    margin, equal_within = sweep.margin(margin), sweep.equal_within(equal_within)
     materials = []
     for label, records in ((label, settings[label]) for label in labels):
-        study = build_study(judged(records.trials), margin=margin, equal_within=equal_within)
+        study = sweep.study(records, margin, equal_within)
         ours = set(records.trials["trial_id"])
         material = Material(
             out_dir,

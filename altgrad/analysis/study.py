@@ -13,7 +13,7 @@ import pandas as pd
 from altgrad.analysis import contrasts, verdicts
 from altgrad.analysis.cells import MAIN_POLICY, MEASURES, UNITS, Cell, Key, find_reference
 from altgrad.analysis.contrasts import Contrast, table, weights_of
-from altgrad.analysis.grids import build_cells
+from altgrad.analysis.grids import SettledRates, build_cells
 from altgrad.analysis.inference import ALPHA, best_set
 from altgrad.analysis.twins import twin_map
 from altgrad.analysis.verdicts import FormatVerdict, Verdict
@@ -104,9 +104,18 @@ def main_policy(cells: Sequence[Cell]) -> str:
     return MAIN_POLICY if MAIN_POLICY in policies or not policies else policies[0]
 
 
-def build_study(trials: pd.DataFrame, *, margin: float = MARGIN, equal_within: float | None = None) -> Study:
-    """The study of the trials of one setting (`load.Records.trials`, as `scores.judged` leaves them)."""
-    return study_of(build_cells(trials), margin=margin, equal_within=equal_within)
+def build_study(
+    trials: pd.DataFrame,
+    *,
+    margin: float = MARGIN,
+    equal_within: float | None = None,
+    settled: SettledRates | None = None,
+) -> Study:
+    """The study of the trials of one setting (`load.Records.trials`, as `scores.judged` leaves them).
+
+    `settled`: learning rates chosen on other seeds, by format, arm and policy.
+    """
+    return study_of(build_cells(trials, settled or {}), margin=margin, equal_within=equal_within)
 
 
 def study_of(cells: Sequence[Cell], *, margin: float = MARGIN, equal_within: float | None = None) -> Study:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from altgrad.analysis.grids import SettledRates
 from altgrad.analysis.records import Records, by_setting, load, newest_setting, of_sweep
-from altgrad.analysis.study import MARGIN
+from altgrad.analysis.scores import judged
+from altgrad.analysis.study import MARGIN, Study, build_study
 from altgrad.sweep.complaints import SpecError
 from altgrad.sweep.folder import read_manifest
 
@@ -29,6 +31,20 @@ class Sweep:
     def equal_within(self, asked: float | None) -> float | None:
         """As asked, else the sweep's own."""
         return self._spec.get("equal_within") if asked is None else asked
+
+    @property
+    def settled_lrs(self) -> SettledRates:
+        """Format to arm to policy: the learning rates that were settled before the sweep."""
+        return self._spec.get("settled_lrs") or {}
+
+    def study(self, records: Records, margin: float | None, equal_within: float | None) -> Study:
+        """The study of one of the settings, by the sweep's own margins where None is asked for."""
+        return build_study(
+            judged(records.trials),
+            margin=self.margin(margin),
+            equal_within=self.equal_within(equal_within),
+            settled=self.settled_lrs,
+        )
 
     @property
     def axes(self) -> tuple[str, ...]:

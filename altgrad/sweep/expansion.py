@@ -124,12 +124,28 @@ def trials_of(spec: SweepSpec, found: Sequence[Point]) -> list[TrainConfig]:
 def references(spec: SweepSpec, settings: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
     """BF16 AdamW, and FP32 where asked for, in each of the settings, as far as constraints leave them."""
     # BF16 first: the others wait for it, and FP32 fills what is left of its time.
-    for format in (BASELINE, *((UNQUANTIZED,) if UNQUANTIZED in spec.formats else ())):
+    for combination in reference_combinations(spec):
         for setting in settings:
-            for parameters in ({},) if spec.search != "grid" else _variants(spec, "adamw"):
-                point = Point(Combination(format, "uniform", "adamw", format), setting, parameters)
+            for parameters in ({},) if spec.search != "grid" else _variants(spec, combination):
+                point = Point(combination, setting, parameters)
                 if _constraint(spec, point) is None:
                     yield point
+
+
+def reference_combinations(spec: SweepSpec) -> list[Combination]:
+    """BF16 AdamW, then FP32 where it is asked for."""
+    names = (BASELINE, UNQUANTIZED) if UNQUANTIZED in spec.formats else (BASELINE,)
+    return [Combination(name, "uniform", "adamw", name) for name in names]
+
+
+def whole(spec: SweepSpec) -> list[Combination]:
+    """What runs of format × policy × arm, references first, whatever constraints leave of it."""
+    return [*reference_combinations(spec), *(point for point in combinations(spec) if excluded_by(point) is None)]
+
+
+def settled_lr(spec: SweepSpec, point: Combination) -> float | None:
+    """The rate that the sweep names for this cell."""
+    return spec.settled_lrs.get(point.format, {}).get(point.arm, {}).get(point.policy)
 
 
 def exclusions(spec: SweepSpec) -> list[Exclusion]:
@@ -153,7 +169,7 @@ def points(spec: SweepSpec) -> Iterator[tuple[Point, str | None]]:
     settings = _unread_dropped(spec, settings)
     for combination in combinations(spec):
         for setting in settings:
-            for parameters in _variants(spec, combination.arm):
+            for parameters in _variants(spec, combination):
                 point = Point(combination, setting, parameters)
                 yield point, excluded(spec, point)
 
@@ -218,8 +234,9 @@ def _constraint(spec: SweepSpec, point: Point) -> str | None:
     return next((rule.name for rule in spec.constraints if rule.holds(values)), None)
 
 
-def _variants(spec: SweepSpec, arm: str) -> list[dict[str, Any]]:
-    return _product(arm_axes(spec, arm))
+def _variants(spec: SweepSpec, combination: Combination) -> list[dict[str, Any]]:
+    settled = settled_lr(spec, combination)
+    return _product(arm_axes(spec, combination.arm) | ({} if settled is None else {"lr": (settled,)}))
 
 
 def _product(axes: Mapping[str, Any]) -> list[dict[str, Any]]:

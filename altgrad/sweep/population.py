@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from altgrad.sweep.ledger import Ledger, is_settled
-from altgrad.sweep.spec import PbtConfig, SweepSpec, is_reference
+from altgrad.sweep.pacing import PbtConfig
+from altgrad.sweep.spec import SweepSpec, is_reference
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind

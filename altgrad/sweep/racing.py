@@ -34,7 +34,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from altgrad.sweep.spec import RaceConfig, evaluated_at, is_reference
+from altgrad.sweep.pacing import RaceConfig, evaluated_at
+from altgrad.sweep.spec import is_reference
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 

@@ -19,9 +19,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from altgrad.quantization import FORMATS, POLICIES, get_format
 from altgrad.sweep import expansion
@@ -29,6 +29,7 @@ from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
 from altgrad.sweep.complaints import check_choice, nearest
 from altgrad.sweep.exclusions import RULES, Exclusion
 from altgrad.sweep.objectives import OBJECTIVES
+from altgrad.sweep.pacing import PbtConfig, Positive, RaceConfig, evaluated_at
 from altgrad.sweep.strict_yaml import refuse_booleans
 from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import (
@@ -48,61 +49,11 @@ from altgrad.training.interventions import InterventionConfig
 from altgrad.training.rules import RULES as UPDATES
 
 ALL_FORMATS = tuple(FORMATS)
-Positive = Annotated[FiniteFloat, Field(gt=0)]
 _CHOICES = {
     "formats": ", ".join((UNQUANTIZED, *ALL_FORMATS, "all")),
     "optimizers": ", ".join((*ARMS, "all")),
     "policies": ", ".join((*POLICIES, "all")),
 }
-
-
-class RaceConfig(Frozen):
-    """When groups of one cell are compared, and how many go on."""
-
-    first_rung: int | None = Field(
-        None,
-        ge=1,
-        description="steps before the first comparison; null: steps / (reduction + 1), at least one eval_interval",
-    )
-    reduction: int = Field(2, ge=2, description="a rung lets one group in this many go on; rungs lie this factor apart")
-    seeds: int = Field(1, ge=1, description="seeds of each group that race; the others start when it has won")
-
-    def first(self, steps: int, eval_interval: int) -> int:
-        """The first rung of a run of `steps`: as asked, or derived."""
-        return self.first_rung or max(eval_interval, -(-steps // (self.reduction + 1)))
-
-    def rungs(self, steps: int, eval_interval: int) -> list[int]:
-        """The rungs (steps) whose first evaluation comes before the last step, where stopping still saves."""
-        found, rung = [], self.first(steps, eval_interval)
-        while evaluated_at(rung, eval_interval) < steps:
-            found.append(rung)
-            rung *= self.reduction
-        return found
-
-
-class PbtConfig(Frozen):
-    """Population-based training; see `altgrad.sweep.population`."""
-
-    interval: int | None = Field(
-        None,
-        ge=1,
-        description=(
-            "steps from one exchange to the next, a multiple of eval_interval; null: about a fifth of the steps"
-        ),
-    )
-    quantile: float = Field(
-        0.25,
-        gt=0,
-        le=0.5,
-        description="share of a population that takes over from as many of the best, one member at least",
-    )
-    factors: tuple[Positive, ...] = Field(
-        (0.8, 1.25), min_length=1, description=("one of them multiplies a value that is taken over")
-    )
-
-    def every(self, steps: int, eval_interval: int) -> int:
-        """Steps between exchanges: as asked, or derived; a multiple of eval_interval."""
-        return self.interval or max(1, round(steps / 5 / eval_interval)) * eval_interval
 
 
 class SweepSpec(Frozen):
@@ -120,6 +71,13 @@ class SweepSpec(Frozen):
     )
     policies: tuple[str, ...] = Field(("uniform",), min_length=1, description="mixed-precision policies, or 'all'")
     lrs: tuple[Positive, ...] = Field((), description="learning rates; empty for each arm's own")
+    settled_lrs: dict[str, dict[str, dict[str, Positive]]] = Field(
+        {},
+        description=(
+            "format to arm to policy: each cell's one learning rate in place of lrs, settled on other seeds; as "
+            "altgrad.analysis.settled_lrs reads them from a sweep over rates"
+        ),
+    )
     rung_clip: tuple[Positive, ...] = Field((), description="rungs, for arms that have them; empty for the default")
     axes: dict[str, Axis] = Field(
         {},
@@ -205,6 +163,19 @@ class SweepSpec(Frozen):
     @classmethod
     def _known_policies(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_choice(name, POLICIES, "policy") for name in _all_of(names, tuple(POLICIES)))
+
+    @field_validator("settled_lrs")
+    @classmethod
+    def _known_cells(cls, rates: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+        return {
+            _format_name(format): {
+                check_choice(arm, ARMS, "arm"): {
+                    check_choice(policy, POLICIES, "policy"): lr for policy, lr in own.items()
+                }
+                for arm, own in arms.items()
+            }
+            for format, arms in rates.items()
+        }
 
     @field_validator("guards", mode="before")
     @classmethod
@@ -328,6 +299,8 @@ def check_together(spec: SweepSpec) -> None:
     for old, path in (("lrs", "optimizer.lr"), ("rung_clip", "optimizer.rung_clip")):
         if getattr(spec, old) and path in spec.axes:
             raise ValueError(f"axes: {path}: {old} is the same axis; one of them, please")
+    if spec.settled_lrs:
+        _check_settled(spec)
     if spec.objectives != ("val_loss",) and spec.search != "optuna":
         raise ValueError(f"objectives={','.join(spec.objectives)} belongs to search='optuna'")
     if len(spec.objectives) > 1 and spec.scheduler == "asha":
@@ -336,6 +309,18 @@ def check_together(spec: SweepSpec) -> None:
         raise ValueError("objectives: 'val_loss' can't compare tokenizers (nats per token); bits_per_byte can")
     if spec.scheduler == "pbt":
         _check_pbt(spec)
+
+
+def _check_settled(spec: SweepSpec) -> None:
+    if spec.search != "grid" or spec.scheduler != "none":
+        raise ValueError("settled_lrs: each cell has one rate; with search='grid' and scheduler='none' only")
+    other = "lrs" if spec.lrs else next((path for path in spec.axes if path.endswith(".lr")), None)
+    if other is not None:
+        raise ValueError(f"settled_lrs: {other} says the same; one of them, please")
+    lacks = [point for point in expansion.whole(spec) if expansion.settled_lr(spec, point) is None]
+    if lacks:
+        named = ", ".join(f"{point.format} {point.arm} {point.policy}" for point in lacks[:3])
+        raise ValueError(f"settled_lrs: no rate for {named}{f' and {len(lacks) - 3} more' if lacks[3:] else ''}")
 
 
 def _check_pbt(spec: SweepSpec) -> None:
@@ -372,11 +357,6 @@ def _checked(rule: Constraint, arms: tuple[str, ...]) -> Constraint:
 def is_reference(config: TrainConfig) -> bool:
     """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
     return config.is_reference
-
-
-def evaluated_at(rung: int, eval_interval: int) -> int:
-    """The first step at or behind the rung that is evaluated."""
-    return -(-rung // eval_interval) * eval_interval
 
 
 def _format_name(name: str) -> str:

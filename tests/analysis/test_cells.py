@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +11,12 @@ import pytest
 from planted import cell
 from synthetic import Plan, stall, write_ledger
 
+from altgrad.analysis import settled_lrs
 from altgrad.analysis.cells import Cell, find_reference
 from altgrad.analysis.grids import build_cells, compared_rates
 from altgrad.analysis.records import load
+from altgrad.analysis.study import build_study
+from altgrad.sweep import SweepSpec
 from altgrad.training.config import ARMS, TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
@@ -95,6 +99,44 @@ def test_what_shares_no_rate_is_exploratory_and_says_what_it_was_chosen_from(tmp
     write_ledger(tmp_path, Plan(["BF16"], ["adamw"], lrs=(1e-3,)))
     cells = build_cells(trials_of(tmp_path, Plan(["E5M2"], ["adamw"], lrs=(2e-3, 4e-3))))
     assert [(item.format, item.exploratory, item.settings) for item in cells] == [("E5M2", True, 2), ("BF16", True, 1)]
+
+
+def test_a_cell_at_its_settled_rate_is_compared_whatever_others_ran_at(tmp_path: Path) -> None:
+    rates = {("BF16", "adamw"): 1e-3, ("BF16", "manifold"): 2e-3, ("E5M2", "adamw"): 4e-3, ("E5M2", "manifold"): 5e-4}
+    trials = pd.concat(
+        trials_of(tmp_path / f"{format}-{arm}", Plan([format], [arm], lrs=(lr,))) for (format, arm), lr in rates.items()
+    )
+    settled: dict[str, dict[str, dict[str, float]]] = {}
+    for (format, arm), lr in rates.items():
+        settled.setdefault(format, {})[arm] = {"uniform": lr}
+    assert {item.exploratory for item in build_cells(trials)} == {True}
+    cells = build_cells(trials, settled)
+    assert {(item.format, item.arm): item.lr for item in cells} == rates
+    assert {(item.exploratory, item.rates == (item.lr,)) for item in cells} == {(False, True)}
+    assert build_study(trials, settled=settled).beyond[0].status == "identical", "every run ends alike here"
+    settled["E5M2"]["adamw"]["uniform"] = 9e-3
+    assert [item.exploratory for item in build_cells(trials, settled)] == [True, False, False, False], "ran at another"
+
+
+def test_rates_are_settled_where_a_cell_ends_lowest(tmp_path: Path) -> None:
+    best = {("BF16", "adamw"): 1e-3, ("E0M7", "adamw"): 4e-3, ("BF16", "manifold"): 2e-3, ("E0M7", "manifold"): 2e-3}
+
+    def ending(lr: float) -> Callable[[str, str, int], float | Outcome]:
+        def of(format: str, arm: str, seed: int) -> float | Outcome:
+            far = abs(math.log2(lr / best[format, arm]))
+            return stall() if far and seed else 0.1 * far - 0.3 * bool(far)  # a seed that survives ends lower
+
+        return of
+
+    for lr in GRID:
+        write_ledger(tmp_path, Plan(["BF16", "E0M7"], ["adamw", "manifold"], lrs=(lr,), offset=ending(lr)))
+    found = settled_lrs(tmp_path)
+    assert {(f, arm): own["uniform"] for f, arms in found.items() for arm, own in arms.items() if f != "E1M6"} == best
+    assert found["E1M6"] == found["E0M7"], "one grid"
+    SweepSpec(formats=("E1M6",), optimizers=("adamw", "manifold"), settled_lrs=found)
+    write_ledger(tmp_path, Plan(["E4M3"], ["adamw"], offset=lambda *_: None))
+    with pytest.raises(ValueError, match="2 of 26 trials have no result yet"):
+        settled_lrs(tmp_path)
 
 
 def searched(values: list[float]) -> list[TrainConfig]:

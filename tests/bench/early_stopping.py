@@ -31,10 +31,11 @@ from scipy import stats
 
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.pacing import RaceConfig
 from altgrad.sweep.racing import SCORE, Race
 from altgrad.sweep.references import references
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import RaceConfig, SweepSpec, is_reference
+from altgrad.sweep.spec import SweepSpec, is_reference
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS, GuardPanel
 from altgrad.training.record import read_rows

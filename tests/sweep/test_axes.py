@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -122,6 +124,24 @@ def test_a_constraint_makes_an_invalid_combination_no_error() -> None:
     assert {(t.model.heads, t.model.width) for t in found.expand()} == {(2, 64), (2, 96), (3, 96)}
 
 
+def test_each_cell_runs_at_the_rate_settled_for_it() -> None:
+    arms, formats = "adamw,manifold,manifold_fp32", "E0M7,E7M0,BF16,FP32"
+    space = {"formats": formats, "optimizers": arms, "policies": "uniform,uniform_full", "seeds": 2}
+    alone = [(config.format, config.arm, config.policy) for config in spec(**space | {"seeds": 1}).expand()]
+
+    def settled(rates: Mapping[tuple[str, str, str], float]) -> SweepSpec:
+        nested: dict[str, Any] = {}
+        for (format, arm, policy), lr in rates.items():
+            nested.setdefault(format, {}).setdefault(arm, {})[policy] = lr
+        return spec(**space, settled_lrs=nested)
+
+    given = {key: (1 + place) * 1e-4 for place, key in enumerate(alone)}
+    trials = settled(given).expand()
+    assert {(trial.format, trial.arm, trial.policy): trial.optimizer.lr for trial in trials} == given
+    assert len(trials) == 2 * len(given) and settled(given).exclusions() == spec(**space).exclusions()
+    assert settled(dict.fromkeys(alone, 3e-3)).expand() == spec(**space, lrs=3e-3).expand()
+
+
 WRONG = [
     ("axes: {optimizer.beta3: [1]}", ["axes", "'optimizer.beta3' is no axis", "nearest: optimizer.beta2"]),
     ("axes: {lion.lr: [1]}", ["the sweep has no arm lion"]),
@@ -139,6 +159,12 @@ WRONG = [
     ("search: random\naxes: {optimizer.lr: {low: 1.0, hihg: 0.1}}", ["optimizer.lr.hihg: unknown key"]),
     ("search: random\naxes: {schedule.kind: {low: 1.0, high: 2}}", ["a range is for numbers"]),
     ("lrs: [0.1]\naxes: {optimizer.lr: [0.1]}", ["lrs is the same axis"]),
+    ("settled_lrs: {E5M2: {adamw: {uniform: 0}}}", ["settled_lrs.E5M2.adamw.uniform"]),
+    ("settled_lrs: {E9M9: {adamw: {uniform: 0.1}}}", ["'E9M9' is no usable format"]),
+    ("settled_lrs: {E5M2: {admaw: {uniform: 0.1}}}", ["'admaw' is no arm", "nearest: adamw"]),
+    ("settled_lrs: {BF16: {adamw: {uniform: 0.1}}}", ["settled_lrs: no rate for E5M2 grid uniform"]),
+    ("lrs: [0.1]\nsettled_lrs: {E5M2: {adamw: {uniform: 0.1}}}", ["lrs says the same"]),
+    ("search: random\nsettled_lrs: {E5M2: {adamw: {uniform: 0.1}}}", ["each cell has one rate"]),
     ("constraints: [{name: all, when: {format: [E5M2, BF16]}}]", ["nothing is left to run by all"]),
     ("search: optuna\nconstraints: [{name: all, when: {format: [E5M2]}}]", ["draws gave no valid", "the first: all"]),
     ("constraints: [{name: x, when: {fromat: E5M2}}]", ["'fromat' is no key for x", "nearest: format"]),

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from altgrad.sweep.pacing import RaceConfig
 from altgrad.sweep.pooled import PooledRace
 from altgrad.sweep.racing import Race
-from altgrad.sweep.spec import RaceConfig, SweepSpec
+from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 

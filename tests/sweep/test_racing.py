@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from altgrad.sweep.executors import GUARDED
+from altgrad.sweep.pacing import RaceConfig
 from altgrad.sweep.racing import Race
 from altgrad.sweep.schedulers import HealthScheduler
-from altgrad.sweep.spec import RaceConfig, SweepSpec
+from altgrad.sweep.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 from altgrad.training.record import to_plain
