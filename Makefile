@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: sweep test slow cluster lint clean
+.PHONY: sweep results test slow cluster lint clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python sweeps/format_ablation.py $(ARGS)
+
+results: $(INSTALLED)
+	$(BIN)/python -m altgrad.results
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -301,7 +301,7 @@ def _test(found: list[Contrast], tested: Sequence[int], share: float) -> None:
     level = family_level(len(columns), share)
     result = intervals(differences, weights, level, floor=floors)
     seeds = len(differences)
-    free = max_t(differences) if seeds >= LEAST_JOINT else np.full(len(columns), np.nan)
+    free = max_t(differences) / share if seeds >= LEAST_JOINT else np.full(len(columns), np.nan)
     family = Family(weights, level)
     for place, i in enumerate(tested):
         found[i] = replace(
@@ -309,7 +309,7 @@ def _test(found: list[Contrast], tested: Sequence[int], share: float) -> None:
             half=float(result.half[place]),
             spread=float(result.spread[place]),
             family=family,
-            p_free=float(free[place]),
+            p_free=float(np.minimum(1.0, free[place])),
         )
 
 

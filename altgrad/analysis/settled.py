@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from altgrad.analysis.grids import chosen
 from altgrad.analysis.records import UNRESOLVED
 from altgrad.analysis.sweeps import read_sweep
 from altgrad.analysis.twins import ONE_GRID
@@ -21,7 +22,8 @@ def settled_lrs(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
         raise ValueError(f"{folder}: {lacks.sum()} of {len(lacks)} trials have no result yet: no rate is settled")
     found: dict[str, dict[str, dict[str, float]]] = {}
     for cell in sweep.study(records, None, None).cells:
-        found.setdefault(cell.format, {}).setdefault(cell.family, {})[cell.policy] = cell.lr
+        # Of all that it ran at, also where other arms have fewer rates: nothing is judged on these seeds.
+        found.setdefault(cell.format, {}).setdefault(cell.family, {})[cell.policy] = chosen(cell.tried, None).lr
     for name, twin in (ONE_GRID, ONE_GRID[::-1]):
         if twin in found:
             found.setdefault(name, found[twin])

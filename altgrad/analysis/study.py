@@ -135,7 +135,7 @@ def study_of(cells: Sequence[Cell], *, margin: float = MARGIN, equal_within: flo
         return Study(cells, None, margin, equal_within, gains=gains, beyond=beyond)
     compared = contrasts.measured(contrasts.against_reference(cells, reference), twins, reference, sound=sound)
     own = verdicts.verdicts(cells, reference, margin, twins) if sound else {}
-    best, leads = _best(beyond, found.policy, twins) if sound else ([], False)
+    best, leads = best_of(beyond, found.policy, twins) if sound else ([], False)
     return Study(
         cells,
         reference,
@@ -163,7 +163,7 @@ def candidates(beyond: Sequence[Contrast], policy: str) -> list[Contrast]:
     ]
 
 
-def _best(beyond: Sequence[Contrast], policy: str, twins: Mapping[str, str]) -> tuple[list[list[Contrast]], bool]:
+def best_of(beyond: Sequence[Contrast], policy: str, twins: Mapping[str, str]) -> tuple[list[list[Contrast]], bool]:
     """Which may be the largest, the largest first, each with its twins; and whether the first is decided to be.
 
     It leads if it is decided to be above 0, and all others to be below it at half the error.

@@ -53,7 +53,7 @@ from altgrad.training.record import TrialFolder, read_config, write_json
 class Detail:
     """How much of a trial is exported beside how it ended and its evaluations, which always are, exactly.
 
-    `checks`: ends of log intervals with a value of a signal, but for those of HEADLINE: HEADLINE_CHECKS. `points`:
+    `checks`: ends of log intervals with a value of a signal; in a lean export those of HEADLINE have all. `points`:
     steps with a signal of layers; the first measured, the last, checkpoints between. `bits`: significant bits of
     signals and of the training losses (off by 2^-bits of their value at most); None for all that there are.
     """
@@ -64,9 +64,8 @@ class Detail:
 
 
 FULL, LEAN = Detail(24, 4, None), Detail(8, 2, 12)
-HEADLINE = ("flip_yield", "stall_ratio", "rank_drop", "critical_rank_drop")
-"""Signals of which also a lean export has HEADLINE_CHECKS values: what early warnings are judged by."""
-HEADLINE_CHECKS = 24
+HEADLINE = ("flip_yield", "stall_ratio", "rank_drop", "critical_rank_drop", "gradient_cosine")
+"""Signals of which a lean export has every value: what warnings and expectations are judged by."""
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
 REFERENCE_SIGNALS = ("stable_rank", "spectral_norm")
 """What other trials are held against: of references these are exported exactly, at every check."""
@@ -260,7 +259,7 @@ def _checks(rows: Iterable[Sequence[Any]], detail: Detail) -> Iterator[Sequence[
         found = [list(row) for row in own]
         for column in set(range(2, len(names))) - whole:
             measured = [place for place, row in enumerate(found) if row[column] is not None]
-            most = HEADLINE_CHECKS if names[column] in HEADLINE else detail.checks
+            most = len(measured) if detail == LEAN and names[column] in HEADLINE else detail.checks
             for place in set(measured) - set(_evenly(measured, most)):
                 found[place][column] = None
         yield from (row for row in found if any(value is not None for value in row[2:]))

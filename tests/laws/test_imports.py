@@ -14,7 +14,7 @@ from altgrad import cli
 from altgrad.sweep import Ledger, SweepSpec
 
 PACKAGE = Path(__file__).parents[2] / "altgrad"
-FLOORS = ("quantization", "training", "sweep", "analysis", "commands", "cli")
+FLOORS = ("quantization", "training", "sweep", "analysis", "results", "commands", "cli")
 HEAVY = ("ray", "wandb", "datasets", "matplotlib")
 COMPILERS = ("torch._dynamo", "torch._inductor", "triton", "numba")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
