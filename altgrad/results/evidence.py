@@ -96,7 +96,8 @@ class Evidence:
         for shard in shards(self.folder):
             if (path := shard / "sweep.json").exists():
                 git = json.loads(path.read_text(encoding="utf-8")).get("git") or {}
-                found[f"{str(git.get('sha'))[:10]}{'+' if git.get('dirty') else ''}"] = None
+                if git.get("sha"):
+                    found[f"{git['sha'][:10]}{'+' if git.get('dirty') else ''}"] = None
         return list(found)
 
     @property

@@ -79,7 +79,7 @@ def forecasts(part: Evidence, seed: int = 0) -> list[Forecast]:
     found = []
     for policy in sorted(runs["policy"].unique()):
         own = runs[runs["policy"] == policy].dropna(subset=["early_yield", "early_loss"])
-        on_grid = own[own["plain_arm"].map(lambda name: name != "adamw") | own["optimizer"].map(is_on_grid)]
+        on_grid = own[own["optimizer"].map(is_on_grid).astype(bool)]
         for arms, table in (("all", own), ("on the grid", on_grid)):
             if len(table) >= 10 and table["seed"].nunique() >= 3:
                 found.append(_forecast(table, policy, arms, seed))

@@ -39,20 +39,22 @@ def costs(parts: Mapping[str, Evidence]) -> Table:
 
 def sources(parts: Mapping[str, Evidence]) -> Table:
     """A line per sweep: the command, the commits that ran it, where, on what data."""
-    columns = ("sweep", "command", "commits", "machine", "torch", "numerics", "data")
+    columns = ("sweep", "command", "commits", "machine, Python", "torch", "numerics", "data")
     lines = []
     for name, part in parts.items():
         manifest = part.manifest
         machine, versions, data = (manifest.get(key) or {} for key in ("machine", "versions", "data"))
+        where = (machine.get("processor"), f"{machine['cores']} cores" if machine else None, manifest.get("python"))
+        sha256 = data.get("sha256")
         lines.append(
             (
                 f"[{name}](sweeps/study/{name})",
                 f"`python sweeps/study_{name}.py`",
                 ", ".join(part.commits) or DASH,
-                f"{machine.get('processor')}, {machine.get('cores')} cores, Python {manifest.get('python')}",
+                ", ".join(str(text) for text in where if text) or DASH,
                 str(versions.get("torch", DASH)),
                 str(manifest.get("numerics", DASH)),
-                f"{data.get('source', DASH)}, sha256 {str(data.get('sha256'))[:12]}",
+                f"{data['source']}, sha256 {sha256[:12]}" if sha256 else DASH,
             )
         )
     return Table(columns, lines)

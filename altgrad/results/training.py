@@ -32,7 +32,9 @@ NARROW = 0.02
 
 
 def verdicts_of(study: Study, policy: str) -> list[FormatVerdict]:
-    """On each format under one policy."""
+    """On each format under one policy; none where BF16 AdamW has not learned, and nothing is judged."""
+    if not study.is_sound:
+        return []
     own = [cell for cell in study.cells if cell.policy == policy and cell.is_judged]
     return format_verdicts(own, study.verdicts, twin_map(study.cells))
 
@@ -117,6 +119,8 @@ def sentence(by_policy: Mapping[str, Sequence[Trained]]) -> str:
                 said.append(f"{'all' if len(names) == len(found) else listed(names)} {text}")
         if said:
             parts.append(f"{_what(policy)}: {'; '.join(said)}")
+    if not parts:
+        return "Nothing is judged: BF16 AdamW has not learned."
     return f"{'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
 
