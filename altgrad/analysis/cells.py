@@ -17,13 +17,15 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.records import FAILED, FINISHED, SHIFTED, ending_of
 from altgrad.analysis.signs import Sign, signs_of
-from altgrad.quantization import get_format
-from altgrad.training.config import ARMS, UNQUANTIZED
+from altgrad.quantization import PrecisionPolicy, get_format, named_policy
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import UNQUANTIZED
 from altgrad.training.outcome import OutcomeKind
 
 REFERENCE_FORMAT, REFERENCE_ARM, MAIN_POLICY = "BF16", "adamw", "uniform"
@@ -89,11 +91,18 @@ class Cell:
     control: str = ""
     quantized: bool = True
     """False for an arm whose layers round nothing, whatever the format."""
+    rules: str = ""
+    """What each layer computes in, as JSON; '' for the policy of that name."""
 
     @property
     def is_judged(self) -> bool:
         """Whether it trains in 8 bits, so that it trains or fails for its format."""
-        return self.quantized and is_eight_bit(self.format)
+        return self.quantized and is_narrow(self.format)
+
+    @property
+    def precision(self) -> PrecisionPolicy:
+        """What each layer computes in."""
+        return _precision(self.rules) if self.rules else named_policy(self.policy, self.format)
 
     @property
     def key(self) -> Key:
@@ -168,8 +177,9 @@ def arm_order(name: str) -> tuple[int, str]:
     return (known.index(family) if family in known else len(known)), name
 
 
-def is_eight_bit(name: str) -> bool:
-    return format_order(name)[0] == 8
+def is_narrow(name: str) -> bool:
+    """Whether a value of the format takes 8 bits or fewer, and its runs are judged by it."""
+    return format_order(name)[0] <= 8
 
 
 def cell_of(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[str, Any]) -> Cell:
@@ -206,7 +216,13 @@ def cell_of(trials: Sequence[Mapping[Hashable, Any]], arm: str, knobs: Mapping[s
         quantized=bool(first["quantized"]),
         plain=first["plain_arm"],
         control=first["control_arm"],
+        rules=first["rules"],
     )
+
+
+@cache
+def _precision(rules: str) -> PrecisionPolicy:
+    return PrecisionPolicy.model_validate_json(rules)
 
 
 def mean_of_known(values: Iterable[float]) -> float:

@@ -34,7 +34,7 @@ from altgrad.analysis.cells import (
     Cell,
     Key,
     format_order,
-    is_eight_bit,
+    is_narrow,
     mean_of_known,
 )
 from altgrad.analysis.inference import (
@@ -51,8 +51,9 @@ from altgrad.analysis.inference import (
     stop_test,
 )
 from altgrad.analysis.twins import noise_of
-from altgrad.quantization import POLICIES, same_weights
-from altgrad.training.config import ARMS, UNQUANTIZED
+from altgrad.quantization import same_spacings
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import UNQUANTIZED
 
 Kind = Literal["reference", "gain", "beyond BF16", "beyond FP32", "relief", "width", "change"]
 Status = Literal["measured", "identical", "one seed", "stopped", "shifted", "exploratory", "no result"]
@@ -247,7 +248,7 @@ def _twin_of(cell: Cell, cells: ByArm, format: str, family: str) -> Cell | None:
         other
         for other in cells.get((format, family), ())
         if all(cell.knobs[name] == other.knobs[name] for name in cell.knobs.keys() & other.knobs.keys())
-        and (other.policy == cell.policy or not is_eight_bit(format) or _is_control_of(other, cell))
+        and (other.policy == cell.policy or not is_narrow(format) or _is_control_of(other, cell))
     ]
     own = [other for other in rivals if other.policy == cell.policy] or rivals
     # Of arms that differ in more, the one with the usual parameters, whatever came out: none is chosen by its result.
@@ -256,8 +257,7 @@ def _twin_of(cell: Cell, cells: ByArm, format: str, family: str) -> Cell | None:
 
 def _is_control_of(other: Cell, cell: Cell) -> bool:
     """Whether float32 weights that no layer rounds step as the cell's do: under the same spacings."""
-    known = other.policy in POLICIES and cell.policy in POLICIES
-    return not other.quantized and known and same_weights(other.policy, cell.policy, cell.format)
+    return not other.quantized and same_spacings(other.precision, cell.precision)
 
 
 def _unusual(cell: Cell) -> int:

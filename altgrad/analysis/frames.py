@@ -111,8 +111,8 @@ def results_table(trials: pd.DataFrame, axes: Collection[str] = ()) -> pd.DataFr
 
 
 def _axis_columns(trials: pd.DataFrame, axes: Collection[str]) -> pd.DataFrame:
-    # One configuration stands for all that differ in format, policy and seed alone.
-    groups = trials.groupby(["setting", "options"], sort=False)
+    # One configuration stands for all that differ in format and seed alone.
+    groups = trials.groupby(["setting", "options", "policy"], sort=False)
     firsts = groups[["optimizer", "config"]].first()
     found = [flat(json.loads(config)) for config in firsts["config"]]
     values = pd.DataFrame([{name: _cell(value) for name, value in item.items()} for item in found], index=firsts.index)

@@ -37,15 +37,15 @@ def planned_power(trials: Iterable[TrainConfig], seeds: int, margin: float = MAR
 def _planned_cells(trials: Sequence[TrainConfig]) -> list[Cell]:
     """The cells that the trials make; of formats that are one grid the first."""
     records: list[dict[Hashable, Any]] = [
-        {"format": c.format, "optimizer": c.arm, "options": c.optimizer.model_dump_json(), "policy": c.policy}
+        {"format": c.format, "optimizer": c.arm, "options": c.optimizer.model_dump_json(), "policy": c.recipe_name}
         for c in trials
     ]
     found = {}
     for config, (label, knobs) in zip(trials, arm_labels(records), strict=True):
-        found[config.format, label, config.policy] = Cell(
+        found[config.format, label, config.recipe_name] = Cell(
             config.format,
             label,
-            config.policy,
+            config.recipe_name,
             config.optimizer.lr,
             config.use_manifold_aware,
             {},
@@ -54,6 +54,7 @@ def _planned_cells(trials: Sequence[TrainConfig]) -> list[Cell]:
             plain=plain_arm(config.optimizer),
             control=control_arm(config.optimizer),
             quantized=config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
+            rules=config.precision.model_dump_json(),
         )
     first, second = ONE_GRID
     has_first = any(key[0] == first for key in found)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.stats import spearmanr
 
-from altgrad.analysis.cells import Cell, format_order, is_eight_bit
+from altgrad.analysis.cells import Cell, format_order, is_narrow
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, excess_text, links, number, slim, verdict_text
 from altgrad.analysis.wording import signed
-from altgrad.quantization import FORMATS, named_policy
+from altgrad.quantization import FORMATS, PrecisionPolicy, ScaleRule
 from altgrad.sweep.signs import RULES, Rule
-from altgrad.training.config import ARMS, AnyOptimizerConfig, TrainConfig
+from altgrad.training.arm_configs import ARMS, AnyOptimizerConfig
+from altgrad.training.config import TrainConfig
 
 ROLES = ("weight", "activation", "gradient")
 SIGNALS = (*(f"{role}_{what}" for role in ROLES for what in ("sqnr", "underflow")), "flip_yield", "flip_rate")
@@ -64,14 +65,20 @@ def prospects_of(by_layer: pd.DataFrame) -> Prospects:
     return dict(sorted(found.items(), key=lambda item: format_order(item[0])))
 
 
-def predict(prospects: Prospects, format: str, policy: str, optimizer: AnyOptimizerConfig) -> Prediction | None:
-    """The prediction for a cell; None where the reference was not looked at for one of its formats."""
-    rule = named_policy(policy, format).resolve("")
-    roles = {role: getattr(rule, role).format for role in ROLES if rule is not None and getattr(rule, role) is not None}
+def predict(
+    prospects: Prospects, format: str, precision: PrecisionPolicy, optimizer: AnyOptimizerConfig
+) -> Prediction | None:
+    """The prediction for a cell; None where the reference was not looked at for one of its formats, or for its scales:
+    what is looked at is a tensor's current largest magnitude."""
+    rule = precision.resolve("")
+    known = {role: getattr(rule, role) for role in ROLES if rule is not None and getattr(rule, role) is not None}
+    if any(role.scale != ScaleRule() for role in known.values()):
+        return None
+    roles = {name: role.format for name, role in known.items()}
     asked = [(name, f"{role}_{what}") for role, name in roles.items() for what in ("sqnr", "underflow")]
     if getattr(optimizer, "rounding", None) == "nearest":
         asked.append((format, MOVED.signal))
-    asked = [(name, signal) for name, signal in asked if is_eight_bit(name)]
+    asked = [(name, signal) for name, signal in asked if is_narrow(name)]
     if any(name not in prospects for name, _ in asked):
         return None
     distances = []
@@ -117,13 +124,15 @@ def _share_text(value: float) -> str:
 
 def planned(prospects: Prospects, trials: Iterable[TrainConfig]) -> list[str]:
     """What is predicted to fail of the cells that a plan holds, a line per arm and policy."""
-    cells = dict.fromkeys(
-        (config.arm, config.policy, config.format) for config in trials if is_eight_bit(config.format)
-    )
+    cells = {
+        (config.arm, config.recipe_name, config.format): config.precision
+        for config in trials
+        if is_narrow(config.format)
+    }
     optimizers = {config.arm: config.optimizer for config in trials}
     groups: dict[tuple[str, str], list[str]] = {}
-    for arm, policy, name in cells:
-        found = predict(prospects, name, policy, optimizers[arm])
+    for (arm, policy, name), precision in cells.items():
+        found = predict(prospects, name, precision, optimizers[arm])
         own = groups.setdefault((arm, policy), [])
         if found is not None and found.word == "fails":
             own.append(f"{name} ({found.signal} {found.value:.3g})")
@@ -148,7 +157,7 @@ def judged(study: Study, prospects: Prospects) -> list[Judged]:
         optimizer = ARMS.get(cell.family)
         if not (cell.is_judged and cell.has_result and optimizer is not None):
             continue
-        if (prediction := predict(prospects, cell.format, cell.policy, optimizer)) is not None:
+        if (prediction := predict(prospects, cell.format, cell.precision, optimizer)) is not None:
             found.append(Judged(cell, prediction))
     return found
 

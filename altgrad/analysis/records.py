@@ -36,8 +36,9 @@ from altgrad import NUMERICS_VERSION
 from altgrad.sweep import read_only
 from altgrad.sweep.ledger import as_asked, is_current, outcome_of
 from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
+from altgrad.training.arm_configs import has_own_lr_unit
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
-from altgrad.training.config import UNQUANTIZED, TrainConfig, has_own_lr_unit
+from altgrad.training.config import UNQUANTIZED, TrainConfig
 from altgrad.training.metrics import perplexity
 from altgrad.training.outcome import AFTER_SHIFT, GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import flat, from_plain
@@ -228,7 +229,7 @@ def _trial(
         "task": config.task,
         "format": config.format,
         "optimizer": config.arm,
-        "policy": config.policy,
+        "policy": config.recipe_name,
         "lr": config.optimizer.lr,
         "rung_clip": getattr(config.optimizer, "rung_clip", math.nan),
         "seed": config.seed,
@@ -254,6 +255,7 @@ def _trial(
         "quantized": config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
         "plain_arm": plain_arm(config.optimizer),
         "control_arm": control_arm(config.optimizer),
+        "rules": config.precision.model_dump_json(),
         "lr_unit": config.arm if has_own_lr_unit(config.optimizer) else "weight",
         "setting": _setting(config, entry["data_sha256"], numerics),
         "scope": _scope(config),
@@ -286,7 +288,7 @@ def _numerics(entry: sqlite3.Row) -> int:
 
 def _setting(config: TrainConfig, data_sha256: str, numerics: int) -> str:
     identity = config.identity(data_sha256) | {"steps": config.steps, "numerics": numerics}
-    varied = ("format", "policy", "optimizer", "seed")
+    varied = ("format", "policy", "recipe", "optimizer", "seed")
     return json.dumps({key: value for key, value in identity.items() if key not in varied}, sort_keys=True)
 
 

@@ -28,7 +28,7 @@ from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, effect_text, slim
 from altgrad.analysis.twins import twin_map
 from altgrad.analysis.wording import listed
-from altgrad.quantization import named_policy
+from altgrad.quantization import OWN_FORMATS, POLICIES, named_policy
 
 LAYERS = tuple(
     f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
@@ -110,7 +110,7 @@ def _asked(study: Study, question: Question) -> list[Cell]:
 
 def role_format(cell: Cell, role: str) -> str | None:
     """The format that the cell's policy gives to this role where it names one for every layer."""
-    rule = named_policy(cell.policy, cell.format).resolve("")
+    rule = cell.precision.resolve("")
     found = None if rule is None else getattr(rule, role)
     return None if found is None else str(found.format)
 
@@ -189,7 +189,7 @@ def relief_table(found: Sequence[Contrast], unit: str) -> Table:
 
 def recipe_text(cell: Cell) -> str:
     """What tells the cell's policy from `uniform`, in words."""
-    own, plain = named_policy(cell.policy, cell.format), named_policy(MAIN_POLICY, cell.format)
+    own, plain = cell.precision, named_policy(MAIN_POLICY, cell.format)
     kept: list[str] = []
     roles: dict[str, None] = {}
     for name in LAYERS:
@@ -198,6 +198,8 @@ def recipe_text(cell: Cell) -> str:
             kept.append(layer_kind(name))
         else:
             roles |= dict.fromkeys(role for role in ROLES if getattr(rule, role) != getattr(usual, role))
+    if cell.policy not in POLICIES or cell.policy in OWN_FORMATS:
+        return cell.policy  # which says what it changes
     parts = [f"{listed(_shortened(kept))} in BF16"] if kept else []
     parts += [f"{listed(f'{role}s' for role in roles)} in 8 bits too"] if roles else []
     return f"{cell.policy}: {', '.join(parts)}" if parts else cell.policy

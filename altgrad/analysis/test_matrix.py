@@ -26,8 +26,9 @@ from altgrad.quantization import (
     quantize_model,
     quantized_parameters,
 )
+from altgrad.training.arm_configs import ARMS
 from altgrad.training.catalogue import SIGNALS
-from altgrad.training.config import ARMS, ModelConfig
+from altgrad.training.config import ModelConfig
 from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
 from altgrad.training.model import build_model
 

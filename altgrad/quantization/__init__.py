@@ -48,7 +48,7 @@ from altgrad.quantization.flip_metrics import (
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from altgrad.quantization.ops import code_index, decode, encode, hash_uniform, index_to_value, mix_seed, quantize, ulp
-from altgrad.quantization.policy import POLICIES, LayerRule, PrecisionPolicy, named_policy, same_weights
+from altgrad.quantization.policy import OWN_FORMATS, POLICIES, LayerRule, PrecisionPolicy, named_policy, same_spacings
 from altgrad.quantization.rank_health import RankHealthMonitor, RankTrendDetector, RankWarning, ReferenceRatioDetector
 from altgrad.quantization.ranks import (
     SpectralNorms,
@@ -58,6 +58,7 @@ from altgrad.quantization.ranks import (
     spectrum,
     variance_rank,
 )
+from altgrad.quantization.recipes import Recipe, RoleChange
 from altgrad.quantization.roles import Role
 from altgrad.quantization.scaling import (
     AmaxHistory,
@@ -97,6 +98,7 @@ __all__ = [
     "BLOCK_FORMATS",
     "FORMATS",
     "NUMERICS_VERSION",
+    "OWN_FORMATS",
     "POLICIES",
     "AmaxAverage",
     "AmaxHistory",
@@ -124,8 +126,10 @@ __all__ = [
     "RankHealthMonitor",
     "RankTrendDetector",
     "RankWarning",
+    "Recipe",
     "ReferenceRatioDetector",
     "Role",
+    "RoleChange",
     "ScaleRule",
     "ScaleTracker",
     "SpectralNormTracker",
@@ -176,7 +180,7 @@ __all__ = [
     "quantized_parameters",
     "range_statistics",
     "requantize_layer",
-    "same_weights",
+    "same_spacings",
     "spectrum",
     "stiffness_pearson",
     "synchronize_amax",

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from altgrad.quantization.block_scaling import BlockScale
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.roles import Role, as_role
+from altgrad.quantization.scaling import ScaleRule
 from altgrad.registry import Registry
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head")
@@ -112,6 +114,27 @@ def _classic(fmt: str) -> tuple[LayerRule, ...]:
     )
 
 
+def _of_roles(weight: Role, activation: Role, gradient: Role) -> tuple[LayerRule, ...]:
+    return (LayerRule(pattern="", weight=weight, activation=activation, gradient=gradient),)
+
+
+def _hybrid(_: str) -> tuple[LayerRule, ...]:
+    """E4M3 forward, E5M2 backward, delayed scales (Micikevicius et al. 2022, arXiv 2209.05433)."""
+    delayed = ScaleRule(kind="delayed")
+    forward, backward = (Role(format=name, scale=delayed) for name in ("E4M3", "E5M2"))
+    return _of_roles(forward, forward, backward)
+
+
+def _blocks(fmt: str, scale_format: BlockScale, *, stochastic: bool) -> Callable[[str], tuple[LayerRule, ...]]:
+    """One block format in all three roles; gradients rounded stochastically where to nearest they are too biased."""
+    own = Role(format=fmt, scale=ScaleRule(kind="block", block_scale_format=scale_format))
+    gradient = own.model_copy(update={"rounding": "stochastic"}) if stochastic else own
+    return lambda _: _of_roles(own, own, gradient)
+
+
+OWN_FORMATS: Mapping[str, str] = {"hybrid": "E4M3", "mxfp8": "E4M3", "mxfp6": "E2M3", "mxfp4": "E2M1", "nvfp4": "E2M1"}
+"""Policies that say every layer's format themselves, and that of their weights; `classic` has several."""
+
 POLICIES: Registry[Callable[[str], tuple[LayerRule, ...]]] = Registry(
     {
         "uniform": _uniform,
@@ -121,9 +144,16 @@ POLICIES: Registry[Callable[[str], tuple[LayerRule, ...]]] = Registry(
         "mlp_bf16": _mlp_bf16,
         "head_bf16": _head_bf16,
         "classic": _classic,
+        "hybrid": _hybrid,
+        "mxfp8": _blocks("E4M3", "E8M0", stochastic=False),
+        "mxfp6": _blocks("E2M3", "E8M0", stochastic=False),
+        "mxfp4": _blocks("E2M1", "E8M0", stochastic=True),
+        "nvfp4": _blocks("E2M1", "E4M3", stochastic=True),
     }
 )
-"""Named policies: name to rules for a format."""
+"""Named policies: name to rules for a format. Of 32 elements that share a power of two (OCP Microscaling Formats 1.0)
+those of `mxfp8`, `mxfp6` and `mxfp4`; of 16 that share an E4M3 scale those of `nvfp4`; 4-bit gradients are rounded
+stochastically, since to nearest they are biased (Tseng et al. 2025, arXiv 2502.20586; NVIDIA 2025, 2509.25149)."""
 
 
 @cache
@@ -138,7 +168,9 @@ def named_policy(name: str, fmt: str) -> PrecisionPolicy:
     return PrecisionPolicy(rules=POLICIES[name](get_format(fmt).name))
 
 
-def same_weights(first: str, second: str, fmt: str) -> bool:
-    """Whether two named policies give every layer the same weight format, whatever the other roles take."""
-    one, other = ([(rule.pattern, rule.weight) for rule in named_policy(name, fmt).rules] for name in (first, second))
+def same_spacings(first: PrecisionPolicy, second: PrecisionPolicy) -> bool:
+    """Whether two policies give every layer the same weight format, whatever the scales, and what other roles take."""
+    one, other = (
+        [(rule.pattern, rule.weight and rule.weight.format) for rule in policy.rules] for policy in (first, second)
+    )
     return one == other

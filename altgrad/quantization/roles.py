@@ -44,8 +44,8 @@ class Role(BaseModel):
 
     def __str__(self) -> str:
         words = [self.format]
-        if self.scale.kind != "current":
-            words.append(self.scale.kind.replace("_", "-"))
+        if self.scale != ScaleRule():
+            words.append(str(self.scale))
         if self.rounding != "nearest":
             words.append(self.rounding.replace("_", "-"))
         return " ".join(words)

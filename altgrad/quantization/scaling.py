@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, distributed
 
-from altgrad.quantization.block_scaling import BlockFormat, BlockScale, block_scale
+from altgrad.quantization.block_scaling import DEFAULT_SIZE, BlockFormat, BlockScale, block_scale
 from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.kernels import LARGEST_SCALE, SMALLEST_SCALE
 
@@ -44,7 +44,12 @@ class ScaleRule(BaseModel):
     block_scale_format: BlockScale = Field(
         default="E8M0", description="E8M0: a power of two (MX); E4M3: times one float32 a tensor (NVFP4)"
     )
-    block_size: int = Field(default=0, ge=0, description="elements in a block; 0: 32 for E8M0, 16 for E4M3")
+    block_size: int = Field(
+        default=0,
+        ge=0,
+        validation_alias=AliasChoices("block_size", "block"),
+        description="elements in a block; 0: 32 for E8M0, 16 for E4M3",
+    )
 
     @model_validator(mode="after")
     def _has_no_idle_knob(self) -> Self:
@@ -54,6 +59,16 @@ class ScaleRule(BaseModel):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} means nothing to a {self.kind!r} scale")
         return self
+
+    def __str__(self) -> str:
+        """Its kind, and what of it is not usual: 'delayed', 'per-channel', 'block 16 E4M3', 'current, margin 1'."""
+        if self.kind == "block":
+            size = self.block_size or DEFAULT_SIZE[self.block_scale_format]
+            return f"block {size}" + ("" if self.block_scale_format == "E8M0" else f" {self.block_scale_format}")
+        fields = type(self).model_fields
+        own = {name: getattr(self, name) for name in fields if name != "kind"}
+        words = [f"{name} {value:g}" for name, value in own.items() if value != fields[name].default]
+        return ", ".join([self.kind.replace("_", "-"), *words])
 
     def new_state(self, fmt: str | FloatFormat) -> ScaleTracker | None:
         """What `scale` needs from earlier steps: a tracker for each tensor under a delayed rule, else None."""

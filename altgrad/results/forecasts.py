@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, rankdata
 
-from altgrad.analysis.cells import Cell, is_eight_bit
+from altgrad.analysis.cells import Cell, is_narrow
 from altgrad.analysis.inference import t_interval
 from altgrad.analysis.records import FAILED, FINISHED
 from altgrad.analysis.tables import DASH, Table
@@ -18,7 +18,8 @@ from altgrad.analysis.wording import counted
 from altgrad.results.evidence import Evidence
 from altgrad.sweep.pacing import RaceConfig
 from altgrad.sweep.racing import Race
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 
 EARLY = 0.15
@@ -47,7 +48,7 @@ def eight_bit_runs(part: Evidence) -> pd.DataFrame:
     trials = part.trials
     reference = trials[(trials["format"] == "BF16") & (trials["optimizer"] == "adamw")]
     base = dict(zip(reference["seed"], reference["val_loss"], strict=True))
-    own = trials[trials["quantized"] & trials["format"].map(is_eight_bit) & trials["state"].isin((FINISHED, FAILED))]
+    own = trials[trials["quantized"] & trials["format"].map(is_narrow) & trials["state"].isin((FINISHED, FAILED))]
     ends = own["val_loss"].where(own["state"] == FINISHED, math.inf)
     return own.assign(excess=ends / own["seed"].map(base) - 1)
 

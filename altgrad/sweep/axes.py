@@ -5,6 +5,7 @@ An axis is a path and its points: a list of values, or a range to sample from. P
     optimizer.beta2      a field of the arm; multiplies only the arms that have it (precondition, rung_clip, …)
     lion.lr              the same for one arm, in place of what the sweep says for all
     schedule.kind, data.batch, clip_grad_norm, model, interventions, …      the setting that all arms share
+    recipe.weight.scale.kind, recipe.gradient.rounding, recipe, …           what is changed of a policy, as a policy is
 
 A field that can't change a training, or that has an axis of its own (formats, seeds, …), is refused with the reason.
 A field that is read only under some value of another (`CONDITIONS`) multiplies only trials with that value.
@@ -21,9 +22,26 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from altgrad.training.config import ARMS, MODELS, Frozen, TrainConfig
+from altgrad.training.arm_configs import ARMS, Frozen
+from altgrad.training.config import MODELS, TrainConfig
 
-CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {"schedule.decay_fraction": ("schedule.kind", ("wsd",))}
+ROLES = ("weight", "activation", "gradient")
+CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "schedule.decay_fraction": ("schedule.kind", ("wsd",)),
+    **{
+        f"recipe.{role}.scale.{field}": (f"recipe.{role}.scale.kind", kinds)
+        for role in ROLES
+        for field, kinds in (
+            ("block_size", ("block",)),
+            ("block_scale_format", ("block",)),
+            ("history", ("delayed",)),
+            ("shared", ("delayed",)),
+            ("margin", ("current", "delayed", "per_channel")),
+            ("headroom", ("current", "delayed", "per_channel")),
+            ("power_of_two", ("current", "delayed", "per_channel")),
+        )
+    },
+}
 """Fields that are read only where another has one of these values."""
 
 _NUMBERLESS = "it can't change what a training computes"
@@ -143,9 +161,16 @@ def paths(arms: Sequence[str]) -> Iterator[str]:
     for name, info in TrainConfig.model_fields.items():
         if name not in REFUSED:
             yield name
-        model = _model_of(info.annotation)
-        if model is not None and REFUSED.get(name) != _NUMBERLESS:
-            yield from (f"{name}.{inner}" for inner in model.model_fields if f"{name}.{inner}" not in REFUSED)
+        if REFUSED.get(name) != _NUMBERLESS:
+            yield from _inner_paths(name, info.annotation)
+
+
+def _inner_paths(path: str, annotation: Any) -> Iterator[str]:
+    model = _model_of(annotation)
+    for name, info in model.model_fields.items() if model is not None else ():
+        if (inner := f"{path}.{name}") not in REFUSED:
+            yield inner
+            yield from _inner_paths(inner, info.annotation)
 
 
 def arm_fields(arm: str) -> dict[str, Any]:
@@ -163,6 +188,16 @@ def is_of_arm(path: str) -> bool:
     """Whether the path is a parameter of arms, and not of the setting."""
     head = path.partition(".")[0]
     return head == "optimizer" or head in ARMS
+
+
+def is_of_recipe(path: str) -> bool:
+    """Whether the path is the recipe or a part of it."""
+    return path.partition(".")[0] == "recipe"
+
+
+def is_of_setting(path: str) -> bool:
+    """Whether the path is of what all cells share."""
+    return not is_of_arm(path) and not is_of_recipe(path)
 
 
 def check_path(path: str, arms: Sequence[str], what: str = "axis", also: Sequence[str] = ()) -> None:
@@ -188,7 +223,7 @@ def read_axis(path: str, given: Any, arms: Sequence[str]) -> Axis:
     check_path(path, arms)
     if isinstance(given, Range):
         given = given.model_dump()
-    if isinstance(given, Mapping) and path != "model":
+    if isinstance(given, Mapping) and path not in ("model", "recipe"):
         return _read_range(path, given, arms)
     if not isinstance(given, list | tuple):
         raise ValueError(f"{path}: {given!r} is not allowed: a list of values, or a range {{low, high, log}}")
@@ -264,14 +299,15 @@ def _message(error: Any) -> str:
 
 
 def _field(path: str, arms: Sequence[str]) -> Any:
-    head, _, tail = path.partition(".")
+    head, *tail = path.split(".")
     if is_of_arm(path):
-        return next(arm_fields(arm)[tail] for arm in (arms_of(path, arms) or ARMS) if tail in arm_fields(arm))
+        (field,) = tail
+        return next(arm_fields(arm)[field] for arm in (arms_of(path, arms) or ARMS) if field in arm_fields(arm))
     info: Any = TrainConfig.model_fields[head]
-    if tail:
+    for name in tail:
         model = _model_of(info.annotation)
         assert model is not None, "check_path has found the field"
-        info = model.model_fields[tail]
+        info = model.model_fields[name]
     return info
 
 
@@ -292,4 +328,6 @@ def _plain_types(annotation: Any) -> set[Any]:
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    """The model that a field holds, if any."""
+    found = [kind for kind in _plain_types(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return found[0] if len(found) == 1 else None

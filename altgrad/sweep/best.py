@@ -28,7 +28,8 @@ from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.objectives import OBJECTIVES, value_of
 from altgrad.sweep.resolve import SUFFIXES
 from altgrad.sweep.spec import SweepSpec, is_reference
-from altgrad.training.config import ARMS, TrainConfig, has_own_lr_unit
+from altgrad.training.arm_configs import ARMS, has_own_lr_unit
+from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 
 MEASURES = {"lm": "val_loss", "classify": "val_f1_micro"}
@@ -157,6 +158,7 @@ def sweep_of_one(config: TrainConfig, seeds: Collection[int], name: str = "best"
             "formats": (config.format,),
             "optimizers": (arm,),
             "policies": (config.policy,),
+            "recipe": config.recipe,
             "lrs": (optimizer.lr,) if shared_lr else (),
             "first_seed": min(seeds),
             "seeds": max(seeds) - min(seeds) + 1,

@@ -7,12 +7,29 @@ These are left out because they would be the same training as another trial, or 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
-from altgrad.quantization import named_policy, same_weights
-from altgrad.training.config import ARMS, BASELINE, UNQUANTIZED
+from altgrad.quantization import (
+    OWN_FORMATS,
+    LayerRule,
+    PrecisionPolicy,
+    Recipe,
+    RoleChange,
+    ScaleRule,
+    get_format,
+    named_policy,
+    same_spacings,
+)
+from altgrad.training.arm_configs import ARMS, scale_obstacle
+from altgrad.training.config import BASELINE, UNQUANTIZED
 
-MAIN = "uniform"
+MAIN, PLAIN = "uniform", Recipe()
+ROLES = ("weight", "activation", "gradient")
+
+
+BLOCK_FORMATS = {"MXFP8": "mxfp8", "MXFP6": "mxfp6", "MXFP4": "mxfp4", "NVFP4": "nvfp4"}
+"""Formats that are a policy: elements with their blocks' scales."""
 
 
 class Combination(NamedTuple):
@@ -23,6 +40,25 @@ class Combination(NamedTuple):
     arm: str
     lead: str
     """the first 8-bit format asked for, or the first format: it stands for policies that name their own"""
+    recipe: Recipe = PLAIN
+
+    @property
+    def precision(self) -> PrecisionPolicy:
+        """What each layer computes in."""
+        return precision_of(self.format, self.policy, self.recipe)
+
+
+@cache
+def precision_of(format: str, policy: str, recipe: Recipe) -> PrecisionPolicy:
+    """The policy for the format, changed by the recipe, without scales that no tensor has: those of 16 bits."""
+    rules = recipe.applied(named_policy(policy, format)).rules
+    return PrecisionPolicy(rules=tuple(map(_without_idle_scales, rules)))
+
+
+def _without_idle_scales(rule: LayerRule) -> LayerRule:
+    roles = {name: getattr(rule, name) for name in ROLES}
+    wide = {name for name, role in roles.items() if role is not None and get_format(role.format).total_bits > 8}
+    return rule.model_copy(update={name: roles[name].model_copy(update={"scale": ScaleRule()}) for name in wide})
 
 
 class Rule(NamedTuple):
@@ -46,22 +82,50 @@ class Exclusion(NamedTuple):
         return self._replace(trials=self.trials + trials)
 
 
+def canonical(point: Combination) -> Combination:
+    """The combination without those parts of its recipe that leave the training as it is."""
+    parts = [(role, field) for role in ROLES for field in RoleChange.model_fields]
+    for role, field in parts:
+        change = getattr(point.recipe, role)
+        if getattr(change, field) is not None:
+            less = point.recipe.model_copy(update={role: change.model_copy(update={field: None})})
+            if _is_same(point, point._replace(recipe=less)):
+                point = point._replace(recipe=less)
+    return point
+
+
+def _is_same(one: Combination, other: Combination) -> bool:
+    is_quantized = getattr(ARMS[one.arm], "quantized", True)
+    return one.precision == other.precision if is_quantized else same_spacings(one.precision, other.precision)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "fp32_is_the_reference",
         "FP32 is not quantized: it runs as the AdamW reference only",
-        lambda point: point.format == UNQUANTIZED and (point.arm, point.policy) != ("adamw", "uniform"),
+        lambda point: point.format == UNQUANTIZED and (point.policy, point.arm, point.recipe) != (MAIN, "adamw", PLAIN),
     ),
     Rule(
         "policy_names_its_own_formats",
-        "it does not depend on the format: it runs once, under the first 8-bit one",
-        lambda point: _names_its_own_formats(point.policy) and point.format != point.lead,
+        "it does not depend on the format: it runs once, under its own or the first 8-bit one",
+        lambda point: (
+            _names_its_own_formats(point.policy) and point.format != OWN_FORMATS.get(point.policy, point.lead)
+        ),
     ),
     Rule(
         "bf16_everywhere_is_uniform",
         "where the format is BF16, this policy and uniform are the same training",
-        lambda point: point.format == BASELINE and point.policy != MAIN and not _names_its_own_formats(point.policy),
+        lambda point: (
+            point.format == BASELINE
+            and (point.policy != MAIN and point.recipe == PLAIN)
+            and not _names_its_own_formats(point.policy)
+        ),
         stands_for=MAIN,
+    ),
+    Rule(
+        "recipe_changes_nothing",
+        "a recipe that says less is the same training",
+        lambda point: canonical(point) != point,
     ),
     Rule(
         "float32_operands_are_uniform",
@@ -70,9 +134,14 @@ RULES: tuple[Rule, ...] = (
             not getattr(ARMS[point.arm], "quantized", True)
             and point.policy != MAIN
             and point.format != UNQUANTIZED
-            and same_weights(point.policy, MAIN, point.format)
+            and same_spacings(point.precision, precision_of(point.format, MAIN, PLAIN))
         ),
         stands_for=MAIN,
+    ),
+    Rule(
+        "one_scale_per_tensor",
+        "the arm steps in the spacing of a tensor with one scale, which on the grid the optimizer owns",
+        lambda point: scale_obstacle(ARMS[point.arm], point.precision) is not None,
     ),
 )
 RAW_LR = "raw_unit_has_its_own_lr"

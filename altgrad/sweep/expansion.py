@@ -15,10 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from altgrad.quantization import get_format
-from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_arm
-from altgrad.sweep.exclusions import RAW_LR, RAW_LR_REASON, RULES, Combination, Exclusion, excluded_by, in_place_of
-from altgrad.training.config import ARMS, BASELINE, UNQUANTIZED, OptimizerConfig, TrainConfig, has_own_lr_unit
+from altgrad.quantization import OWN_FORMATS, Recipe, get_format
+from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_recipe, is_of_setting
+from altgrad.sweep.exclusions import (
+    BLOCK_FORMATS,
+    RAW_LR,
+    RAW_LR_REASON,
+    RULES,
+    Combination,
+    Exclusion,
+    canonical,
+    excluded_by,
+    in_place_of,
+)
+from altgrad.training.arm_configs import ARMS, OptimizerConfig, has_own_lr_unit
+from altgrad.training.config import BASELINE, UNQUANTIZED, TrainConfig
+from altgrad.training.record import flat
 
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
@@ -63,7 +75,8 @@ class Point:
         except ValidationError:
             arm = asked.arm
         own = ARMS[asked.arm].model_dump() | dict(self.parameters)
-        found = {"format": asked.format, "policy": asked.policy, "optimizer": arm}
+        found = {"format": asked.format, "policy": asked.policy, "optimizer": arm, "recipe": asked.recipe.model_dump()}
+        found |= {f"recipe.{path}": value for path, value in flat(found["recipe"]).items()}
         found |= {f"{head}.{field}": value for field, value in own.items() for head in ("optimizer", asked.arm)}
         for name in SHARED[1:7]:
             value = self.setting.get(name, getattr(spec, name))
@@ -79,6 +92,7 @@ class Point:
             return TrainConfig(
                 format=self.combination.format,
                 policy=self.combination.policy,
+                recipe=self.combination.recipe,
                 optimizer=self.optimizer,
                 seed=seed,
                 **_shared(spec, self.setting),
@@ -165,7 +179,7 @@ def exclusions(spec: SweepSpec) -> list[Exclusion]:
 
 def points(spec: SweepSpec) -> Iterator[tuple[Point, str | None]]:
     """The whole product, each point with the name of the rule that leaves it out, or None."""
-    settings = _product({path: axis for path, axis in spec.axes.items() if not is_of_arm(path)})
+    settings = _product({path: axis for path, axis in spec.axes.items() if is_of_setting(path)})
     settings = _unread_dropped(spec, settings)
     for combination in combinations(spec):
         for setting in settings:
@@ -175,14 +189,65 @@ def points(spec: SweepSpec) -> Iterator[tuple[Point, str | None]]:
 
 
 def combinations(spec: SweepSpec) -> Iterator[Combination]:
-    """Format × policy × arm."""
-    for format, policy, arm in product(spec.formats, spec.policies, spec.optimizers):
-        yield in_place_of(Combination(format, policy, arm, lead(spec)), spec.policies)
+    """Format × policy × arm × recipe; of recipes that are the same training only the first is not left out."""
+    changes = recipes(spec)
+    for named, policy, arm in _named(spec):
+        point = in_place_of(Combination(named, policy, arm, lead(spec)), spec.policies)
+        seen = set()
+        for recipe in changes:
+            changed = point._replace(recipe=recipe)
+            shortest = canonical(changed)
+            yield changed if shortest in seen else shortest
+            seen.add(shortest)
+
+
+def _named(spec: SweepSpec) -> Iterator[tuple[str, str, str]]:
+    """Format × policy × arm, with the formats that policies name themselves."""
+    for name in spec.formats:
+        policies = (BLOCK_FORMATS[name],) if name in BLOCK_FORMATS else spec.policies
+        for policy, arm in product(policies, spec.optimizers):
+            own = OWN_FORMATS.get(policy)
+            stands = name in BLOCK_FORMATS or name == (own if own in spec.formats else lead(spec))
+            yield (own if own is not None and stands else name), policy, arm
+
+
+def recipes(spec: SweepSpec) -> list[Recipe]:
+    """The sweep's own recipe, under every combination of values of the axes over it, each once."""
+    found: list[Recipe] = []
+    for values in _unread_dropped(
+        spec, _product({path: axis for path, axis in spec.axes.items() if is_of_recipe(path)})
+    ):
+        recipe = recipe_of(spec, values)
+        if recipe not in found:
+            found.append(recipe)
+    return found
+
+
+def recipe_of(spec: SweepSpec, values: Mapping[str, Any]) -> Recipe:
+    """The sweep's own recipe with these values by path; ValueError where they don't go together."""
+    plain: Any = values.get("recipe", spec.recipe.model_dump())
+    for path, value in values.items():
+        names = path.split(".")[1:]
+        inner = plain
+        for name in names[:-1]:
+            inner[name] = dict(inner[name] or {})
+            inner = inner[name]
+        if names:
+            inner[names[-1]] = value
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(("recipe", *map(str, first["loc"])))
+        named = ", ".join(f"{path}={value!r}" for path, value in values.items())
+        raise ValueError(f"{where}: {str(first['msg']).removeprefix('Value error, ')} ({named})") from None
 
 
 def lead(spec: SweepSpec) -> str:
     """The first 8-bit format asked for, or the first format."""
-    quantized = [name for name in spec.formats if name != UNQUANTIZED]
+    quantized = [name for name in spec.formats if name != UNQUANTIZED and name not in BLOCK_FORMATS]
+    if not quantized and spec.formats[0] in BLOCK_FORMATS:
+        return OWN_FORMATS[BLOCK_FORMATS[spec.formats[0]]]
     return next((name for name in quantized if get_format(name).total_bits == 8), spec.formats[0])
 
 
@@ -223,8 +288,10 @@ def is_read(spec: SweepSpec, setting: Mapping[str, Any], path: str) -> bool:
     if path not in CONDITIONS:
         return True
     other, values = CONDITIONS[path]
-    head, _, field = other.partition(".")
-    return setting.get(other, getattr(getattr(spec, head), field)) in values
+    inner: Any = spec
+    for name in other.split("."):
+        inner = getattr(inner, name, None)
+    return setting.get(other, inner) in values
 
 
 def _constraint(spec: SweepSpec, point: Point) -> str | None:

@@ -99,7 +99,7 @@ def trial_values(
         config.task,
         config.format,
         config.arm,
-        config.policy,
+        config.recipe_name,
         config.optimizer.lr,
         getattr(config.optimizer, "rung_clip", None),
         config.seed,

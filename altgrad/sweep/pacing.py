@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from altgrad.training.config import Frozen
+from altgrad.training.arm_configs import Frozen
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 

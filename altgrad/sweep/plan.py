@@ -67,7 +67,7 @@ def cost_class(config: TrainConfig) -> str:
             config.model.model_dump_json(),
             config.data.model_dump_json(),
             kind,
-            config.policy,
+            config.recipe_name,
             config.arm,
             config.observe.model_dump_json(),
             str(len(config.interventions)),

@@ -158,7 +158,7 @@ class Progress:
             table.add_row(
                 "running",
                 f"{step}/{trial.steps}",
-                f"{trial.format} {trial.arm} {trial.policy} seed {trial.seed}  {trial_id}",
+                f"{trial.format} {trial.arm} {trial.recipe_name} seed {trial.seed}  {trial_id}",
             )
         if self.lacks:
             table.add_row("waiting", "for", self.lacks)

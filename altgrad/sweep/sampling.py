@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad.sweep import expansion
-from altgrad.sweep.axes import CONDITIONS, Range, is_of_arm, is_whole
+from altgrad.sweep.axes import CONDITIONS, Range, is_of_recipe, is_of_setting, is_whole
 from altgrad.sweep.exclusions import Combination, in_place_of
 from altgrad.sweep.expansion import Point
 from altgrad.sweep.ledger import Ledger
@@ -64,11 +64,16 @@ def draw(spec: SweepSpec, choose: Choose) -> Point:
         spec.policies,
     )
     setting: dict[str, Any] = {}
-    of_setting = [path for path in spec.axes if not is_of_arm(path)]
+    of_setting = [path for path in spec.axes if is_of_setting(path)]
     # What decides whether another is read is drawn before it.
     for path in sorted(of_setting, key=lambda path: path in CONDITIONS):
         if expansion.is_read(spec, setting, path):
             setting[path] = choose(path, spec.axes[path])
+    of_recipe: dict[str, Any] = {}
+    for path in sorted(filter(is_of_recipe, spec.axes), key=lambda path: path in CONDITIONS):
+        if expansion.is_read(spec, of_recipe, path):
+            of_recipe[path] = choose(path, spec.axes[path])
+    combination = combination._replace(recipe=expansion.recipe_of(spec, of_recipe))
     own = expansion.arm_axes(spec, combination.arm)
     arm = combination.arm
     parameters = {
@@ -134,7 +139,7 @@ def examples(spec: SweepSpec) -> list[TrainConfig]:
 
 def varies_setting(spec: SweepSpec) -> bool:
     """Whether samples have settings of their own that come again, so that each deserves a reference."""
-    axes = [axis for path, axis in spec.axes.items() if not is_of_arm(path)]
+    axes = [axis for path, axis in spec.axes.items() if is_of_setting(path)]
     return bool(axes) and not any(isinstance(axis, Range) for axis in axes)
 
 
@@ -163,6 +168,8 @@ def search_id(spec: SweepSpec) -> str:
             "interventions",
         )
     }
+    if not spec.recipe.is_plain:
+        kept["recipe"] = spec.recipe.model_dump(mode="json")
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("source", "revision")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -23,22 +23,21 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from altgrad.quantization import FORMATS, POLICIES, get_format
+from altgrad.quantization import FORMATS, POLICIES, Recipe, get_format
 from altgrad.sweep import expansion
 from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
 from altgrad.sweep.complaints import check_choice, nearest
-from altgrad.sweep.exclusions import RULES, Exclusion
+from altgrad.sweep.exclusions import BLOCK_FORMATS, RULES, Exclusion
 from altgrad.sweep.objectives import OBJECTIVES
 from altgrad.sweep.pacing import PbtConfig, Positive, RaceConfig, evaluated_at
 from altgrad.sweep.strict_yaml import refuse_booleans
+from altgrad.training.arm_configs import ARMS, Frozen
 from altgrad.training.catalogue import SIGNALS
 from altgrad.training.config import (
-    ARMS,
     BASELINE,
     MODELS,
     UNQUANTIZED,
     DataConfig,
-    Frozen,
     ModelConfig,
     ObserveConfig,
     ScheduleConfig,
@@ -70,6 +69,7 @@ class SweepSpec(Frozen):
         ("adamw", "adamw_nearest", "manifold", "grid"), min_length=1, description="arm names, or 'all'"
     )
     policies: tuple[str, ...] = Field(("uniform",), min_length=1, description="mixed-precision policies, or 'all'")
+    recipe: Recipe = Field(Recipe(), description="what is changed of every policy's roles, or rules in their place")
     lrs: tuple[Positive, ...] = Field((), description="learning rates; empty for each arm's own")
     settled_lrs: dict[str, dict[str, dict[str, Positive]]] = Field(
         {},
@@ -192,7 +192,11 @@ class SweepSpec(Frozen):
         if not isinstance(value, Mapping):
             raise ValueError(f"{value!r} is not allowed: a mapping of paths to lists or ranges is expected")
         arms = info.data.get("optimizers", tuple(ARMS))
-        return {str(path): read_axis(str(path), axis, arms) for path, axis in value.items()}
+        paths = {
+            str(path).replace(".scale.block", ".scale.block_size") if str(path).endswith(".block") else str(path): axis
+            for path, axis in value.items()
+        }
+        return {path: read_axis(path, axis, arms) for path, axis in paths.items()}
 
     @field_validator("constraints")
     @classmethod
@@ -360,12 +364,14 @@ def is_reference(config: TrainConfig) -> bool:
 
 
 def _format_name(name: str) -> str:
+    if name.upper() in BLOCK_FORMATS:
+        return name.upper()
     if name.upper() == UNQUANTIZED:
         return UNQUANTIZED
     try:
         return get_format(name).name
     except ValueError as error:
-        allowed = (UNQUANTIZED, *ALL_FORMATS)
+        allowed = (UNQUANTIZED, *ALL_FORMATS, *BLOCK_FORMATS)
         reason = f" ({error})" if re.match(r"E\d+M\d+", name) else ""
         raise ValueError(
             f"{name!r} is no usable format{reason}; allowed: {', '.join(allowed)} and other ExMy of 4 to "

@@ -94,7 +94,7 @@ class TrialRun:
             reinit="create_new",
             group=sweep.get("spec", {}).get("name", out.name),
             job_type="reference" if is_reference(config) else "trial",
-            name=f"{config.format} {config.arm} {config.policy} seed {config.seed}",
+            name=f"{config.format} {config.arm} {config.recipe_name} seed {config.seed}",
             config=flat(record["config"])
             | {DATA: record["data_sha256"]}
             | flat({"git": sweep.get("git") or {}})

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from altgrad.training.arm_configs import ARMS
     from altgrad.training.arms import ManifoldAdamW, RoundedAdamW, RoundedOptimizer, build_optimizer
-    from altgrad.training.config import ARMS, TrainConfig
+    from altgrad.training.config import TrainConfig
     from altgrad.training.grid_optim import GridOptim
     from altgrad.training.guards import DEFAULT_GUARDS, GuardRule, when
     from altgrad.training.outcome import Outcome, OutcomeKind

@@ -5,8 +5,7 @@ built, so that nothing starts on a bad value, and it has an identity: the hash o
 numbers of a run, and of nothing else. Paths, names, logging intervals and guards are not in it, and neither is the
 number of steps where the learning rate does not depend on it: a longer run is the same trial, continued.
 
-Arms are named points in the space of optimizer configurations (`ARMS`). A configuration knows the arm that it
-belongs to; the name is derived from its fields, never stored beside them.
+The arms' own parameters are in `arm_configs`.
 """
 
 from __future__ import annotations
@@ -15,25 +14,20 @@ import hashlib
 import json
 from collections import Counter
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from altgrad import NUMERICS_VERSION
-from altgrad.quantization import get_format, named_policy
-from altgrad.registry import Registry
+from altgrad.quantization import PrecisionPolicy, Recipe, get_format, named_policy
+from altgrad.training.arm_configs import ARMS as ARMS  # where users register their own
+from altgrad.training.arm_configs import Frozen, OptimizerConfig, scale_obstacle
+from altgrad.training.arm_configs import RoundedAdamWConfig as RoundedAdamWConfig
 from altgrad.training.catalogue import check_signal
 from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
 from altgrad.training.interventions import InterventionConfig
-from altgrad.training.rules import RULES
 
 UNQUANTIZED, BASELINE = "FP32", "BF16"
-
-
-class Frozen(BaseModel):
-    """A value: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelConfig(Frozen):
@@ -166,133 +160,6 @@ class ObserveConfig(Frozen):
     )
 
 
-class _AdamLike(Frozen):
-    lr: float = Field(2e-3, gt=0, description="mean |change| per weight and step that AdamW makes with it")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, per unit of learning rate")
-
-
-class RoundedAdamWConfig(_AdamLike):
-    """AdamW; the weights are a float32 master (rounding null) or live on the format's grid."""
-
-    kind: Literal["adamw"] = "adamw"
-    rounding: Literal["nearest", "stochastic"] | None = None
-    error_feedback: bool = Field(False, description="what rounding takes is put into the first moment (ECO)")
-
-    @model_validator(mode="after")
-    def _feeds_back_what_is_rounded(self) -> RoundedAdamWConfig:
-        if self.error_feedback and (self.rounding is None or self.beta1 == 0):
-            raise ValueError(
-                "error_feedback=true needs weights on the grid (rounding 'nearest' or 'stochastic') and "
-                f"beta1 > 0; got rounding={self.rounding!r}, beta1={self.beta1}"
-            )
-        return self
-
-    @property
-    def arm(self) -> str:
-        if self.error_feedback:
-            return "eco" if self.rounding == "stochastic" else "eco_nearest"
-        return {None: "adamw", "nearest": "adamw_nearest", "stochastic": "adamw_sr"}[self.rounding]
-
-
-class ManifoldAdamWConfig(_AdamLike):
-    """AdamW whose step is measured in the format's local spacing.
-
-    Unquantized, it is the control that tells the step rule from the format: float32 weights that no layer rounds.
-    """
-
-    kind: Literal["manifold"] = "manifold"
-    quantized: bool = Field(True, description="whether the layers round their weights to the format")
-    precondition: Literal["update", "gradient"] = "update"
-    rounding: Literal["nearest", "stochastic"] | None = None
-    step_unit: Literal["weight", "ulp"] = "weight"
-    max_stiffness: float = Field(1e6, gt=0)
-
-    @model_validator(mode="after")
-    def _control_has_no_grid(self) -> ManifoldAdamWConfig:
-        if not self.quantized and self.rounding is not None:
-            raise ValueError(f"quantized=false is for float32 weights; it does not go with rounding={self.rounding!r}")
-        return self
-
-    @property
-    def arm(self) -> str:
-        if not self.quantized:
-            return "manifold_fp32"
-        if self.precondition == "gradient":
-            return "manifold_gradient"
-        return {None: "manifold", "nearest": "manifold_nearest", "stochastic": "manifold_sr"}[self.rounding]
-
-
-class GridOptimConfig(Frozen):
-    """Momentum in rungs of the format's grid, stochastically rounded to whole rungs."""
-
-    kind: Literal["grid"] = "grid"
-    lr: float = Field(2e-3, gt=0, description="step_unit weight: as AdamW's; rungs: rungs per unit of velocity")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1, description="of the second moment, used by normalize='rms'")
-    weight_decay: float = Field(0.0, ge=0)
-    rung_clip: float = Field(10.0, gt=0, description="largest move of a weight in one step, rungs")
-    normalize: Literal["rms", "none"] = "rms"
-    step_unit: Literal["weight", "rungs"] = "weight"
-    carry: bool = False
-
-    @property
-    def arm(self) -> str:
-        return "grid_literal" if self.normalize == "none" else "grid"
-
-
-class RuleConfig(Frozen):
-    """Another rule of `rules.RULES`; lr, momentum and beta2 default to the rule's own, lr in the rule's own unit."""
-
-    kind: Literal[tuple(RULES)]  # type: ignore[valid-type]
-    lr: float = Field(gt=0, description="in the rule's own unit")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, description="of the parameters that take Adam's step")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, per unit of learning rate")
-    rounding: Literal["nearest", "stochastic"] | None = "stochastic"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_defaults(cls, values: Any) -> Any:
-        rule = RULES.get(str(values.get("kind"))) if isinstance(values, dict) else None
-        return values if rule is None else dict(rule.defaults) | values
-
-    @property
-    def arm(self) -> str:
-        return str(self.kind) + {None: "_master", "nearest": "_nearest", "stochastic": ""}[self.rounding]
-
-
-AnyOptimizerConfig = RoundedAdamWConfig | ManifoldAdamWConfig | GridOptimConfig | RuleConfig
-OptimizerConfig = Annotated[AnyOptimizerConfig, Field(discriminator="kind")]
-
-_DEFAULTS: tuple[AnyOptimizerConfig, ...] = (
-    RoundedAdamWConfig(),
-    RoundedAdamWConfig(rounding="nearest"),
-    RoundedAdamWConfig(rounding="stochastic"),
-    ManifoldAdamWConfig(),
-    ManifoldAdamWConfig(rounding="stochastic"),
-    ManifoldAdamWConfig(precondition="gradient"),
-    ManifoldAdamWConfig(quantized=False),
-    GridOptimConfig(),
-    GridOptimConfig(normalize="none", step_unit="rungs", lr=6.0),
-    RoundedAdamWConfig(rounding="stochastic", error_feedback=True),
-    *(RuleConfig(kind=name) for name in RULES.own),  # type: ignore[call-arg]
-)
-
-ARMS: Registry[AnyOptimizerConfig] = Registry({config.arm: config for config in _DEFAULTS})
-"""Arms by name, each with its default parameters."""
-
-
-def has_own_lr_unit(optimizer: AnyOptimizerConfig) -> bool:
-    """Whether lr is not AdamW's mean |change| per weight, so that an axis of learning rates does not apply."""
-    if optimizer.kind in RULES:
-        return not RULES[optimizer.kind].unit.startswith("AdamW's")
-    return getattr(optimizer, "step_unit", "weight") != "weight"
-
-
 CLASSIFY_ONLY = ("label_field", "label_names", "max_pos_weight")
 LM_ONLY = ("eval_batches",)
 """Fields of the data that the other task does not read."""
@@ -317,6 +184,7 @@ class TrainConfig(Frozen):
     data: DataConfig = DataConfig()
     format: str = Field("E5M2", description="a format's name, or FP32 for no quantization")
     policy: str = Field("uniform", description="which layers and tensor roles take the format")
+    recipe: Recipe = Field(Recipe(), description="what is changed of the policy's roles, or rules in its place")
     optimizer: OptimizerConfig = RoundedAdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm of the gradient, null for none")
@@ -336,7 +204,8 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        named_policy(self.policy, self.format)
+        if (obstacle := scale_obstacle(self.optimizer, self.precision)) is not None:
+            raise ValueError(f"{self.recipe_name} does not go with {self.arm}: {obstacle}")
         _check_task(self.task, self.model, self.data)
         twice = next((kind for kind, n in Counter(i.kind for i in self.interventions).items() if n > 1), None)
         if twice is not None:
@@ -352,6 +221,16 @@ class TrainConfig(Frozen):
         return self
 
     @property
+    def precision(self) -> PrecisionPolicy:
+        """Which layer gets which formats, scales and roundings: the policy's rules, changed by the recipe."""
+        return self.recipe.applied(named_policy(self.policy, self.format))
+
+    @property
+    def recipe_name(self) -> str:
+        """The policy's name, and what the recipe changes of it."""
+        return self.policy if self.recipe.is_plain else f"{self.policy}, {self.recipe}"
+
+    @property
     def arm(self) -> str:
         """The arm's name, derived from the optimizer's fields."""
         return self.optimizer.arm
@@ -364,7 +243,7 @@ class TrainConfig(Frozen):
     @property
     def is_reference(self) -> bool:
         """Whether this trial is what others are compared with: AdamW in FP32 or BF16."""
-        return self.format in (UNQUANTIZED, BASELINE) and (self.arm, self.policy) == ("adamw", "uniform")
+        return self.format in (UNQUANTIZED, BASELINE) and (self.arm, self.recipe_name) == ("adamw", "uniform")
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
         """Everything that can change the numbers of this run, as plain JSON values."""
@@ -376,6 +255,7 @@ class TrainConfig(Frozen):
                 "data": {"source", "revision", "tokenizer", *of_task},
                 "guards": True,
                 "interventions": set() if self.interventions else True,
+                "recipe": True,
                 "observe": True,
                 "log_interval": True,
                 "eval_interval": True,
@@ -383,6 +263,8 @@ class TrainConfig(Frozen):
                 "steps": self.schedule.kind == "constant",
             },
         )
+        if not self.recipe.is_plain:
+            kept["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
         return kept | {"data_sha256": data_sha256, "tokenizer": self.data.tokenizer, "numerics": NUMERICS_VERSION}
 
     def trial_id(self, data_sha256: str) -> str:
@@ -392,4 +274,4 @@ class TrainConfig(Frozen):
 
     def cell(self) -> dict[str, Any]:
         """What replicates and raced learning rates have in common: task, format, arm, policy."""
-        return {"task": self.task, "format": self.format, "arm": self.arm, "policy": self.policy}
+        return {"task": self.task, "format": self.format, "arm": self.arm, "policy": self.recipe_name}

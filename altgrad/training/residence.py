@@ -6,7 +6,7 @@ the format's grid: against an arm that lives elsewhere it would count what the r
 
 from __future__ import annotations
 
-from altgrad.training.config import AnyOptimizerConfig, GridOptimConfig, ManifoldAdamWConfig, RoundedAdamWConfig
+from altgrad.training.arm_configs import AnyOptimizerConfig, GridOptimConfig, ManifoldAdamWConfig, RoundedAdamWConfig
 from altgrad.training.rules import RULES
 
 FLOAT_BYTES = 4

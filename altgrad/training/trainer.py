@@ -19,14 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from altgrad.quantization import (
-    FormatShift,
-    dequantize_model,
-    named_policy,
-    quantize_model,
-    quantized_parameters,
-    requantize_layer,
-)
+from altgrad.quantization import FormatShift, dequantize_model, quantize_model, quantized_parameters, requantize_layer
 from altgrad.training.arms import build_optimizer
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import BASELINE, UNQUANTIZED, ScheduleConfig, TrainConfig
@@ -103,9 +96,7 @@ class Trainer:
         self.model = self.task.build().to(self.device.torch_device)
         check_layers(config.guards, self.model)
         if config.format != UNQUANTIZED:
-            self.conversion = quantize_model(
-                self.model, policy=named_policy(config.policy, config.format), seed=config.seed
-            )
+            self.conversion = quantize_model(self.model, policy=config.precision, seed=config.seed)
         self.formats = quantized_parameters(self.model)
         if not getattr(config.optimizer, "quantized", True):
             dequantize_model(self.model)

@@ -9,7 +9,8 @@ import numpy as np
 
 from altgrad.analysis.cells import Cell, Stop
 from altgrad.analysis.study import Study, study_of
-from altgrad.training.config import ARMS, UNQUANTIZED
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import UNQUANTIZED
 from altgrad.training.residence import control_arm, plain_arm
 
 START, BASE = 5.5, 2.4

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from altgrad.sweep.ledger import Ledger
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 BASE_LOSS = 2.4

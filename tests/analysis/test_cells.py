@@ -17,7 +17,8 @@ from altgrad.analysis.grids import build_cells, compared_rates
 from altgrad.analysis.records import load
 from altgrad.analysis.study import build_study
 from altgrad.sweep import SweepSpec
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 

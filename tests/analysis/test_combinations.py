@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from altgrad.analysis.test_matrix import TINY, VOCABULARY, Combination, combinations
 from altgrad.quantization import named_policy, quantize, quantize_model, quantized_parameters
+from altgrad.training.arm_configs import ARMS
 from altgrad.training.arms import build_optimizer
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.config import TrainConfig
 from altgrad.training.model import build_model
 
 STEPS = 4

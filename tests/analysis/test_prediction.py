@@ -8,6 +8,7 @@ from planted import BASE, cell
 
 from altgrad.analysis.prediction import accuracy_texts, judged, planned, predict, prediction_table, prospects_of
 from altgrad.analysis.study import study_of
+from altgrad.quantization import named_policy
 from altgrad.training import ARMS, TrainConfig
 
 GOOD = {"weight_sqnr": 30.0, "activation_sqnr": 30.0, "gradient_sqnr": 30.0, "flip_yield": 0.9, "flip_rate": 0.3}
@@ -36,14 +37,15 @@ CASES = (
     ids=[f"{name}-{policy}-{arm}-{place}" for place, (name, policy, arm, *_) in enumerate(CASES)],
 )
 def test_a_limit_counts_for_the_roles_that_are_rounded(name, policy, arm, changes, word, signal) -> None:
-    found = predict(prospects(**changes), name, policy, ARMS[arm])
+    found = predict(prospects(**changes), name, named_policy(policy, name), ARMS[arm])
     assert found is not None and found.word == word
     assert signal in ("", found.signal)
 
 
 def test_nothing_is_said_of_what_was_not_looked_at() -> None:
-    assert predict({}, "E5M2", "uniform", ARMS["adamw"]) is None
-    assert predict(prospects(), "BF16", "uniform", ARMS["adamw"]) is None
+    assert predict({}, "E5M2", named_policy("uniform", "E5M2"), ARMS["adamw"]) is None
+    assert predict(prospects(), "BF16", named_policy("uniform", "BF16"), ARMS["adamw"]) is None
+    assert predict(prospects(), "E4M3", named_policy("mxfp8", "E4M3"), ARMS["adamw"]) is None, "scales of blocks"
 
 
 def test_the_last_look_counts() -> None:

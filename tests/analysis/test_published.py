@@ -9,7 +9,7 @@ import pytest
 from altgrad.analysis.published import PUBLISHED, PublishedResult, bearing_on, mark
 from altgrad.analysis.test_matrix import combinations, layer_types, render
 from altgrad.quantization import FORMATS, POLICIES
-from altgrad.training.config import ARMS
+from altgrad.training.arm_configs import ARMS
 
 LAYERS = {layer.short for layer in layer_types() if layer.excluded is None}
 SOURCE = re.compile(r".+ (19|20)\d\d, \S.+")

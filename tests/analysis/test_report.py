@@ -16,7 +16,7 @@ from altgrad.analysis import report
 from altgrad.analysis.curves import spread
 from altgrad.analysis.report import write_report
 from altgrad.sweep.ledger import Ledger
-from altgrad.training.config import ARMS
+from altgrad.training.arm_configs import ARMS
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 EIGHT_BIT = ["E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0"]

@@ -10,7 +10,8 @@ from altgrad.analysis.records import load
 from altgrad.analysis.report import write_report
 from altgrad.analysis.scores import judged
 from altgrad.sweep.ledger import Ledger
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 BASELINE = 0.5

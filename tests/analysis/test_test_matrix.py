@@ -6,7 +6,7 @@ from pathlib import Path
 
 from altgrad.analysis.test_matrix import COVERED_BY, combinations, layer_types, render
 from altgrad.quantization import FORMATS
-from altgrad.training.config import ARMS
+from altgrad.training.arm_configs import ARMS
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 import torch
 
-from altgrad.training.config import ARMS, DataConfig, ScheduleConfig, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import DataConfig, ScheduleConfig, TrainConfig
 from altgrad.training.trainer import Trainer
 
 LENGTHS = (100, 200, 400, 1000)

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from altgrad.quantization import POLICIES, LayerRule, PrecisionPolicy, named_policy
+from altgrad.quantization import POLICIES, LayerRule, PrecisionPolicy, Recipe, named_policy
 
 LAYERS = [
     "transformer.h.0.attn.c_attn",
@@ -84,4 +84,38 @@ def test_unknown_policies_name_the_nearest():
         "mlp_bf16",
         "head_bf16",
         "classic",
+        "hybrid",
+        "mxfp8",
+        "mxfp6",
+        "mxfp4",
+        "nvfp4",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("hybrid", ("E4M3 delayed", "E4M3 delayed", "E5M2 delayed")),
+        ("mxfp8", ("E4M3 block 32",) * 3),
+        ("mxfp6", ("E2M3 block 32",) * 3),
+        ("mxfp4", ("E2M1 block 32", "E2M1 block 32", "E2M1 block 32 stochastic")),
+        ("nvfp4", ("E2M1 block 16 E4M3", "E2M1 block 16 E4M3", "E2M1 block 16 E4M3 stochastic")),
+    ],
+)
+def test_recipes_of_the_field_by_name(name: str, roles: tuple[str, str, str]) -> None:
+    (rule,) = named_policy(name, "E5M2").rules
+    assert (str(rule.weight), str(rule.activation), str(rule.gradient)) == roles
+
+
+def test_a_recipe_changes_what_it_names_in_the_layers_that_are_quantized() -> None:
+    recipe = Recipe.model_validate(
+        {"weight": {"scale": {"kind": "block", "block": 64}}, "gradient": {"format": "E5M2"}}
+    )
+    policy = recipe.applied(named_policy("attention_bf16", "E4M3"))
+    kept, own = policy.resolve("h.0.attn.c_attn"), policy.resolve("h.0.mlp.c_fc")
+    assert kept == named_policy("attention_bf16", "E4M3").resolve("h.0.attn.c_attn")
+    assert (str(own.weight), str(own.activation), str(own.gradient)) == ("E4M3 block 64", "BF16", "E5M2")
+    assert str(recipe) == "weight block 64, gradient E5M2" and not recipe.is_plain
+    assert Recipe().applied(policy) is policy
+    mine = Recipe.model_validate({"rules": [{"pattern": "head$", "weight": "E5M2"}, {"pattern": ""}]})
+    assert [rule.pattern for rule in mine.applied(policy).rules] == ["head$", ""]

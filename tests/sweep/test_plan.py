@@ -9,7 +9,8 @@ from altgrad.cli import main
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.plan import Cost, estimate
 from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import TrainConfig
 
 CLIPS, SEEDS = (1.0, 3.0, 10.0), 6
 POLICIES = ("uniform", "uniform_act", "uniform_full", "attention_bf16", "mlp_bf16", "head_bf16", "classic")

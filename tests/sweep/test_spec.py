@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from altgrad.sweep.presets import PRESETS
 from altgrad.sweep.resolve import SpecError, resolve
 from altgrad.sweep.spec import ALL_FORMATS, BASELINE, SweepSpec, is_reference
-from altgrad.training.config import ARMS, TrainConfig
+from altgrad.training.arm_configs import ARMS
+from altgrad.training.config import TrainConfig
 
 SHA = "a" * 64
 

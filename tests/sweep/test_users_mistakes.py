@@ -20,8 +20,8 @@ from altgrad.sweep.complaints import headline
 from altgrad.sweep.faults import told
 from altgrad.sweep.run import preflight
 from altgrad.sweep.spec import SweepSpec
+from altgrad.training.arm_configs import ARMS, ManifoldAdamWConfig, RoundedAdamWConfig
 from altgrad.training.catalogue import SIGNALS, Signal
-from altgrad.training.config import ARMS, ManifoldAdamWConfig, RoundedAdamWConfig
 from altgrad.training.outcome import OutcomeKind
 from altgrad.training.rules import RULES, sgdm
 

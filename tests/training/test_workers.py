@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from altgrad.training import TrainConfig, Trainer
-from altgrad.training.config import ARMS
+from altgrad.training.arm_configs import ARMS
 from altgrad.training.outcome import OutcomeKind
 from altgrad.training.record import read_rows
 from altgrad.training.workers import Share, Workers
