@@ -75,9 +75,9 @@ def _check(request: argparse.Namespace) -> SweepSpec:
         here.base, here.file = sweep_in(request.file), None
     spec = spec_of(here)
     options_of(here, spec)
-    source = Path(spec.data.source)
-    if spec.data.source == OFFLINE_DATA or (
-        spec.data.source not in NAMED and (not source.is_absolute() or source.exists())
+    source = Path(spec.base.data.source)
+    if spec.base.data.source == OFFLINE_DATA or (
+        spec.base.data.source not in NAMED and (not source.is_absolute() or source.exists())
     ):
         checked_data(spec, here)
     return spec
@@ -98,7 +98,7 @@ def _command(request: argparse.Namespace, spec: SweepSpec, parcel: Parcel) -> li
             words.append(f"--config={parcel.add(request.config)}")
         for more in request.send:
             parcel.add(more)
-        data = spec.data.source
+        data = spec.base.data.source
         if data not in NAMED and not Path(data).is_absolute():
             words.append(f"--data={parcel.add(Path(data))}")
             setattr(request, "spec:data.source", None)

@@ -48,8 +48,8 @@ def checked_data(spec: SweepSpec, request: argparse.Namespace) -> Corpus | Docum
     except CacheError as error:
         raise SpecError(str(error)) from None
     except ValueError as error:
-        path = Path(spec.data.source)
-        is_missing = spec.data.source not in NAMED and not path.exists() and path.parent.is_dir()
+        path = Path(spec.base.data.source)
+        is_missing = spec.base.data.source not in NAMED and not path.exists() and path.parent.is_dir()
         close = nearest(path.name, [*NAMED, *(item.name for item in path.parent.iterdir())]) if is_missing else ""
         file = request.file or request.config
         where = "--" if getattr(request, "spec:data.source") is not None or file is None else f"{file}: "
@@ -113,7 +113,7 @@ def plan(request: argparse.Namespace) -> int:
     check_environment(options.address)
     trials = spec.trials(_checked_corpus(spec, options, request, READER_SECONDS).sha256)
     cells = Counter((config.format, config.arm, config.policy) for config in trials.values())
-    print(f"{spec.name}: {len(trials)} trials of {spec.steps} steps in {len(cells)} cells, {spec.seeds} seeds")
+    print(f"{spec.name}: {len(trials)} trials of {spec.base.steps} steps in {len(cells)} cells, {spec.seeds} seeds")
     rows = [(*cell, str(count)) for cell, count in cells.items()]
     if rows:
         print_table([("format", "arm", "policy", "trials"), *rows])

@@ -27,26 +27,12 @@ from altgrad.sweep.folder import read_manifest
 from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.objectives import OBJECTIVES, value_of
 from altgrad.sweep.resolve import SUFFIXES
-from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.sweep.spec import TEMPLATE, SweepSpec, is_reference
 from altgrad.training.arm_configs import ARMS, has_own_lr_unit
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 
 MEASURES = {"lm": "val_loss", "classify": "val_f1_micro"}
-COPIED = (
-    "task",
-    "steps",
-    "model",
-    "data",
-    "schedule",
-    "clip_grad_norm",
-    "interventions",
-    "observe",
-    "guards",
-    "log_interval",
-    "eval_interval",
-    "checkpoint_interval",
-)
 
 
 @dataclass(frozen=True)
@@ -158,12 +144,11 @@ def sweep_of_one(config: TrainConfig, seeds: Collection[int], name: str = "best"
             "formats": (config.format,),
             "optimizers": (arm,),
             "policies": (config.policy,),
-            "recipe": config.recipe,
             "lrs": (optimizer.lr,) if shared_lr else (),
             "first_seed": min(seeds),
             "seeds": max(seeds) - min(seeds) + 1,
             "axes": {f"{arm}.{field}": [value] for field, value in differing.items()},
-            **{field: getattr(config, field) for field in COPIED},
+            **{field: getattr(config, field) for field in TEMPLATE},
         }
     )
 

@@ -34,10 +34,15 @@ def headline(error: BaseException) -> str:
         text = str(first["msg"])
         if first["type"] != "value_error":  # those name the value themselves
             text = f"{reprlib.repr(first['input'])} is not allowed: {text[:1].lower()}{text[1:]}"
-        where = ".".join(map(str, first["loc"])) or error.title
+        where = ".".join(own_path(list(map(str, first["loc"])))) or error.title
         return f"{where}: {text.removeprefix('Value error, ')}"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def own_path(path: list[str]) -> list[str]:
+    """The path of a field as people write it: those of a sweep's template stand at its own level."""
+    return path[1:] if path[:1] == ["base"] else path
 
 
 def place_of(error: BaseException, file: str) -> str:

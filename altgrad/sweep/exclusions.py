@@ -82,6 +82,11 @@ class Exclusion(NamedTuple):
         return self._replace(trials=self.trials + trials)
 
 
+@cache
+def _names_its_own_formats(policy: str) -> bool:
+    return named_policy(policy, "E5M2") == named_policy(policy, "E7M0")
+
+
 def canonical(point: Combination) -> Combination:
     """The combination without those parts of its recipe that leave the training as it is."""
     parts = [(role, field) for role in ROLES for field in RoleChange.model_fields]
@@ -163,7 +168,3 @@ def _stands_for(point: Combination) -> str | None:
 def excluded_by(point: Combination) -> Rule | None:
     """The first rule that leaves the combination out, or None."""
     return next((rule for rule in RULES if rule.applies(point)), None)
-
-
-def _names_its_own_formats(policy: str) -> bool:
-    return named_policy(policy, "E5M2") == named_policy(policy, "E7M0")

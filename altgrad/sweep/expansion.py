@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from altgrad.quantization import OWN_FORMATS, Recipe, get_format
-from altgrad.sweep.axes import CONDITIONS, Range, accepts, arm_fields, is_of_recipe, is_of_setting
+from altgrad.sweep.axes import CONDITIONS, REFUSED, Range, accepts, arm_fields, is_of_recipe, is_of_setting
 from altgrad.sweep.exclusions import (
     BLOCK_FORMATS,
     RAW_LR,
@@ -35,20 +35,6 @@ from altgrad.training.record import flat
 if TYPE_CHECKING:
     from altgrad.sweep.spec import SweepSpec
 
-SHARED = (
-    "task",
-    "model",
-    "data",
-    "schedule",
-    "clip_grad_norm",
-    "interventions",
-    "observe",
-    "guards",
-    "steps",
-    "log_interval",
-    "eval_interval",
-    "checkpoint_interval",
-)
 _OPTIMIZER: TypeAdapter[Any] = TypeAdapter(OptimizerConfig)
 
 
@@ -78,8 +64,10 @@ class Point:
         found = {"format": asked.format, "policy": asked.policy, "optimizer": arm, "recipe": asked.recipe.model_dump()}
         found |= {f"recipe.{path}": value for path, value in flat(found["recipe"]).items()}
         found |= {f"{head}.{field}": value for field, value in own.items() for head in ("optimizer", asked.arm)}
-        for name in SHARED[1:7]:
-            value = self.setting.get(name, getattr(spec, name))
+        for name in type(spec.base).model_fields:
+            if name in OF_CELLS or name in REFUSED:
+                continue
+            value = self.setting.get(name, getattr(spec.base, name))
             plain = value.model_dump() if isinstance(value, BaseModel) else value
             found[name] = plain
             if isinstance(plain, Mapping):
@@ -107,8 +95,12 @@ class Point:
             raise ValueError(f"{named} makes no valid trial ({text}); a constraint can leave it out") from None
 
 
+OF_CELLS = ("format", "policy", "recipe", "optimizer", "seed")
+"""Fields of a trial that are no part of the setting which all cells share."""
+
+
 def _shared(spec: SweepSpec, setting: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {name: getattr(spec, name) for name in SHARED}
+    found: dict[str, Any] = {name: value for name, value in dict(spec.base).items() if name not in OF_CELLS}
     for path, value in setting.items():
         head, _, field = path.partition(".")
         if not field:
@@ -225,7 +217,7 @@ def recipes(spec: SweepSpec) -> list[Recipe]:
 
 def recipe_of(spec: SweepSpec, values: Mapping[str, Any]) -> Recipe:
     """The sweep's own recipe with these values by path; ValueError where they don't go together."""
-    plain: Any = values.get("recipe", spec.recipe.model_dump())
+    plain: Any = values.get("recipe", spec.base.recipe.model_dump())
     for path, value in values.items():
         names = path.split(".")[1:]
         inner = plain
@@ -288,7 +280,7 @@ def is_read(spec: SweepSpec, setting: Mapping[str, Any], path: str) -> bool:
     if path not in CONDITIONS:
         return True
     other, values = CONDITIONS[path]
-    inner: Any = spec
+    inner: Any = spec.base
     for name in other.split("."):
         inner = getattr(inner, name, None)
     return setting.get(other, inner) in values

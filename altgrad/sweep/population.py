@@ -87,7 +87,7 @@ def named(spec: SweepSpec, data_sha256: str) -> dict[str, TrainConfig]:
         identity = {
             "trial": config.trial_id(data_sha256),
             "population": sorted(member.trial_id(data_sha256) for member in members),
-            "pbt": spec.pbt.model_dump(mode="json") | {"interval": spec.pbt.every(spec.steps, spec.eval_interval)},
+            "pbt": spec.pbt.model_dump(mode="json") | {"interval": spec.exchange_every},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         found[PREFIX + digest[:12]] = config
@@ -99,7 +99,7 @@ class Population:
 
     def __init__(self, trials: Mapping[str, TrainConfig], spec: SweepSpec, ledger: Ledger, folder: Path) -> None:
         self._config: PbtConfig = spec.pbt
-        self._steps, self._every = spec.steps, spec.pbt.every(spec.steps, spec.eval_interval)
+        self._steps, self._every = spec.base.steps, spec.exchange_every
         self._ledger, self._folder = ledger, folder
         self._trials = trials
         self._place: dict[str, Members] = {}

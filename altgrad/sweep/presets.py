@@ -13,7 +13,7 @@ from typing import Any
 
 from altgrad.sweep.axes import Constraint
 from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
-from altgrad.training.config import UNQUANTIZED, ModelConfig, ObserveConfig, ScheduleConfig
+from altgrad.training.config import UNQUANTIZED, ModelConfig, ObserveConfig, ScheduleConfig, TrainConfig
 
 WIDER = ("E4M11", "E7M8")
 """16 bits with the exponent bits of E4M3 and E7M0, as FP16 has those of E5M2."""
@@ -46,9 +46,7 @@ PRESETS: dict[str, SweepSpec] = {
         ),
         lrs=(2e-3, 4e-3),
         seeds=3,
-        steps=300,
-        eval_interval=50,
-        observe=ObserveConfig(shadow_every=5),
+        base=TrainConfig(steps=300, eval_interval=50, observe=ObserveConfig(shadow_every=5)),
     ),
     "study": SweepSpec(
         name="format_ablation_study",
@@ -56,10 +54,7 @@ PRESETS: dict[str, SweepSpec] = {
         optimizers=("all",),
         lrs=(1e-3, 2e-3, 4e-3, 8e-3),
         seeds=6,
-        steps=2000,
-        log_interval=20,
-        eval_interval=100,
-        checkpoint_interval=200,
+        base=TrainConfig(steps=2000, log_interval=20, eval_interval=100, checkpoint_interval=200),
     ),
 }
 """Whole sweeps by name: three minutes on a laptop, an afternoon on a workstation, a cluster."""
@@ -95,17 +90,19 @@ CLASSIFY: dict[str, dict[str, Any]] = {
 LM_FIELDS = ("model", "schedule", "steps", "log_interval", "eval_interval", "checkpoint_interval")
 
 
-def for_task(base: SweepSpec, task: str) -> SweepSpec:
-    """The base as a sweep of that task; itself where it is one already. Any other name is left to the validation."""
+def for_task(spec: SweepSpec, task: str) -> SweepSpec:
+    """The sweep for that task; itself where it is one already. Any other name is left to the validation."""
+    base = spec.base
     if task == base.task or task not in ("lm", "classify"):
-        return base
-    size = next((name for name, preset in PRESETS.items() if preset == base), "quick")
+        return spec
+    size = next((name for name, preset in PRESETS.items() if preset == spec), "quick")
     if task == "lm":
-        preset = PRESETS[size]
+        preset = PRESETS[size].base
         shape = {name: getattr(preset, name) for name in LM_FIELDS}
         data = {name: getattr(preset.data, name) for name in ("batch", "tokenizer")}
     else:
         shape = dict(CLASSIFY[size])
         data = shape.pop("data")
     # Not validated yet: the flags that follow may be what makes it valid (pydoc has no labels).
-    return base.model_copy(update={**shape, "task": task, "data": base.data.model_copy(update=data)})
+    changed = {**shape, "task": task, "data": base.data.model_copy(update=data)}
+    return spec.model_copy(update={"base": base.model_copy(update=changed)})

@@ -17,10 +17,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from altgrad.sweep.complaints import SpecError, nearest
+from altgrad.sweep.complaints import SpecError, nearest, own_path
 from altgrad.sweep.presets import for_task
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.spec import GIVEN_BY_AXES, TEMPLATE, SweepSpec
 from altgrad.sweep.strict_yaml import read_json, read_yaml
+from altgrad.training.config import TrainConfig
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -66,9 +67,13 @@ def _name_from(stem: str) -> str:
 def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None = None) -> SweepSpec:
     """The spec that the layers make; `flags` is keyed by dotted path ('data.source'). Raises SpecError."""
     from_file: dict[str, Any] = read_config(config_file) if config_file is not None else {}
-    base = for_task(base, str(flags.get("task", from_file.get("task", base.task))))
-    values = {name: getattr(base, name) for name in SweepSpec.model_fields}
-    for name, value in from_file.items():
+    template = from_file.pop("base", {})
+    if not isinstance(template, dict):
+        raise SpecError(f"{config_file}: base: {_short(template)} is not allowed: a mapping of a trial's fields")
+    base = for_task(base, str(flags.get("task", from_file.get("task", template.get("task", base.base.task)))))
+    values = {name: getattr(base, name) for name in SweepSpec.model_fields if name != "base"}
+    values |= {name: getattr(base.base, name) for name in TEMPLATE}
+    for name, value in (template | from_file).items():
         inherited = values.get(name)
         if isinstance(inherited, BaseModel) and isinstance(value, dict):
             value = dict(inherited) | value
@@ -84,7 +89,7 @@ def resolve(base: SweepSpec, flags: Mapping[str, Any], config_file: Path | None 
 
 def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path | None) -> str:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path = own_path([str(part) for part in first["loc"]])
     flag = next((name for name in flags if path[: len(name.split("."))] == name.split(".")), None)
     if flag is not None:
         where = "--" + ("data" if flag == "data.source" else flag.rpartition(".")[2].replace("_", "-"))
@@ -92,7 +97,7 @@ def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path
         where = ": ".join(part for part in (str(config_file or ""), ".".join(path)) if part)
     text = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        allowed = list(_fields_at(path[:-1]))
+        allowed = [name for name in _fields_at(path[:-1]) if name not in (*GIVEN_BY_AXES, "base")]
         text = (
             f"unknown key with value {_short(first['input'])}; allowed: {', '.join(allowed)}"
             f"{nearest(path[-1], allowed)}"
@@ -105,7 +110,9 @@ def _explain(error: ValidationError, flags: Mapping[str, Any], config_file: Path
 
 def _fields_at(path: list[str]) -> Mapping[str, Any]:
     """The fields of the model that stands at a path of names and indices."""
-    model: Any = SweepSpec
+    if not path:
+        return SweepSpec.model_fields | {name: TrainConfig.model_fields[name] for name in TEMPLATE}
+    model: Any = TrainConfig if path[0] in TEMPLATE else SweepSpec
     for part in path:
         if part.isdigit():
             continue

@@ -65,8 +65,8 @@ def preflight(spec: SweepSpec) -> Corpus | Documents:
     tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
     for task in tasks:
         task.check()
-        if any("/" in rule.signal for rule in spec.guards):
-            check_layers(spec.guards, task.build())
+        if any("/" in rule.signal for rule in spec.base.guards):
+            check_layers(spec.base.guards, task.build())
     return tasks[0].data
 
 
@@ -82,15 +82,8 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
     options.check(spec)
     corpus = preflight(spec)
     check_folder(options.out, fresh=options.fresh)
-    anchored = spec.model_copy(
-        update={
-            "data": spec.data.model_copy(
-                update={
-                    "source": anchor(spec.data.source),
-                    "revision": corpus.provenance.get("revision", spec.data.revision),
-                }
-            )
-        }
+    anchored = spec.with_data(
+        source=anchor(spec.base.data.source), revision=corpus.provenance.get("revision", spec.base.data.revision)
     )
     trials = anchored.trials(corpus.sha256)
     if spec.search == "optuna" or _is_any_left(trials, options):
@@ -109,7 +102,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
             "spec": spec.model_dump(mode="json"),
             **manifest(),
             "data": {
-                "source": spec.data.source,
+                "source": spec.base.data.source,
                 "sha256": corpus.sha256,
                 "description": corpus.describe(),
                 "notes": corpus.notes,
@@ -219,7 +212,7 @@ def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) ->
     """The race as it stands after what the ledger already holds."""
     race: Race | PooledRace
     if spec.search == "optuna":
-        race = PooledRace(spec.race, spec.steps, spec.eval_interval)
+        race = PooledRace(spec.race, spec.base.steps, spec.base.eval_interval)
         race.admit(trials)
     else:
         race = Race(trials, spec.race, pooled=spec.search == "random")

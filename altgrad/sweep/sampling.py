@@ -147,7 +147,7 @@ def search_id(spec: SweepSpec) -> str:
     """Names the space and what is looked for in it; more samples, seeds or steps belong to the same search."""
     kept = {
         name: value
-        for name, value in spec.model_dump(mode="json").items()
+        for name, value in (spec.model_dump(mode="json") | spec.base.model_dump(mode="json")).items()
         if name
         in (
             "task",
@@ -168,8 +168,8 @@ def search_id(spec: SweepSpec) -> str:
             "interventions",
         )
     }
-    if not spec.recipe.is_plain:
-        kept["recipe"] = spec.recipe.model_dump(mode="json")
+    if not spec.base.recipe.is_plain:
+        kept["recipe"] = spec.base.recipe.model_dump(mode="json")
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("source", "revision")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.spec import GIVEN_BY_AXES, TEMPLATE, SweepSpec
 from altgrad.training.config import MODELS
 
 _TEXT = {"type": "string"}
@@ -28,10 +28,17 @@ SHORT_FORMS: dict[str, list[dict[str, Any]]] = {
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, as pydantic writes it."""
     schema = SweepSpec.model_json_schema()
+    trial = schema["$defs"]["TrainConfig"]["properties"]
     for name, forms in SHORT_FORMS.items():
-        long = schema["properties"][name]
+        fields = trial if name in TEMPLATE else schema["properties"]
+        long = fields[name]
         about = {key: long.pop(key) for key in ("title", "description", "default") if key in long}
-        schema["properties"][name] = {"anyOf": [long, *forms], **about}
+        fields[name] = {"anyOf": [long, *forms], **about}
+    for name in GIVEN_BY_AXES:
+        del trial[name]
+    # What all trials share may stand at the sweep's own level.
+    schema["properties"] |= {name: trial[name] for name in TEMPLATE}
+    schema["properties"]["base"] = {"$ref": "#/$defs/TrainConfig", "description": "what all trials share"}
     rule = schema["$defs"]["GuardRule"]
     schema["$defs"]["GuardRule"] = {"anyOf": [rule, {"type": "string", "description": "a rule in words, or by name"}]}
     when = schema["$defs"]["Constraint"]["properties"]["when"]["additionalProperties"]

@@ -19,32 +19,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
-from altgrad.quantization import FORMATS, POLICIES, Recipe, get_format
+from altgrad.quantization import FORMATS, POLICIES, get_format
 from altgrad.sweep import expansion
 from altgrad.sweep.axes import Axis, Constraint, Range, check_path, read_axis
 from altgrad.sweep.complaints import check_choice, nearest
 from altgrad.sweep.exclusions import BLOCK_FORMATS, RULES, Exclusion
 from altgrad.sweep.objectives import OBJECTIVES
 from altgrad.sweep.pacing import PbtConfig, Positive, RaceConfig, evaluated_at
-from altgrad.sweep.strict_yaml import refuse_booleans
 from altgrad.training.arm_configs import ARMS, Frozen
 from altgrad.training.catalogue import SIGNALS
-from altgrad.training.config import (
-    BASELINE,
-    MODELS,
-    UNQUANTIZED,
-    DataConfig,
-    ModelConfig,
-    ObserveConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
-from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
-from altgrad.training.interventions import InterventionConfig
+from altgrad.training.config import BASELINE, UNQUANTIZED, TrainConfig, refuse_booleans
 from altgrad.training.rules import RULES as UPDATES
 
 ALL_FORMATS = tuple(FORMATS)
@@ -55,11 +43,22 @@ _CHOICES = {
 }
 
 
+BASE = TrainConfig(eval_interval=20)
+"""What trials of a sweep share where nothing else is said."""
+_PLAIN_BASE = BASE.model_dump(mode="json")
+GIVEN_BY_AXES = {"format": "formats", "policy": "policies", "optimizer": "optimizers", "seed": "seeds and first_seed"}
+"""Fields of a trial that only axes give, and under which names."""
+TEMPLATE = tuple(name for name in TrainConfig.model_fields if name not in GIVEN_BY_AXES)
+"""Fields of a trial that all share, unless an axis varies them."""
+
+
 class SweepSpec(Frozen):
     """A whole sweep; its defaults are the quick preset. Unknown keys are errors."""
 
     name: str = Field("format_ablation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder")
-    task: Literal["lm", "classify"] = "lm"
+    base: TrainConfig = Field(
+        BASE, description="what all trials share; each of its fields may also stand at the sweep's own level"
+    )
     formats: tuple[str, ...] = Field(
         (UNQUANTIZED, BASELINE, "E0M7", "E1M6", "E3M4", "E5M2", "E7M0"),
         min_length=1,
@@ -69,7 +68,6 @@ class SweepSpec(Frozen):
         ("adamw", "adamw_nearest", "manifold", "grid"), min_length=1, description="arm names, or 'all'"
     )
     policies: tuple[str, ...] = Field(("uniform",), min_length=1, description="mixed-precision policies, or 'all'")
-    recipe: Recipe = Field(Recipe(), description="what is changed of every policy's roles, or rules in their place")
     lrs: tuple[Positive, ...] = Field((), description="learning rates; empty for each arm's own")
     settled_lrs: dict[str, dict[str, dict[str, Positive]]] = Field(
         {},
@@ -100,7 +98,6 @@ class SweepSpec(Frozen):
     search_seed: int = Field(0, ge=0, lt=2**31, description="of what a search draws")
     seeds: int = Field(2, ge=1, le=1000, description="paired replicates: seeds first_seed to first_seed + this - 1")
     first_seed: int = Field(0, ge=0, le=10**9, description="the first seed; pilots and judgements take disjoint ones")
-    steps: int = Field(100, ge=1, description="training steps of a trial")
     margin: float = Field(
         0.1, gt=0, le=10, description="a format trains that ends within this part of BF16's loss; .1 is 10 %"
     )
@@ -110,19 +107,9 @@ class SweepSpec(Frozen):
         allow_inf_nan=False,
         description="nats within which two gains count as equal; null: a quarter of the arm's gain in BF16",
     )
-    model: ModelConfig = Field(ModelConfig(), description="a model's name, or its layers, heads, width and block")
-    data: DataConfig = DataConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    clip_grad_norm: Positive | None = 1.0
-    interventions: tuple[InterventionConfig, ...] = ()
-    observe: ObserveConfig = ObserveConfig()
-    guards: tuple[GuardRule, ...] = Field(DEFAULT_GUARDS, description="'on', 'off' or rules")
     scheduler: Literal["none", "asha", "pbt"] = "none"
     race: RaceConfig = RaceConfig()
     pbt: PbtConfig = PbtConfig()
-    log_interval: int = Field(10, ge=1, description="steps")
-    eval_interval: int = Field(20, ge=1, description="steps, a multiple of log_interval")
-    checkpoint_interval: int = Field(50, ge=1, description="steps, a multiple of log_interval")
 
     @field_validator("formats", "optimizers", "policies", "lrs", "rung_clip", mode="before")
     @classmethod
@@ -139,15 +126,24 @@ class SweepSpec(Frozen):
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, on and true as True, which Python would count as 1."""
-        is_checked_elsewhere = info.field_name in ("axes", "constraints")
-        if not is_checked_elsewhere and not (info.field_name == "guards" and isinstance(value, bool)):
+        if info.field_name not in ("axes", "constraints", "base"):
             refuse_booleans(value)
         return value
 
-    @field_validator("model", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _model_by_name(cls, value: Any) -> Any:
-        return MODELS[check_choice(value, MODELS, "model")] if isinstance(value, str) else value
+    def _template(cls, values: Any) -> Any:
+        """Fields of a trial at the sweep's own level are those of `base`."""
+        if not isinstance(values, Mapping):
+            return values
+        base, own = values.get("base", BASE), {name: values[name] for name in values if name in TEMPLATE}
+        if isinstance(base, Mapping | TrainConfig):
+            given = dict(base)
+            for field, axis in GIVEN_BY_AXES.items():
+                if field in given and given[field] not in (getattr(BASE, field), _PLAIN_BASE[field]):
+                    raise ValueError(f"base.{field} is given by an axis of the sweep: {axis}")
+            base = {name: value for name, value in given.items() if name not in GIVEN_BY_AXES} | own
+        return {name: value for name, value in values.items() if name not in TEMPLATE} | {"base": base}
 
     @field_validator("formats")
     @classmethod
@@ -176,15 +172,6 @@ class SweepSpec(Frozen):
             }
             for format, arms in rates.items()
         }
-
-    @field_validator("guards", mode="before")
-    @classmethod
-    def _guards_on_or_off(cls, value: Any) -> Any:
-        if isinstance(value, str) and (value in NAMED_RULES or " " in value):
-            return tuple(rule.strip() for rule in value.split(";"))
-        if isinstance(value, str):
-            value = check_choice(value, ("on", "off"), "setting of the guards") == "on"
-        return (DEFAULT_GUARDS if value else ()) if isinstance(value, bool) else value
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -238,14 +225,33 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _a_race_is_held(self) -> SweepSpec:
-        if self.scheduler == "asha" and not self.race.rungs(self.steps, self.eval_interval):
-            rung = self.race.first(self.steps, self.eval_interval)
+        if self.scheduler == "asha" and not self.race.rungs(self.base.steps, self.base.eval_interval):
+            rung = self.race.first(self.base.steps, self.base.eval_interval)
             raise ValueError(
-                f"scheduler='asha' with steps={self.steps} would compare nothing: the first rung, at step {rung} "
-                f"(race.first_rung), is evaluated at step {evaluated_at(rung, self.eval_interval)} "
-                f"(eval_interval={self.eval_interval}); more steps than that are expected"
+                f"scheduler='asha' with steps={self.base.steps} would compare nothing: the first rung, at step {rung} "
+                f"(race.first_rung), is evaluated at step {evaluated_at(rung, self.base.eval_interval)} "
+                f"(eval_interval={self.base.eval_interval}); more steps than that are expected"
             )
         return self
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What all trials share can be read, too, at the sweep's own level."""
+            return getattr(self.base, name) if name in TEMPLATE else super().__getattr__(name)
+
+    @field_serializer("base", mode="wrap")
+    def _without_axes(self, base: TrainConfig, plain: Any) -> Any:
+        return {name: value for name, value in plain(base).items() if name not in GIVEN_BY_AXES}
+
+    def changed(self, **values: Any) -> SweepSpec:
+        """The sweep with other values, of its own fields or of those that all trials share; checked anew."""
+        return SweepSpec.model_validate(dict(self) | values)
+
+    def with_data(self, **where: Any) -> SweepSpec:
+        """The sweep with these fields of its data, which say where it lies."""
+        data = self.base.data.model_copy(update=where)
+        return self.model_copy(update={"base": self.base.model_copy(update={"data": data})})
 
     def expand(self) -> list[TrainConfig]:
         """Every trial that can be named beforehand, once: references first, then cells with their seeds adjacent.
@@ -272,9 +278,14 @@ class SweepSpec(Frozen):
         return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
+    def exchange_every(self) -> int:
+        """Steps between exchanges of a population."""
+        return self.pbt.every(self.base.steps, self.base.eval_interval)
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """Every batch size that trials may have."""
-        axis = self.axes.get("data.batch", (self.data.batch,))
+        axis = self.axes.get("data.batch", (self.base.data.batch,))
         return tuple(range(math.ceil(axis.low), math.floor(axis.high) + 1)) if isinstance(axis, Range) else axis
 
     def exclusions(self) -> list[Exclusion]:
@@ -287,7 +298,7 @@ def check_together(spec: SweepSpec) -> None:
     POLICIES.check_own("policies", spec.policies)
     ARMS.check_own("optimizers", spec.optimizers)
     UPDATES.check_own("optimizers", (kind for name in spec.optimizers if (kind := ARMS[name].kind) in UPDATES))
-    rules = [*spec.guards, *(rule for one in spec.interventions for rule in getattr(one, "rules", ()))]
+    rules = [*spec.base.guards, *(rule for one in spec.base.interventions for rule in getattr(one, "rules", ()))]
     SIGNALS.check_own("guards", (rule.signal.partition("/")[0] for rule in rules))
     ranges = [path for path, axis in spec.axes.items() if isinstance(axis, Range)]
     if spec.search == "grid":
@@ -330,11 +341,11 @@ def _check_settled(spec: SweepSpec) -> None:
 def _check_pbt(spec: SweepSpec) -> None:
     if spec.search != "grid":
         raise ValueError(f"scheduler='pbt' with search={spec.search!r}: a population starts from a grid of rates")
-    every = spec.pbt.every(spec.steps, spec.eval_interval)
-    if every % spec.eval_interval or every >= spec.steps:
+    every = spec.exchange_every
+    if every % spec.base.eval_interval or every >= spec.base.steps:
         raise ValueError(
-            f"pbt.interval={every} is not allowed: a multiple of eval_interval={spec.eval_interval} below "
-            f"steps={spec.steps} is expected"
+            f"pbt.interval={every} is not allowed: a multiple of eval_interval={spec.base.eval_interval} below "
+            f"steps={spec.base.steps} is expected"
         )
     if all(len(expansion.population_axes(spec, arm)) < 2 for arm in spec.optimizers):
         raise ValueError("scheduler='pbt': a population has 2 or more members; give lrs, or rung_clip, several values")

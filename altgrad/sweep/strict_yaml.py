@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -64,15 +64,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
     return found
-
-
-def refuse_booleans(value: Any, path: str = "") -> None:
-    """Raises ValueError for a truth value anywhere in plain data; no key of a sweep but `guards` takes one."""
-    if isinstance(value, bool):
-        raise ValueError(f"{f'{path}=' if path else ''}{value!r} is not allowed: a yes or no is not expected here")
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            refuse_booleans(item, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            refuse_booleans(item, path)

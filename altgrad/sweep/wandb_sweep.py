@@ -147,7 +147,7 @@ def _last_sweep(trials: list[_Trial], group: str, notes: list[str]) -> tuple[Map
     try:
         spec = SweepSpec.model_validate(newest.manifest["spec"])
         where = {name: getattr(newest.config.data, name) for name in ("source", "revision")}
-        spec = spec.model_copy(update={"data": spec.data.model_copy(update=where)})
+        spec = spec.with_data(**where)
         asked = spec.trials(newest.data_sha256)
         if spec.search == "optuna":
             asked |= {trial.id: trial.config for trial in ordered if _is_of_search(trial, spec)}

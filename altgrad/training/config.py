@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from altgrad import NUMERICS_VERSION
 from altgrad.quantization import PrecisionPolicy, Recipe, get_format, named_policy
@@ -24,7 +25,7 @@ from altgrad.training.arm_configs import ARMS as ARMS  # where users register th
 from altgrad.training.arm_configs import Frozen, OptimizerConfig, scale_obstacle
 from altgrad.training.arm_configs import RoundedAdamWConfig as RoundedAdamWConfig
 from altgrad.training.catalogue import check_signal
-from altgrad.training.guards import DEFAULT_GUARDS, GuardRule
+from altgrad.training.guards import DEFAULT_GUARDS, NAMED_RULES, GuardRule
 from altgrad.training.interventions import InterventionConfig
 
 UNQUANTIZED, BASELINE = "FP32", "BF16"
@@ -176,11 +177,23 @@ def _check_task(task: str, model: ModelConfig, data: DataConfig) -> None:
         raise ValueError(f"tokenizer={data.tokenizer!r} can't write text; language modelling takes bytes or bpe")
 
 
+def refuse_booleans(value: Any, path: str = "") -> None:
+    """Raises ValueError for a truth value anywhere in plain data: YAML reads yes and on as True, which counts as 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{f'{path}=' if path else ''}{value!r} is not allowed: a yes or no is not expected here")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_booleans(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            refuse_booleans(item, path)
+
+
 class TrainConfig(Frozen):
     """One trial, whole: `Trainer(config, ...)` needs nothing else."""
 
     task: Literal["lm", "classify"] = "lm"
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Field(ModelConfig(), description="a model's name, or its layers, heads, width and block")
     data: DataConfig = DataConfig()
     format: str = Field("E5M2", description="a format's name, or FP32 for no quantization")
     policy: str = Field("uniform", description="which layers and tensor roles take the format")
@@ -189,13 +202,44 @@ class TrainConfig(Frozen):
     schedule: ScheduleConfig = ScheduleConfig()
     clip_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm of the gradient, null for none")
     interventions: tuple[InterventionConfig, ...] = Field((), description="what may change the training on its way")
-    guards: tuple[GuardRule, ...] = DEFAULT_GUARDS
+    guards: tuple[GuardRule, ...] = Field(DEFAULT_GUARDS, description="'on', 'off' or rules")
     observe: ObserveConfig = ObserveConfig()
     seed: int = Field(0, ge=0, lt=2**31)
-    steps: int = Field(100, ge=1)
+    steps: int = Field(100, ge=1, description="training steps of a trial")
     log_interval: int = Field(10, ge=1, description="steps between host syncs, log rows and guard checks")
     eval_interval: int = Field(50, ge=1, description="steps between evaluations, a multiple of log_interval")
     checkpoint_interval: int = Field(50, ge=1, description="steps, a multiple of log_interval")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        has_switches = info.field_name in ("optimizer", "recipe")
+        if not has_switches and not (info.field_name == "guards" and isinstance(value, bool)):
+            refuse_booleans(value)
+        return value
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value in MODELS:
+            return MODELS.get(value, value) if isinstance(value, str) else value
+        close = get_close_matches(value, MODELS, n=1, cutoff=0.4)
+        near = f"; nearest: {close[0]}" if close else ""
+        raise ValueError(f"{value!r} is no model; allowed: {', '.join(MODELS)}{near}")
+
+    @field_validator("guards", mode="before")
+    @classmethod
+    def _guards_in_words(cls, value: Any) -> Any:
+        """'on', 'off', or rules: 'flip_yield/min < 0.2 for 3 after 50; grad_norm is nonfinite'."""
+        if isinstance(value, str) and (value in NAMED_RULES or " " in value):
+            return tuple(rule.strip() for rule in value.split(";"))
+        if isinstance(value, str):
+            if value not in ("on", "off"):
+                close = get_close_matches(value, ("on", "off"), n=1, cutoff=0.4)
+                near = f"; nearest: {close[0]}" if close else ""
+                raise ValueError(f"{value!r} is no setting of the guards; allowed: on, off{near}")
+            value = value == "on"
+        return (DEFAULT_GUARDS if value else ()) if isinstance(value, bool) else value
 
     @field_validator("format")
     @classmethod

@@ -39,9 +39,9 @@ def recorded(out: Path, spec: SweepSpec) -> Path:
     with Ledger(out / "ledger.sqlite") as ledger:
         ledger.add_trials(trials, SHA)
         for name in list(trials)[:-1]:
-            ledger.record_rows(name, [{"step": spec.steps, "train_loss": 2.0, "val_loss": 2.0, "flip_rate": 0.25}])
+            ledger.record_rows(name, [{"step": spec.base.steps, "train_loss": 2.0, "val_loss": 2.0, "flip_rate": 0.25}])
             ledger.record_outcome(
-                name, Outcome(OutcomeKind.DONE, spec.steps, val_loss=2.0, driver="570.1", hostname="a")
+                name, Outcome(OutcomeKind.DONE, spec.base.steps, val_loss=2.0, driver="570.1", hostname="a")
             )
     write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), "trials": list(trials)})
     return out
@@ -85,7 +85,7 @@ def test_frames_of_a_sweep_and_of_its_export(sweep: Path, export: Path) -> None:
     # Of the trial that was interrupted only its name was exported.
     ours = one.rows[one.rows["trial_id"].isin(one.outcomes["trial_id"])].set_index(["trial_id", "step"])
     pd.testing.assert_series_equal(ours["train_loss"], other.rows.set_index(["trial_id", "step"])["train_loss"])
-    assert len(one.rows) == len(ours) + SPEC.steps // 2
+    assert len(one.rows) == len(ours) + SPEC.base.steps // 2
     both = one.layers.merge(other.layers, on=["trial_id", "step", "layer", "signal"])
     assert len(both) == len(other.layers) > 0
     assert list(both["value_x"]) == pytest.approx(list(both["value_y"]), rel=1e-6, nan_ok=True)
@@ -97,7 +97,7 @@ def test_what_a_trained_trial_says_of_itself(sweep: Path) -> None:
     assert trial["perplexity"] == pytest.approx(math.exp(trial["val_loss"]))
     assert trial["tokens_per_s"] > 0 and trial["hostname"] and trial["device"]
     last = found.rows.query("trial_id == @trial.trial_id").iloc[-1]
-    weights = last["flips"] / last["flip_rate"] / SPEC.log_interval
+    weights = last["flips"] / last["flip_rate"] / SPEC.base.log_interval
     assert weights == pytest.approx(4 * 16 * 16 * 3 + 16 * 256, rel=1e-9), "attention, MLP and head of the tiny model"
     assert last["flip_rate_per_epoch"] / last["flip_rate"] > 1000, (
         "a pass over the text takes that many steps of 32 bytes"

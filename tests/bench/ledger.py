@@ -51,7 +51,7 @@ def spec_of(trials: int) -> SweepSpec:
 
 def fill(out: Path, spec: SweepSpec) -> int:
     """Writes the ledger of the finished sweep; returns the number of trials."""
-    sha256 = load_corpus(spec.data).sha256
+    sha256 = load_corpus(spec.base.data).sha256
     trials = spec.trials(sha256)
     with Ledger(out / "ledger.sqlite") as ledger:
         ledger.add_trials(trials, sha256)

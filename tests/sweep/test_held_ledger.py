@@ -166,7 +166,7 @@ def test_a_driver_waits_at_its_start(
 def test_a_sweep_waits_and_goes_on(tmp_path: Path, running_ray: str, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "sweep"
     path = out / "ledger.sqlite"
-    spec = SPEC.model_copy(update={"steps": 500})
+    spec = SPEC.changed(steps=500)
 
     def hold() -> None:
         while not list(out.glob("trials/*/metrics.jsonl")):

@@ -59,11 +59,11 @@ def arrive(ledger: Ledger, folder: Path, name: str, step: int = 20, loss: float 
 
 
 def test_members_have_ids_of_their_own_and_references_do_not() -> None:
-    ordinary = SPEC.model_copy(update={"scheduler": "none"}).trials(SHA)
+    ordinary = SPEC.changed(scheduler="none").trials(SHA)
     assert len(TRIALS) == len(ordinary) and not set(GRID) & set(ordinary)
     for name, config in TRIALS.items():
         assert name.startswith(PREFIX) != is_reference(config) and (name in ordinary) == is_reference(config)
-    fewer = SPEC.model_copy(update={"lrs": SPEC.lrs[:3]}).trials(SHA)
+    fewer = SPEC.changed(lrs=SPEC.lrs[:3]).trials(SHA)
     assert not [name for name in fewer if name.startswith(PREFIX) and name in TRIALS], "another population"
     alone = SweepSpec.model_validate(SPEC.model_dump() | {"lrs": (), "rung_clip": (1, 3)}).trials(SHA)
     assert {config.arm for name, config in alone.items() if name.startswith(PREFIX)} == {"grid"}

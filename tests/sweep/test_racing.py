@@ -177,7 +177,7 @@ def test_a_group_with_a_finished_or_lost_member_is_compared_with_nobody(kind: st
 
 
 def test_rungs_lie_a_factor_apart_and_the_last_step_decides_nothing() -> None:
-    spec = SPEC.model_copy(update={"steps": 300, "lrs": (1e-3, 2e-3, 4e-3, 8e-3)})
+    spec = SPEC.changed(steps=300, lrs=(1e-3, 2e-3, 4e-3, 8e-3))
     trials = {trial_name(config): config for config in spec.expand()}
     race = Race(trials, RaceConfig(first_rung=40, reduction=2))
     for lr in (1, 2, 4, 8):
@@ -185,7 +185,7 @@ def test_rungs_lie_a_factor_apart_and_the_last_step_decides_nothing() -> None:
             race.observe(f"E5M2-{lr}-{seed}", 40, float(lr))
     assert [race.verdict(f"E5M2-{lr}-0") is None for lr in (1, 2, 4, 8)] == [True, True, False, False]
     assert race.pause_step("E5M2-1-0") == 80
-    race.observe("E5M2-1-0", spec.steps, 9.0)
+    race.observe("E5M2-1-0", spec.base.steps, 9.0)
     assert not race.is_waiting("E5M2-1-0")
 
 

@@ -143,7 +143,7 @@ def test_one_trials_error_is_its_own_and_three_alike_end_the_sweep(tmp_path: Pat
 def _sha(spec: SweepSpec) -> str:
     from altgrad.training.data import load_corpus
 
-    return load_corpus(spec.data).sha256
+    return load_corpus(spec.base.data).sha256
 
 
 DRILL = ["run", "--formats", "BF16,E5M2", "--optimizers", "adamw,grid", "--steps", "300", "--guards", "off"]

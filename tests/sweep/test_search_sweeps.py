@@ -90,9 +90,9 @@ def test_a_population_runs_and_longer_is_the_same_as_at_once(tmp_path: Path, run
     spec = tiny(lrs="1e-5,1e-3,2e-3,4e-3", scheduler="pbt", pbt={"interval": 10}, guards="off", seeds=1)
     parts = run_sweep(spec, RunOptions(out=tmp_path / "parts", address=running_ray))
     assert parts.left == 0 and set(parts.endings) == {"done"}
-    parts = run_sweep(spec.model_copy(update={"steps": 30}), RunOptions(out=tmp_path / "parts", address=running_ray))
+    parts = run_sweep(spec.changed(steps=30), RunOptions(out=tmp_path / "parts", address=running_ray))
     options = RunOptions(out=tmp_path / "whole", max_concurrent=1, address=running_ray)
-    whole = run_sweep(spec.model_copy(update={"steps": 30}), options)
+    whole = run_sweep(spec.changed(steps=30), options)
     found = []
     for result in (parts, whole):
         with Ledger(result.out / "ledger.sqlite") as ledger:

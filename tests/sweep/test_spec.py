@@ -46,10 +46,10 @@ def test_seeds_of_a_group_are_adjacent() -> None:
 
 def test_seeds_count_from_the_first() -> None:
     pilot = SweepSpec(formats=("E5M2",), optimizers=("adamw",), seeds=2)
-    judged = pilot.model_copy(update={"first_seed": 2})
+    judged = pilot.changed(first_seed=2)
     assert [config.seed for config in judged.expand()] == [2, 3] * 2
     assert not pilot.trials("a").keys() & judged.trials("a").keys(), "no trial serves both"
-    assert pilot.model_copy(update={"first_seed": 0}).trials("a") == pilot.trials("a")
+    assert pilot.changed(first_seed=0).trials("a") == pilot.trials("a")
 
 
 def test_rung_clip_multiplies_only_arms_that_have_rungs() -> None:
@@ -217,8 +217,8 @@ def test_a_file_says_what_the_value_says_and_flags_win(tmp_path: Path, suffix: s
         steps=9,
         seeds=4,
         guards=(),
-        model=SweepSpec().model.model_copy(update={"layers": 1}),
-        data=SweepSpec().data.model_copy(update={"source": "x.txt"}),
+        model=SweepSpec().base.model.model_copy(update={"layers": 1}),
+        data=SweepSpec().base.data.model_copy(update={"source": "x.txt"}),
     )
 
 
@@ -313,7 +313,7 @@ def test_an_axis_without_a_point_names_the_choices(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize(("steps", "rungs"), [(100, [34, 68]), (300, [100, 200]), (21, [20])])
 def test_the_first_rung_follows_the_steps(steps: int, rungs: list[int]) -> None:
     spec = SweepSpec(steps=steps, scheduler="asha")
-    assert spec.race.rungs(spec.steps, spec.eval_interval) == rungs
+    assert spec.race.rungs(spec.base.steps, spec.base.eval_interval) == rungs
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_table_of_layers_is_made_again_from_the_record(whole: Path, tmp_path: 
             (folder / FILE).write_bytes(made)
             lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
             (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
-            table = table[table["step"] < SPEC.steps].reset_index(drop=True)
+            table = table[table["step"] < SPEC.base.steps].reset_index(drop=True)
         pd.testing.assert_frame_equal(read_layers(folder).to_pandas(), table)
     (folder / FILE).unlink()
     train(out)

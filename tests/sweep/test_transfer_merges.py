@@ -20,7 +20,7 @@ from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, read_outcome, read_rows, write_json
 from tests.sweep.trained import SPEC, train
 
-ONE = SPEC.model_copy(update={"formats": ("BF16",), "optimizers": ("adamw",), "seeds": 1})
+ONE = SPEC.changed(formats=("BF16",), optimizers=("adamw",), seeds=1)
 BUDGET = Outcome(OutcomeKind.BUDGET, 5, message="spent")
 
 
@@ -91,7 +91,7 @@ def test_a_trial_that_went_further_comes_in_again(done: Path, tmp_path: Path) ->
     shutil.copytree(done, here)
     export_sweep(here, folder)
     import_sweep(folder, there)
-    train(here, ONE.model_copy(update={"steps": 40}))
+    train(here, ONE.changed(steps=40))
     export_sweep(here, folder)
     found = import_sweep(folder, there)
     assert (found.entered, found.known, found.differing) == (1, 0, 0)
@@ -104,7 +104,7 @@ def test_a_sweep_that_grows_grows_where_it_was_imported(done: Path, tmp_path: Pa
     shutil.copytree(done, here)
     export_sweep(here, folder)
     import_sweep(folder, there)
-    train(here, ONE.model_copy(update={"seeds": 2}))
+    train(here, ONE.changed(seeds=2))
     export_sweep(here, folder)
     import_sweep(folder, there)
     assert (here / "sweep.json").read_text() == (there / "sweep.json").read_text()
@@ -141,8 +141,8 @@ def test_where_the_text_lies_is_no_news(done: Path, tmp_path: Path) -> None:
 
 
 def test_rarely_measured_signals_keep_their_last_value(tmp_path: Path) -> None:
-    observe = SPEC.observe.model_copy(update={"shadow_every": 7})
-    spec = ONE.model_copy(update={"log_interval": 1, "steps": 61, "eval_interval": 61, "observe": observe})
+    observe = SPEC.base.observe.model_copy(update={"shadow_every": 7})
+    spec = ONE.changed(log_interval=1, steps=61, eval_interval=61, observe=observe)
     spec = SweepSpec.model_validate(spec.model_dump() | {"checkpoint_interval": 61})
     out = train(tmp_path / "sweep", spec)
     export_sweep(out, tmp_path / "export")
@@ -155,7 +155,7 @@ def test_rarely_measured_signals_keep_their_last_value(tmp_path: Path) -> None:
 
 def test_an_unfinished_population_starts_anew(tmp_path: Path) -> None:
     """Its members' checkpoints are not exported, and what they took over counts nowhere without them."""
-    spec = SPEC.model_copy(update={"formats": ("BF16",), "optimizers": ("grid",), "seeds": 1})
+    spec = SPEC.changed(formats=("BF16",), optimizers=("grid",), seeds=1)
     trials = spec.trials("0" * 64)
     config = next(iter(trials.values()))
     here = tmp_path / "here"

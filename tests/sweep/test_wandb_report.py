@@ -140,7 +140,7 @@ def test_a_sweep_comes_back_from_its_offline_runs(swept: Path, tmp_path: Path) -
     kinds = set(frames(swept)[0]["outcome"])
     assert {"done", "diverged", "pending"} <= kinds and frames(swept)[0]["formats"].any(), "what the sweep is here for"
     ends = frames(swept)[0].query("outcome == 'diverged'")["step"]
-    assert (ends % SWEEP.checkpoint_interval != 0).any(), "layers are there beside checkpoints"
+    assert (ends % SWEEP.base.checkpoint_interval != 0).any(), "layers are there beside checkpoints"
 
 
 def test_runs_of_earlier_versions_are_read_without_their_sweep(

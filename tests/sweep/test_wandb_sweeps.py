@@ -29,7 +29,7 @@ from altgrad.training.record import flat
 
 SHA = "d" * 64
 SPEC = SweepSpec.model_validate({"name": "some", "formats": ["E5M2"], "optimizers": ["adamw"], "seeds": 2, "steps": 20})
-WIDER = SPEC.model_copy(update={"formats": ("E5M2", "E3M4"), "steps": 40, "margin": 0.3})
+WIDER = SPEC.changed(formats=("E5M2", "E3M4"), steps=40, margin=0.3)
 POPULATION = SweepSpec.model_validate(
     SPEC.model_dump() | {"scheduler": "pbt", "lrs": [1e-3, 2e-3], "steps": 60, "seeds": 1}
 )
@@ -116,7 +116,7 @@ def test_a_search_holds_what_it_chose(tmp_path: Path) -> None:
     chosen = SEARCH.trials(SHA) | search.trials
     own = [run_of(name, config, manifest(SEARCH), place) for place, (name, config) in enumerate(chosen.items())]
     other = SEARCH.model_copy(update={"formats": ("E3M4",)})
-    [stranger, *_] = [c for c in SPEC.model_copy(update={"formats": ("E3M4",)}).expand() if c.format == "E3M4"]
+    [stranger, *_] = [c for c in SPEC.changed(formats=("E3M4",)).expand() if c.format == "E3M4"]
     found, _ = sweep_of([*own[::-1], run_of("stranger", stranger, manifest(other, hour=0), 9)], tmp_path / "back")
     assert list(found.selected.trials["trial_id"]) == list(chosen)
     assert found.selected.outside == 1

@@ -47,7 +47,7 @@ def train(out: Path, spec: SweepSpec = SPEC, *, first: int | None = None, interr
             reference = read_reference(out / "trials", against.get(name, ""))
             rows = Trainer(config, folder=out / "trials" / name, reference=reference).intervals()
             for row in rows:
-                if place in interrupted and row["step"] >= spec.steps // 2:
+                if place in interrupted and row["step"] >= spec.base.steps // 2:
                     rows.close()
             recorder.finish(name)
     write_json(out / "sweep.json", {"spec": spec.model_dump(mode="json"), "trials": list(trials)})
