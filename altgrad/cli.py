@@ -27,11 +27,11 @@ from altgrad.commands import output
 from altgrad.commands.interrupts import Terminated
 from altgrad.commands.sweep_file import check_started
 from altgrad.sweep.complaints import SpecError, nearest, place_of
-from altgrad.sweep.folder import FolderError
-from altgrad.sweep.held import HeldError
+from altgrad.sweep.record.folder import FolderError
+from altgrad.sweep.record.held import HeldError
 
 if TYPE_CHECKING:
-    from altgrad.sweep.spec import SweepSpec
+    from altgrad.sweep.space.spec import SweepSpec
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # a sweep file's SweepSpec may be wrong: its line says how
 
@@ -164,7 +164,7 @@ def _parser(words: Sequence[str]) -> Parser:
             help="a file or folder that the sweep needs there too, like a module that FILE.py imports; may be repeated",
         )
     command("status", "ledgers.status", "how far a sweep is").add_argument("out", type=Path, help="the sweep's folder")
-    report = command("report", "ledgers.report", "write a sweep's report from its ledger, or from its W&B runs")
+    report = command("report", "reports.report", "write a sweep's report from its ledger, or from its W&B runs")
     report.add_argument("out", type=Path, nargs="?", help="the sweep's folder")
     report.add_argument(
         "--wandb", metavar="PROJECT|FOLDER", help="its runs: entity/project, or a folder of W&B's files"
@@ -173,7 +173,7 @@ def _parser(words: Sequence[str]) -> Parser:
     report.add_argument(
         "--to", type=Path, metavar="DIR", help="where the report is written; default OUT/report, of W&B PROJECT-report"
     )
-    compare = command("compare", "ledgers.compare", "what changed between two sweeps, cell by cell")
+    compare = command("compare", "reports.compare", "what changed between two sweeps, cell by cell")
     compare.add_argument("out", type=Path, metavar="OUT1", help="a sweep's folder")
     compare.add_argument("other", type=Path, metavar="OUT2", help="another's")
     for added in (report, compare):
@@ -214,7 +214,7 @@ def _parser(words: Sequence[str]) -> Parser:
 
 def _add_sweep(parser: Parser, file: str) -> None:
     from altgrad.commands.flags import add_sweep_flags
-    from altgrad.sweep.presets import PRESETS
+    from altgrad.sweep.space.presets import PRESETS
 
     parser.add_argument("file", nargs="?", type=Path, help=f"a sweep as {file}")
     parser.set_defaults(base=PRESETS["quick"])

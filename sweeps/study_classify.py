@@ -9,7 +9,7 @@ import sys
 from study_shared import rates, study
 
 from altgrad.cli import sweep_main
-from altgrad.sweep.presets import CLASSIFY
+from altgrad.sweep.space.presets import CLASSIFY
 from altgrad.training.config import DataConfig
 
 FOLDER = "../shared/data/eurlex_sample"

@@ -11,7 +11,7 @@ from typing import Any
 
 from altgrad.analysis import load, settled_lrs
 from altgrad.sweep import SweepSpec
-from altgrad.sweep.axes import Constraint
+from altgrad.sweep.space.axes import Constraint
 from altgrad.training.config import DataConfig, ScheduleConfig
 
 GRIDS = ("E0M7", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")

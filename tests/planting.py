@@ -1,7 +1,7 @@
 """Finds and changes processes that a test can't reach into: Ray's workers, which Ray starts by itself.
 
 They inherit the environment, and Python runs the `sitecustomize` that it finds on PYTHONPATH before anything else. Ours
-waits until the process imports `altgrad.sweep.executors` and then hands the module to the test's `plant(module)`.
+waits until the process imports `engine.executors` and then hands the module to the test's `plant(module)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import importlib.abc, importlib.util, sys
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "altgrad.sweep.executors":
+        if name != "altgrad.sweep.engine.executors":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -19,7 +19,7 @@ from altgrad.analysis.scores import scores_table
 from altgrad.analysis.sections import Builder, Captioned, Group, Material, Section
 from altgrad.analysis.tables import cells_table, geometry_table, mutations_table, shifts_table, stops_table
 from altgrad.analysis.twins import twin_control
-from altgrad.sweep.ledger import outdated_text
+from altgrad.sweep.record.ledger import outdated_text
 
 
 def the_finding(material: Material) -> Section:

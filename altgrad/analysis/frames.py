@@ -21,10 +21,10 @@ from altgrad.analysis.layer_signals import layers_of
 from altgrad.analysis.records import RESULT_COLUMNS, Records
 from altgrad.analysis.records import load as load_records
 from altgrad.analysis.sweeps import declared_axes
-from altgrad.sweep import read_only
-from altgrad.sweep.folder import read_manifest
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.read_only import LEDGER
+from altgrad.sweep.record import layout, read_only
+from altgrad.sweep.record.folder import read_manifest
+from altgrad.sweep.record.layout import LEDGER
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.config import MODELS
 from altgrad.training.outcome import Outcome
 from altgrad.training.record import flat
@@ -39,7 +39,7 @@ class Frames:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        if not (self.folder / LEDGER).is_file() and not read_only.shards(self.folder):
+        if not (self.folder / LEDGER).is_file() and not layout.shards(self.folder):
             raise FileNotFoundError(f"{self.folder} holds neither a sweep (no {LEDGER}) nor an export of one")
 
     @cached_property

@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from altgrad.sweep import read_only
-from altgrad.sweep.layer_table import read_layers
-from altgrad.sweep.shards import OF_LAYERS, Export
+from altgrad.sweep.record import layout
+from altgrad.sweep.record.layer_table import read_layers
+from altgrad.sweep.record.shards import OF_LAYERS, Export
 
 LAYER_KINDS: Mapping[str, re.Pattern[str]] = {
     "head": re.compile(r"(^|\.)(lm_head|score|classifier|head)$"),
@@ -38,7 +38,7 @@ def layer_kind(name: str) -> str:
 
 def layers_of(folder: Path, trial_ids: Collection[str], signals: Collection[str] | None = None) -> pa.Table:
     """Signals of layers of these trials of a sweep, or of an export: OF_LAYERS, all signals or those asked for."""
-    if read_only.shards(folder):
+    if layout.shards(folder):
         table = Export(folder).layers(signals)
         return table.filter(pc.is_in(table["trial_id"], pa.array(list(trial_ids), pa.string())))
     parts = {name: read_layers(folder / "trials" / name, signals) for name in trial_ids}

@@ -22,7 +22,7 @@ from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, excess_text, links, number, slim, verdict_text
 from altgrad.analysis.wording import signed
 from altgrad.quantization import FORMATS, PrecisionPolicy, ScaleRule
-from altgrad.sweep.signs import RULES, Rule
+from altgrad.sweep.record.signs import RULES, Rule
 from altgrad.training.arm_configs import ARMS, AnyOptimizerConfig
 from altgrad.training.config import TrainConfig
 

@@ -33,9 +33,9 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.sweep import read_only
-from altgrad.sweep.ledger import as_asked, is_current, outcome_of
-from altgrad.sweep.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
+from altgrad.sweep.record import layout, read_only
+from altgrad.sweep.record.ledger import as_asked, is_current, outcome_of
+from altgrad.sweep.record.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
 from altgrad.training.arm_configs import has_own_lr_unit
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig
@@ -108,7 +108,7 @@ class Records:
 def load(out_dir: Path) -> Records:
     """The folder's trials and rows, of all its sweeps; FileNotFoundError where there is no ledger."""
     path = Path(out_dir) / "ledger.sqlite"
-    if not path.is_file() and not read_only.shards(Path(out_dir)):
+    if not path.is_file() and not layout.shards(Path(out_dir)):
         raise FileNotFoundError(f"{path} does not exist: {out_dir} is not the folder of a sweep that has run")
     with read_only.current(path) as connection:
         connection.row_factory = sqlite3.Row

@@ -1,6 +1,6 @@
 """Every cell with its trials and the command that trains it again: what the numbers of a report lead to.
 
-A cell's command runs a sweep of one configuration (see `altgrad.sweep.best`), written beside the report, whose trials
+A cell's command runs a sweep of one configuration (see `record.best`), written beside the report, whose trials
 are the cell's own: the same configurations, hence the same ids on the same data and, on the same machine, the same
 losses. Where that is not so, the reason stands in the command's place.
 """
@@ -17,9 +17,9 @@ from altgrad.analysis.cells import Cell
 from altgrad.analysis.records import ending_of
 from altgrad.analysis.sections import Captioned, Group, Material, Section
 from altgrad.analysis.tables import DASH, Table, number
-from altgrad.sweep.best import sweep_of_one, write
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.population import PREFIX
+from altgrad.sweep.record.best import sweep_of_one, write
+from altgrad.sweep.space.populations import PREFIX
 from altgrad.training.config import TrainConfig
 
 Trial = Mapping[Hashable, Any]

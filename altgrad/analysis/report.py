@@ -27,9 +27,9 @@ from altgrad.analysis.rendering import write_pages
 from altgrad.analysis.sections import Material, Section
 from altgrad.analysis.study import Study
 from altgrad.analysis.sweeps import Sweep, read_sweep
-from altgrad.sweep.folder import cores
-from altgrad.sweep.processes import nobodys_main
-from altgrad.sweep.read_only import LEDGER
+from altgrad.sweep.engine.processes import nobodys_main
+from altgrad.sweep.record.folder import cores
+from altgrad.sweep.record.layout import LEDGER
 from altgrad.training.outcome import OutcomeKind
 
 ELSEWHERE = frozenset(

@@ -1,6 +1,6 @@
 """Why runs failed: the first signs of it, the direction of the step that each showed in, the kind of layer, the step.
 
-`altgrad.sweep.signs` has the rules and what they are drawn from. Here they are put beside how runs ended: a loss that
+`sweep.record.signs` has the rules and what they are drawn from. Here they are put beside how runs ended: a loss that
 is no number shows in the forward pass, a gradient that is none under a loss that is one in the backward pass.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from altgrad.analysis.layer_signals import layer_kind
 from altgrad.analysis.wording import listed
-from altgrad.sweep.signs import DIRECTIONS, Direction, Moment, first_of, from_text
+from altgrad.sweep.record.signs import DIRECTIONS, Direction, Moment, first_of, from_text
 
 NOT_FINITE: Mapping[str, tuple[Direction, str]] = {
     "train_loss": ("forward", "a loss that is no number"),

@@ -12,7 +12,7 @@ from altgrad.analysis.records import Records, by_setting, load, newest_setting, 
 from altgrad.analysis.scores import judged
 from altgrad.analysis.study import MARGIN, Study, build_study
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.folder import read_manifest
+from altgrad.sweep.record.folder import read_manifest
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from altgrad.analysis.signs import CommonSign, Sign, common_sign, pass_text
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, links, number, slim, verdict_text
 from altgrad.analysis.wording import listed
-from altgrad.sweep.signs import DIRECTIONS, Direction
+from altgrad.sweep.record.signs import DIRECTIONS, Direction
 
 MOST_ROWS = 40
 """Of the timeline; the table has them all."""

@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import cast, get_args
 
-from altgrad.sweep.budget import Budget, flag_of
 from altgrad.sweep.complaints import SpecError, check_choice, nearest
 from altgrad.sweep.options import Checkpoints, Executor, RunOptions
-from altgrad.sweep.presets import PRESETS
-from altgrad.sweep.resolve import resolve
-from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.wandb_mirror import mode_of
+from altgrad.sweep.record.budget import Budget, flag_of
+from altgrad.sweep.record.wandb_mirror import mode_of
+from altgrad.sweep.space.presets import PRESETS
+from altgrad.sweep.space.resolve import resolve
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import MODELS
 from altgrad.training.data import NAMED
 from altgrad.training.devices import gpu_count

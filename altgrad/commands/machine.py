@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.folder import PACKAGES, cores, installed
-from altgrad.sweep.monitor import print_table
+from altgrad.sweep.record.folder import PACKAGES, cores, installed
+from altgrad.sweep.record.monitor import print_table
 
 
 def formats(request: argparse.Namespace) -> int:

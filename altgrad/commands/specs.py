@@ -6,11 +6,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from altgrad.sweep import best, monitor
 from altgrad.sweep.complaints import SpecError, check_choice
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.monitor import print_table
-from altgrad.sweep.schema import json_schema
+from altgrad.sweep.record import best, monitor
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.monitor import print_table
+from altgrad.sweep.space.schema import json_schema
 
 
 def schema(request: argparse.Namespace) -> int:

@@ -12,11 +12,11 @@ from pathlib import Path
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.sweep_file import sweep_in
 from altgrad.commands.sweeps import checked_data
-from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.folder import read_manifest
-from altgrad.sweep.jobs import Job, Parcel
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.engine.jobs import Job, Parcel
+from altgrad.sweep.record import monitor
+from altgrad.sweep.record.folder import read_manifest
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.data import NAMED
 
 OFFLINE_DATA = "pydoc"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from altgrad.sweep.complaints import SpecError, place_of
 
 if TYPE_CHECKING:
-    from altgrad.sweep.spec import SweepSpec
+    from altgrad.sweep.space.spec import SweepSpec
 
 _being_read: Path | None = None
 
@@ -25,7 +25,7 @@ def check_started() -> None:
 
 def sweep_in(file: Path) -> SweepSpec:
     """The one sweep that the file holds; SpecError where reading it raises anything, and where it holds no or more."""
-    from altgrad.sweep.spec import SweepSpec
+    from altgrad.sweep.space.spec import SweepSpec
 
     global _being_read
     _being_read = file

@@ -11,19 +11,19 @@ from pathlib import Path
 
 from altgrad.commands.flags import options_of, spec_of
 from altgrad.commands.interrupts import terminable
-from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError, headline, nearest
-from altgrad.sweep.environment import check_environment
-from altgrad.sweep.folder import check_folder, check_ledger, cores, is_disk_full
-from altgrad.sweep.held import READER_SECONDS
-from altgrad.sweep.ledger import outdated_text
-from altgrad.sweep.monitor import print_table
+from altgrad.sweep.engine.environment import check_environment
 from altgrad.sweep.options import GROWING, RunOptions
 from altgrad.sweep.plan import LOOK_STEPS, estimate, look_ahead
-from altgrad.sweep.progress import duration
+from altgrad.sweep.record import monitor
+from altgrad.sweep.record.folder import check_folder, check_ledger, cores, is_disk_full
+from altgrad.sweep.record.held import READER_SECONDS
+from altgrad.sweep.record.ledger import outdated_text
+from altgrad.sweep.record.monitor import print_table
+from altgrad.sweep.record.progress import duration
 from altgrad.sweep.run import SweepResult, preflight, run_sweep
-from altgrad.sweep.sampling import sample_count
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.sampling import sample_count
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import BASELINE, TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
 from altgrad.training.data.cache import CacheError

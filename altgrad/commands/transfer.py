@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from altgrad.sweep import monitor
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.folder import FolderError
+from altgrad.sweep.record import monitor
+from altgrad.sweep.record.folder import FolderError
 
 
 def export(request: argparse.Namespace) -> int:
     with monitor.open_ledger(request.out):
         pass
-    from altgrad.sweep.transfer import FULL, LEAN, export_sweep
+    from altgrad.sweep.record.transfer import FULL, LEAN, export_sweep
 
     found = export_sweep(request.out, request.folder, LEAN if request.lean else FULL)
     if found.shard is None:
@@ -26,7 +26,7 @@ def export(request: argparse.Namespace) -> int:
 
 
 def import_(request: argparse.Namespace) -> int:
-    from altgrad.sweep.transfer import import_sweep
+    from altgrad.sweep.record.transfer import import_sweep
 
     try:
         found = import_sweep(request.folder, request.out)

@@ -139,7 +139,7 @@ def _failing(study: Study, whole: Study, figures: Figures) -> Chapter:
     blocks: list[Block] = [
         failing.sentence(study),
         "Cells that fail, were stopped by a guard, or lie above BF16 by a decided amount; the first sign of failure is "
-        "that of the earliest rule of `altgrad.sweep.signs` to hold.",
+        "that of the earliest rule of `altgrad.sweep.record.signs` to hold.",
     ]
     if silent := failing.silent(study):
         texts = (f"{cell.format} {cell.arm} {cell.policy}" for cell in silent)

@@ -17,7 +17,7 @@ from altgrad.analysis.records import PENDING
 from altgrad.analysis.scores import judged
 from altgrad.analysis.study import Study, build_study
 from altgrad.analysis.sweeps import Sweep, read_sweep
-from altgrad.sweep.read_only import shards
+from altgrad.sweep.record.layout import shards
 from altgrad.training.outcome import RESULT_KINDS
 
 SWEEPS = ("rates", "main", "long", "twins", "original", "wider", "layers", "law", "classify", "large", "unguarded")

@@ -16,8 +16,8 @@ from altgrad.analysis.records import FAILED, FINISHED
 from altgrad.analysis.tables import DASH, Table
 from altgrad.analysis.wording import counted
 from altgrad.results.evidence import Evidence
-from altgrad.sweep.pacing import RaceConfig
-from altgrad.sweep.racing import Race
+from altgrad.sweep.pace.racing import Race
+from altgrad.sweep.space.pacing import RaceConfig
 from altgrad.training.arm_configs import ARMS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind

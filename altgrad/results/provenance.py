@@ -10,7 +10,7 @@ from altgrad.analysis.records import UNRESOLVED
 from altgrad.analysis.tables import DASH, Table
 from altgrad.results.elsewhere import seeds_of
 from altgrad.results.evidence import Evidence
-from altgrad.sweep.read_only import shards
+from altgrad.sweep.record.layout import shards
 
 
 def costs(parts: Mapping[str, Evidence]) -> Table:

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from altgrad.sweep.ledger import Ledger
-    from altgrad.sweep.schedulers import HealthScheduler
-    from altgrad.sweep.spec import SweepSpec
+    from altgrad.sweep.pace.schedulers import HealthScheduler
+    from altgrad.sweep.record.ledger import Ledger
+    from altgrad.sweep.space.spec import SweepSpec
 
 __all__ = ["HealthScheduler", "Ledger", "SweepSpec"]
 
-_PLACES = {"HealthScheduler": "schedulers", "Ledger": "ledger", "SweepSpec": "spec"}
+_PLACES = {"HealthScheduler": "pace.schedulers", "Ledger": "record.ledger", "SweepSpec": "space.spec"}
 
 
 def __getattr__(name: str) -> Any:

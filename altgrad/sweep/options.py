@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from altgrad.sweep.budget import Budget
-from altgrad.sweep.folder import cores
-from altgrad.sweep.wandb_mirror import Mode
+from altgrad.sweep.record.budget import Budget
+from altgrad.sweep.record.folder import cores
+from altgrad.sweep.record.wandb_mirror import Mode
 from altgrad.training.devices import gpu_count
 
 if TYPE_CHECKING:
-    from altgrad.sweep.spec import SweepSpec
+    from altgrad.sweep.space.spec import SweepSpec
 
 Executor = Literal["auto", "actor", "train"]
 Checkpoints = Literal["all", "last", "none"]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from altgrad.quantization import get_format
+from altgrad.sweep.engine.processes import nobodys_main
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.processes import nobodys_main
 from altgrad.training.config import UNQUANTIZED, TrainConfig
 
 START_SECONDS = 9.0

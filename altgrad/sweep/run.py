@@ -14,20 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.sweep.budget import Meter
-from altgrad.sweep.environment import check_environment, set_ray_environment
-from altgrad.sweep.folder import check_folder, check_ledger, manifest, owned
-from altgrad.sweep.growth import Growth
-from altgrad.sweep.ledger import Ledger, is_settled
+from altgrad.sweep.engine.environment import check_environment, set_ray_environment
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.pooled import PooledRace
-from altgrad.sweep.population import Population
-from altgrad.sweep.progress import Progress, ending_name
-from altgrad.sweep.racing import Race
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.references import references
-from altgrad.sweep.sampling import OptunaSearch, examples
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.pace.growth import Growth
+from altgrad.sweep.pace.pooled import PooledRace
+from altgrad.sweep.pace.population import Population
+from altgrad.sweep.pace.racing import Race
+from altgrad.sweep.record.budget import Meter
+from altgrad.sweep.record.folder import check_folder, check_ledger, manifest, owned
+from altgrad.sweep.record.ledger import Ledger, is_settled
+from altgrad.sweep.record.progress import Progress, ending_name
+from altgrad.sweep.record.recorder import Recorder
+from altgrad.sweep.record.references import references
+from altgrad.sweep.space.sampling import OptunaSearch, examples
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.data import NAMED, Corpus, Documents
 from altgrad.training.devices import gpu_count
@@ -90,7 +90,7 @@ def run_sweep(spec: SweepSpec, options: RunOptions) -> SweepResult:
         check_environment(options.address)
         set_ray_environment()
         if options.address != "local":
-            from altgrad.sweep.driver import reach
+            from altgrad.sweep.engine.driver import reach
 
             options, notes = reach(options)
             for note in notes:
@@ -189,7 +189,7 @@ def _drive(
         race = Population(trials, spec, recorder.ledger, recorder.folder)
     set_ray_environment()
     with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
-        from altgrad.sweep.driver import drive
+        from altgrad.sweep.engine.driver import drive
 
         try:
             return drive(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.arm_configs import ARMS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind

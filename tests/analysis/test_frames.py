@@ -12,9 +12,9 @@ from altgrad.analysis import load
 from altgrad.analysis.frames import results_table
 from altgrad.analysis.records import load as load_records
 from altgrad.analysis.report import write_report
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.transfer import export_sweep
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.transfer import export_sweep
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import write_json
 from tests.sweep.trained import SPEC, train

@@ -8,7 +8,7 @@ import pytest
 from planted import planted
 
 from altgrad.analysis.power import planned_power
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 
 ARMS = ("adamw", "adamw_sr", "manifold", "grid")
 FORMATS = ("BF16", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1")

@@ -14,7 +14,7 @@ from synthetic import DATA, Plan, explode, stall, write_ledger
 
 from altgrad.analysis.frames import results_table
 from altgrad.analysis.records import load, newest_setting, of_sweep
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.config import ModelConfig, TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS
 from altgrad.training.outcome import Outcome, OutcomeKind

@@ -12,9 +12,9 @@ from synthetic import DATA, Plan, write_ledger
 
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.resolve import resolve
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.resolve import resolve
+from altgrad.sweep.space.spec import SweepSpec
 
 TINY = {
     "formats": ["BF16", "E5M2"],

@@ -15,7 +15,7 @@ from synthetic import DATA, Plan, explode, stall, write_ledger
 from altgrad.analysis import report
 from altgrad.analysis.curves import spread
 from altgrad.analysis.report import write_report
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.arm_configs import ARMS
 from altgrad.training.outcome import Outcome, OutcomeKind
 

@@ -12,9 +12,9 @@ from altgrad.results.__main__ import main
 from altgrad.results.evidence import load
 from altgrad.results.forecasts import race
 from altgrad.sweep import SweepSpec
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.shards import Export
-from altgrad.sweep.transfer import LEAN, export_sweep
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.shards import Export
+from altgrad.sweep.record.transfer import LEAN, export_sweep
 from altgrad.training.outcome import Outcome, OutcomeKind
 from tests.sweep.trained import SPEC, train
 

@@ -9,7 +9,7 @@ from altgrad.analysis.grids import build_cells
 from altgrad.analysis.records import load
 from altgrad.analysis.report import write_report
 from altgrad.analysis.scores import judged
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.arm_configs import ARMS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind

@@ -16,10 +16,10 @@ from altgrad.analysis.why import signs_table
 from altgrad.quantization import Role
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
-from altgrad.sweep.layer_table import read_layers
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.signs import Moment, as_text, first_moments, from_text
+from altgrad.sweep.record.layer_table import read_layers
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.recorder import Recorder
+from altgrad.sweep.record.signs import Moment, as_text, first_moments, from_text
 from altgrad.training import Trainer
 from altgrad.training.reference import ReferenceCurve
 from tests.training import faults

@@ -19,7 +19,7 @@ from truths import CASES, OOM, PLAIN, Effects, mended, offsets
 
 from altgrad.analysis import curves
 from altgrad.cli import main
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.outcome import Outcome
 
 

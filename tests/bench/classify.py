@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.multiclass import OneVsRestClassifier
 
-from altgrad.sweep.presets import CLASSIFY
+from altgrad.sweep.space.presets import CLASSIFY
 from altgrad.training import TrainConfig, Trainer
 from altgrad.training.config import DataConfig
 from altgrad.training.data import load_documents

@@ -29,13 +29,13 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.pacing import RaceConfig
-from altgrad.sweep.racing import SCORE, Race
-from altgrad.sweep.references import references
+from altgrad.sweep.pace.racing import SCORE, Race
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.references import references
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.sweep.space.pacing import RaceConfig
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS, GuardPanel
 from altgrad.training.record import read_rows
@@ -220,7 +220,7 @@ def compare(grid: Grid, full: Finding, own: Finding, steps: Mapping[str, int]) -
     for cell in full.groups:
         is_failure = own.rate(cell) is None and full.loss(cell) > baseline + FAILED
         hits[decided(full.margins(cell)) != 0].append(is_failure or own.rate(cell) == full.rate(cell))
-    formats = sorted({config.format for config in grid.trials.values() if not is_reference(config)})
+    formats = sorted({config.format for config in grid.trials.values() if not config.is_reference})
     signs = {name: sign for name in formats if (sign := decided(full.differences(name)))}
     kept = sum(bool(d := own.differences(name)) and statistics.fmean(d) * sign > 0 for name, sign in signs.items())
     return [

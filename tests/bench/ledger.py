@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.data import load_corpus
 from altgrad.training.outcome import Outcome, OutcomeKind
 

@@ -26,7 +26,7 @@ FEW = 4
 
 PLAIN = """
 import json, sys, time
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.trainer import Trainer
 import torch
 torch.set_num_threads(1)
@@ -41,7 +41,7 @@ FUNCTIONS = """
 import sys
 import ray
 from ray import tune
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 trials = [c.model_dump_json() for c in SweepSpec.model_validate_json(open(sys.argv[1]).read()).expand()]
 def train(config):
     import torch

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +50,23 @@ def test_imports_run_down_only():
         and FLOORS.index(floor[0]) > floor_of(path)
     ]
     assert not upward
+
+
+def test_imports_make_no_circle():
+    """Counting those inside functions, and those for types only."""
+    modules = {}
+    for path in SOURCES:
+        parts = ("altgrad", *path.relative_to(PACKAGE).with_suffix("").parts)
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in modules.items():
+        found = {target for item in imported(path) for target in (item, item.rpartition(".")[0]) if target in modules}
+        # A package stands for itself only where a name of its own is taken from it.
+        graph[name] = {one for one in found - {name} if not any(other.startswith(f"{one}.") for other in found)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_only_the_sweep_floor_imports_ray():

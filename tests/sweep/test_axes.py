@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from altgrad.cli import main
-from altgrad.sweep.resolve import resolve
-from altgrad.sweep.schema import json_schema
-from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.sweep.space.resolve import resolve
+from altgrad.sweep.space.schema import json_schema
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import MODELS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "sweeps" / "configs").glob("*.yaml"))
@@ -34,7 +34,7 @@ def spec(**changes: object) -> SweepSpec:
 
 
 def cells(found: SweepSpec) -> list:
-    return [trial for trial in found.expand() if not is_reference(trial)]
+    return [trial for trial in found.expand() if not trial.is_reference]
 
 
 def test_a_field_multiplies_only_the_arms_that_have_it() -> None:
@@ -89,7 +89,10 @@ def test_every_setting_has_its_own_reference() -> None:
     trials = found.expand()
     settings = {(t.data.batch, t.model, t.interventions, t.clip_grad_norm) for t in trials}
     assert len(settings) == 16 and len(trials) == 32
-    assert sum(map(is_reference, trials)) == 16 and {t.model.layers for t in trials} == {1, MODELS["quick"].layers}
+    assert sum(trial.is_reference for trial in trials) == 16 and {t.model.layers for t in trials} == {
+        1,
+        MODELS["quick"].layers,
+    }
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_each_experiment_loads_and_plans_as_a_sweep_of_one_with_its_reference(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     trials = resolve(SweepSpec(), {}, path).expand()
-    assert is_reference(trials[0]) and trials[0].format == "BF16"
+    assert trials[0].is_reference and trials[0].format == "BF16"
     own = trials[-1]
     assert len(trials) == (1 if path.stem == "bf16_baseline" else 2) and own.format.lower() == path.stem.split("_")[0]
     assert (own.observe.shadow_every is not None) == (path.stem == "e5m2_fp8")

@@ -7,10 +7,10 @@ import pytest
 from planting import planted_path
 from ray.cluster_utils import Cluster
 
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 
 FAULTS = Path(__file__).parents[1] / "training"
 PLANT = """

@@ -10,11 +10,11 @@ import pytest
 from altgrad.analysis.records import load
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
-from altgrad.sweep import ledger as ledger_module
-from altgrad.sweep.best import find_best, sweep_of_one
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.resolve import SpecError, resolve
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record import ledger as ledger_module
+from altgrad.sweep.record.best import find_best, sweep_of_one
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.resolve import SpecError, resolve
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training import config as config_module
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind

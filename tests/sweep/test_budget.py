@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.budget import Budget, Meter, Spend
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.budget import Budget, Meter
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.spend import Spend
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 
 
 @pytest.mark.parametrize(

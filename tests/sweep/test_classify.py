@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from altgrad.cli import main, sweep_main
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.ledger_schema import ROW_SIGNALS
-from altgrad.sweep.presets import CLASSIFY, PRESETS, for_task
-from altgrad.sweep.resolve import resolve
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.ledger_schema import ROW_SIGNALS
+from altgrad.sweep.space.presets import CLASSIFY, PRESETS, for_task
+from altgrad.sweep.space.resolve import resolve
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import MODELS
 
 SMALL = [

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from altgrad.cli import _parser, main, sweep_main
-from altgrad.sweep.folder import owned
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.presets import PRESETS
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record.folder import owned
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.presets import PRESETS
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder
 

@@ -15,10 +15,10 @@ from planting import planted_path, started_here
 from ray.cluster_utils import Cluster
 from smallest import SMALLEST
 
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.sweep.run import SweepResult, run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.record import read_rows
 
 pytestmark = pytest.mark.slow

@@ -16,11 +16,11 @@ import pytest
 from smallest import SMALLEST
 
 from altgrad.cli import main
-from altgrad.sweep import environment
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.environment import RAY_ENVIRONMENT, blamed, check_environment
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.preflight import knock
+from altgrad.sweep.engine import environment
+from altgrad.sweep.engine.environment import RAY_ENVIRONMENT, blamed, check_environment
+from altgrad.sweep.engine.preflight import knock
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.data import corpus
 from altgrad.training.outcome import OutcomeKind
 
@@ -125,7 +125,7 @@ def test_a_dead_address_is_named_within_seconds(address: str, said: str, monkeyp
 
 @pytest.mark.parametrize("answer", [None, b"HTTP/1.1 200 OK\r\n\r\n", b"garbage" * 100], ids=["mute", "http", "noise"])
 def test_what_listens_and_is_no_ray_is_named(answer: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("altgrad.sweep.preflight.REACH_SECONDS", 1)
+    monkeypatch.setattr("altgrad.sweep.engine.preflight.REACH_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from altgrad.sweep import executors
-from altgrad.sweep.driver import Follower
-from altgrad.sweep.executors import TrialActor, run_request
-from altgrad.sweep.faults import Breaker, fault
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.progress import Progress
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.schedulers import HealthScheduler
+from altgrad.sweep.engine import executors
+from altgrad.sweep.engine.driver import Follower
+from altgrad.sweep.engine.executors import TrialActor, run_request
+from altgrad.sweep.engine.faults import Breaker, fault
+from altgrad.sweep.pace.schedulers import HealthScheduler
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.progress import Progress
+from altgrad.sweep.record.recorder import Recorder
 from altgrad.training.config import TrainConfig
 from altgrad.training.data.corpus import _load, load_corpus
 from altgrad.training.outcome import Outcome, OutcomeKind

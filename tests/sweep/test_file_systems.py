@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.sweep import file_systems
-from altgrad.sweep.folder import FolderError, owned
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record import file_systems
+from altgrad.sweep.record.folder import FolderError, owned
+from altgrad.sweep.record.ledger import Ledger
 
 
 def mount(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:

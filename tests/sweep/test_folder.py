@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.folder import FolderError, check_folder, check_ledger, has_driver, manifest, owned
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.folder import FolderError, check_folder, check_ledger, has_driver, manifest, owned
+from altgrad.sweep.record.ledger import Ledger
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from altgrad.sweep.folder import owned
+from altgrad.sweep.record.folder import owned
 with owned(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)

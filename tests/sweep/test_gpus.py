@@ -16,11 +16,11 @@ from planting import planted_path
 from ray.cluster_utils import Cluster
 from smallest import SMALLEST
 
-from altgrad.sweep.executors import TrialRun, run_request
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.engine.executors import TrialRun, run_request
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.devices import NoGpu
 from altgrad.training.outcome import OutcomeKind
 

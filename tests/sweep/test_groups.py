@@ -8,15 +8,15 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, placement_group_table
 
-from altgrad.sweep import groups as module
-from altgrad.sweep.driver import Breaker, Follower
-from altgrad.sweep.folder import owned
-from altgrad.sweep.groups import Group, GroupWatch
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.monitor import notices
-from altgrad.sweep.progress import Progress
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.schedulers import HealthScheduler
+from altgrad.sweep.engine import groups as module
+from altgrad.sweep.engine.driver import Breaker, Follower
+from altgrad.sweep.engine.groups import Group, GroupWatch
+from altgrad.sweep.pace.schedulers import HealthScheduler
+from altgrad.sweep.record.folder import owned
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.monitor import notices
+from altgrad.sweep.record.progress import Progress
+from altgrad.sweep.record.recorder import Recorder
 from altgrad.training.config import TrainConfig
 
 WORKER = {"CPU": 0.9, "GPU": 1.0}

@@ -14,12 +14,12 @@ import pytest
 from smallest import SMALLEST
 
 from altgrad.cli import main
-from altgrad.sweep import held, monitor, read_only
-from altgrad.sweep.budget import Spend
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record import held, monitor, read_only
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.spend import Spend
 from altgrad.sweep.run import preflight, run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 SHA = "a" * 64

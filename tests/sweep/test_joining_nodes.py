@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from altgrad.sweep.nodes import NodeWatch
+from altgrad.sweep.engine.nodes import NodeWatch
 
 
 class Cloud:

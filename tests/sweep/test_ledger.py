@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.ledger import Ledger, as_asked
+from altgrad.sweep.record.ledger import Ledger, as_asked
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import DEFAULT_GUARDS
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind

@@ -19,8 +19,8 @@ import pytest
 from smallest import SMALLEST
 
 from altgrad.commands import output
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 ASCII = {

@@ -10,14 +10,14 @@ import pytest
 import yaml
 from smallest import SMALLEST
 
-from altgrad.sweep.budget import Budget
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.driver import with_gpus
-from altgrad.sweep.nodes import grown
+from altgrad.sweep.engine.driver import with_gpus
+from altgrad.sweep.engine.nodes import grown
+from altgrad.sweep.engine.placement import Placement, kinds_here, named_in
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.placement import Placement, kinds_here, named_in
-from altgrad.sweep.queue import TrialQueue
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.pace.queue import TrialQueue
+from altgrad.sweep.record.budget import Budget
+from altgrad.sweep.space.spec import SweepSpec
 
 TRIALS = SweepSpec.model_validate(SMALLEST | {"seeds": 6, "optimizers": ["adamw", "grid"]}).trials("d" * 64)
 

@@ -8,7 +8,8 @@ import pytest
 from altgrad.cli import main
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.plan import Cost, estimate
-from altgrad.sweep.spec import ALL_FORMATS, SweepSpec
+from altgrad.sweep.space.declaration import ALL_FORMATS
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.arm_configs import ARMS
 from altgrad.training.config import TrainConfig
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from altgrad.sweep.pacing import RaceConfig
-from altgrad.sweep.pooled import PooledRace
-from altgrad.sweep.racing import Race
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.pace.pooled import PooledRace
+from altgrad.sweep.pace.racing import Race
+from altgrad.sweep.space.pacing import RaceConfig
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 

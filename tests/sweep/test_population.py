@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from altgrad.sweep.executors import GUARDED, PAUSED
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.population import PREFIX, Population
-from altgrad.sweep.schedulers import HealthScheduler
-from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.sweep.engine.executors import GUARDED, PAUSED
+from altgrad.sweep.pace.population import Population
+from altgrad.sweep.pace.schedulers import HealthScheduler
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.populations import PREFIX
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import to_plain
@@ -62,7 +63,7 @@ def test_members_have_ids_of_their_own_and_references_do_not() -> None:
     ordinary = SPEC.changed(scheduler="none").trials(SHA)
     assert len(TRIALS) == len(ordinary) and not set(GRID) & set(ordinary)
     for name, config in TRIALS.items():
-        assert name.startswith(PREFIX) != is_reference(config) and (name in ordinary) == is_reference(config)
+        assert name.startswith(PREFIX) != config.is_reference and (name in ordinary) == config.is_reference
     fewer = SPEC.changed(lrs=SPEC.lrs[:3]).trials(SHA)
     assert not [name for name in fewer if name.startswith(PREFIX) and name in TRIALS], "another population"
     alone = SweepSpec.model_validate(SPEC.model_dump() | {"lrs": (), "rung_clip": (1, 3)}).trials(SHA)
@@ -119,7 +120,7 @@ def test_an_exchange_that_a_killed_driver_began_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as planted:
-        planted.setattr("altgrad.sweep.population.save_checkpoint", killed)
+        planted.setattr("altgrad.sweep.pace.population.save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             Population(TRIALS, SPEC, ledger, folder)
     begun, unfinished = ledger.mutations(GRID)

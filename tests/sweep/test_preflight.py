@@ -12,9 +12,9 @@ from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
 from ray.exceptions import AuthenticationError
 
-from altgrad.sweep import preflight
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.driver import reach
+from altgrad.sweep.engine import preflight
+from altgrad.sweep.engine.driver import reach
 from altgrad.sweep.options import RunOptions
 
 

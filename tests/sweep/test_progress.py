@@ -5,9 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from altgrad.sweep import progress as module
-from altgrad.sweep.progress import Progress
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record import progress as module
+from altgrad.sweep.record.progress import Progress
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 TRIALS = SweepSpec(formats=("E5M2",), optimizers=("grid",)).trials("a" * 64)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from altgrad.sweep.executors import GUARDED
-from altgrad.sweep.pacing import RaceConfig
-from altgrad.sweep.racing import Race
-from altgrad.sweep.schedulers import HealthScheduler
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.engine.executors import GUARDED
+from altgrad.sweep.pace.racing import Race
+from altgrad.sweep.pace.schedulers import HealthScheduler
+from altgrad.sweep.space.pacing import RaceConfig
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 from altgrad.training.record import to_plain

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.sweep.run import SweepResult, run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import OutcomeKind
 
 TINY = {"layers": 1, "heads": 1, "width": 16, "block": 16}

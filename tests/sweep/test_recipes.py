@@ -11,8 +11,8 @@ import pytest
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
 from altgrad.quantization import OWN_FORMATS, named_policy
-from altgrad.sweep.resolve import resolve
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.resolve import resolve
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from tests.sweep.trained import SPEC, train
 

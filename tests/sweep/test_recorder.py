@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.recorder import Recorder
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.recorder import Recorder
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import RESULT_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, read_rows

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from ray.tune.search import Searcher
 
-from altgrad.sweep.executors import read_reference
-from altgrad.sweep.queue import TrialQueue
-from altgrad.sweep.references import references
-from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.sweep.engine.executors import read_reference
+from altgrad.sweep.pace.queue import TrialQueue
+from altgrad.sweep.record.references import references
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import write_json
 
@@ -19,7 +19,7 @@ TRIALS = SPEC.trials("0" * 64)
 def test_the_reference_has_the_seed_and_the_nearest_learning_rate() -> None:
     found = references(TRIALS)
     for trial_id, config in TRIALS.items():
-        assert (trial_id in found) == (not is_reference(config))
+        assert (trial_id in found) == (not config.is_reference)
         if trial_id in found:
             reference = TRIALS[found[trial_id]]
             assert (reference.format, reference.arm, reference.seed) == ("BF16", "adamw", config.seed)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from altgrad.sweep.growth import Growth
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.sampling import OptunaSearch
-from altgrad.sweep.spec import SweepSpec, is_reference
+from altgrad.sweep.pace.growth import Growth
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.space.sampling import OptunaSearch
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 
@@ -46,13 +46,13 @@ def check_in_space(config: TrainConfig) -> None:
 
 
 def test_random_samples_are_valid_paired_known_again_and_go_on() -> None:
-    trials = [trial for trial in spec("random", num_samples=30).expand() if not is_reference(trial)]
+    trials = [trial for trial in spec("random", num_samples=30).expand() if not trial.is_reference]
     assert len(trials) == 30 * 2
     for first, second in zip(trials[::2], trials[1::2], strict=True):
         check_in_space(first)
         assert (first.seed, second.seed) == (0, 1) and first == second.model_copy(update={"seed": 0})
     more = spec("random", num_samples=40).expand()
-    assert [trial for trial in more if not is_reference(trial)][:60] == trials
+    assert [trial for trial in more if not trial.is_reference][:60] == trials
     assert {trial.optimizer.lr for trial in spec("random", num_samples=30, search_seed=1).expand()} != {
         trial.optimizer.lr for trial in trials
     }
@@ -62,7 +62,7 @@ def test_random_samples_are_valid_paired_known_again_and_go_on() -> None:
 def test_a_small_space_is_sampled_whole_and_no_more() -> None:
     axes = {"optimizer.lr": [1e-3, 2e-3, 3e-3], "data.batch": [2, 4]}
     trials = spec("random", axes=axes, num_samples=50, formats="E5M2", optimizers="grid").expand()
-    assert Counter(map(is_reference, trials)) == {False: 3 * 2 * 2, True: 2 * 2}
+    assert Counter(trial.is_reference for trial in trials) == {False: 3 * 2 * 2, True: 2 * 2}
 
 
 def end(ledger: Ledger, trial_id: str, config: TrainConfig, value: float | None, **other: float) -> None:
@@ -161,7 +161,7 @@ def test_a_finite_space_ends_when_it_is_exhausted_and_settings_have_references(l
     search = OptunaSearch(asked, SHA, ledger)
     found = sample(search, ledger, lambda number, config: 2.0)
     assert len(found) == 4 and search.planned == 0
-    assert Counter(map(is_reference, search.trials.values())) == {False: 4 * 2, True: 2 * 2}
+    assert Counter(trial.is_reference for trial in search.trials.values()) == {False: 4 * 2, True: 2 * 2}
 
 
 def test_what_a_grid_has_run_in_the_same_folder_is_told_and_not_run_again(ledger: Ledger) -> None:

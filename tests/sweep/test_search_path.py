@@ -13,7 +13,7 @@ import pytest
 from smallest import SMALLEST
 
 from altgrad import search_path
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.outcome import OutcomeKind
 
 ROOT = Path(search_path.__file__).parents[1]
@@ -109,7 +109,7 @@ def restored() -> Iterator[None]:
 
 
 def test_workers_get_nothing_but_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored: None) -> None:
-    from altgrad.sweep.connection import OwnPath
+    from altgrad.sweep.engine.connection import OwnPath
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(ROOT), *sys.path])

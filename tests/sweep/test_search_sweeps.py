@@ -11,12 +11,12 @@ from optuna.trial import TrialState
 from trained import train
 
 from altgrad.cli import main
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
-from altgrad.sweep.resolve import resolve
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.sampling import OptunaSearch
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.resolve import resolve
+from altgrad.sweep.space.sampling import OptunaSearch
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import OutcomeKind
 
 TINY = {"layers": 1, "heads": 1, "width": 16, "block": 16}

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from altgrad.sweep.executors import PAUSED, TrialRun, run_request
-from altgrad.sweep.ledger import Ledger, as_asked
-from altgrad.sweep.objectives import OBJECTIVES, value_of
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.schedulers import HealthScheduler
+from altgrad.sweep.engine.executors import PAUSED, TrialRun, run_request
+from altgrad.sweep.pace.objectives import OBJECTIVES, value_of
+from altgrad.sweep.pace.schedulers import HealthScheduler
+from altgrad.sweep.record.ledger import Ledger, as_asked
+from altgrad.sweep.record.recorder import Recorder
 from altgrad.training import TrainConfig, Trainer
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import read_rows

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from altgrad.sweep.presets import PRESETS
-from altgrad.sweep.resolve import SpecError, resolve
-from altgrad.sweep.spec import ALL_FORMATS, BASELINE, SweepSpec, is_reference
+from altgrad.sweep.space.declaration import ALL_FORMATS, BASE, TEMPLATE
+from altgrad.sweep.space.presets import PRESETS
+from altgrad.sweep.space.resolve import SpecError, resolve
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.arm_configs import ARMS
-from altgrad.training.config import TrainConfig
+from altgrad.training.config import BASELINE, TrainConfig
 
 SHA = "a" * 64
 
@@ -24,7 +25,7 @@ def test_references_stand_first_and_once() -> None:
     found = names(spec)
     assert found[:4] == [(format, "adamw", "uniform", seed) for format in ("BF16", "FP32") for seed in (0, 1)]
     assert len(found) == len(set(found)) == 2 * (2 + 1 + 2)
-    assert [is_reference(trial) for trial in spec.expand()] == [True] * 4 + [False] * 6
+    assert [trial.is_reference for trial in spec.expand()] == [True] * 4 + [False] * 6
 
 
 @pytest.mark.parametrize("optimizers", [("manifold",), ("adamw",)])
@@ -323,3 +324,33 @@ def test_a_race_without_a_comparison_is_refused(changes: dict[str, object]) -> N
     with pytest.raises(ValidationError, match=r"scheduler='asha' with steps=\d+ would compare nothing"):
         SweepSpec.model_validate({"scheduler": "asha"} | changes)
     SweepSpec.model_validate(changes)
+
+
+def test_no_field_of_a_trial_is_declared_twice() -> None:
+    own = set(SweepSpec.model_fields)
+    assert not own & set(TrainConfig.model_fields), "what trials share stands in base alone"
+    for name in TEMPLATE:
+        value = getattr(BASE, name)
+        assert getattr(SweepSpec(**{name: value}), name) == value, "and is read and given at the sweep's own level"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"base": {"format": "E4M3"}}, "base.format is given by an axis of the sweep: formats"),
+        ({"base": {"optimizer": {"kind": "grid"}}}, "base.optimizer is given by an axis of the sweep: optimizers"),
+        ({"base": {"stesp": 3}}, "stesp"),
+    ],
+)
+def test_a_template_holds_what_trials_share_alone(given: dict, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        SweepSpec(**given)
+
+
+def test_a_sweep_is_the_same_from_its_template_and_from_flat_keys() -> None:
+    flat = SweepSpec(
+        steps=40, schedule={"kind": "cosine"}, data={"batch": 4}, recipe={"gradient": {"rounding": "stochastic"}}
+    )
+    nested = SweepSpec(base=flat.base.model_dump(exclude={"format", "policy", "optimizer", "seed"}))
+    assert nested == flat == SweepSpec.model_validate(flat.model_dump(mode="json"))
+    assert SweepSpec(base={"eval_interval": 20}, steps=40).base.steps == 40

@@ -16,8 +16,8 @@ import pytest
 
 from altgrad.cli import main
 from altgrad.commands import submit
-from altgrad.sweep import jobs
-from altgrad.sweep.ledger import Ledger
+from altgrad.sweep.engine import jobs
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.training.data import splits
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +188,7 @@ def test_more_than_ray_takes_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_job_that_counts_as_succeeded_is_not_believed_against_the_ledger(
     tmp_path: Path, fake: type[FakeJob], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from altgrad.sweep.spec import SweepSpec
+    from altgrad.sweep.space.spec import SweepSpec
 
     trials = SweepSpec.model_validate(SMALL).trials("d" * 64)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:

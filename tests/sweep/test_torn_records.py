@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from altgrad.cli import main
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.recorder import Recorder
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 
 SHA = "a" * 64

@@ -15,10 +15,10 @@ from planting import started_here
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.ledger import Ledger
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.record import read_rows
 
 pytestmark = pytest.mark.slow

@@ -23,13 +23,13 @@ import torch
 from altgrad.analysis import load
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
-from altgrad.sweep import shards
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.layer_table import FILE, read_layers
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.signs import from_text
-from altgrad.sweep.transfer import LEAN, export_sweep, import_sweep, points, to_bits
+from altgrad.sweep.record import shards
+from altgrad.sweep.record.layer_table import FILE, read_layers
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.recorder import Recorder
+from altgrad.sweep.record.signs import from_text
+from altgrad.sweep.record.transfer import LEAN, export_sweep, import_sweep, points, to_bits
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import read_rows
 from altgrad.training.reference import ReferenceCurve

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from altgrad.analysis import load
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.read_only import shards
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.shards import alone
-from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.transfer import export_sweep, import_sweep
+from altgrad.sweep.record.layout import shards
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.recorder import Recorder
+from altgrad.sweep.record.shards import alone
+from altgrad.sweep.record.transfer import export_sweep, import_sweep
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, read_outcome, read_rows, write_json
 from tests.sweep.trained import SPEC, train

@@ -17,9 +17,9 @@ from altgrad.cli import main
 from altgrad.quantization import FORMATS, POLICIES, LayerRule
 from altgrad.registry import Registry
 from altgrad.sweep.complaints import headline
-from altgrad.sweep.faults import told
+from altgrad.sweep.engine.faults import told
 from altgrad.sweep.run import preflight
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.arm_configs import ARMS, ManifoldAdamWConfig, RoundedAdamWConfig
 from altgrad.training.catalogue import SIGNALS, Signal
 from altgrad.training.outcome import OutcomeKind

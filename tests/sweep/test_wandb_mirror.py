@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from altgrad.cli import main
-from altgrad.sweep.ledger import Ledger
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.wandb_mirror import Mirror, mode_of
+from altgrad.sweep.record.wandb_names import metric_name
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.wandb_mirror import Mirror, mode_of
-from altgrad.sweep.wandb_names import metric_name
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import TrialFolder, flat, write_json

@@ -16,16 +16,16 @@ import pytest
 from altgrad.analysis.layer_signals import layers_of
 from altgrad.analysis.sweeps import read_sweep
 from altgrad.cli import main
-from altgrad.sweep import wandb_mirror
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.ledger_schema import ROW_SIGNALS
 from altgrad.sweep.options import RunOptions
+from altgrad.sweep.record import wandb_mirror
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.ledger_schema import ROW_SIGNALS
+from altgrad.sweep.record.wandb_files import Reading
+from altgrad.sweep.record.wandb_names import WORDS, Signals, metric_name, metrics_of, outcome_of, summary_of
+from altgrad.sweep.record.wandb_runs import OfflineRuns
+from altgrad.sweep.record.wandb_sweep import sweep_from
 from altgrad.sweep.run import run_sweep
-from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.wandb_files import Reading
-from altgrad.sweep.wandb_names import WORDS, Signals, metric_name, metrics_of, outcome_of, summary_of
-from altgrad.sweep.wandb_runs import OfflineRuns
-from altgrad.sweep.wandb_sweep import sweep_from
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.catalogue import SIGNALS
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import to_plain

@@ -17,12 +17,12 @@ from altgrad import NUMERICS_VERSION
 from altgrad.analysis.records import mutations
 from altgrad.analysis.sweeps import Sweep, read_sweep
 from altgrad.sweep.complaints import SpecError
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.sampling import OptunaSearch
-from altgrad.sweep.spec import SweepSpec
-from altgrad.sweep.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, metrics_of, summary_of
-from altgrad.sweep.wandb_runs import WandbRun
-from altgrad.sweep.wandb_sweep import sweep_from
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.wandb_names import DATA, MANIFEST, MUTATIONS, PLACE, metrics_of, summary_of
+from altgrad.sweep.record.wandb_runs import WandbRun
+from altgrad.sweep.record.wandb_sweep import sweep_from
+from altgrad.sweep.space.sampling import OptunaSearch
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import Outcome, OutcomeKind
 from altgrad.training.record import flat

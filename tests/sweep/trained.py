@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from altgrad.sweep.executors import read_reference
-from altgrad.sweep.ledger import Ledger
-from altgrad.sweep.recorder import Recorder
-from altgrad.sweep.references import references
+from altgrad.sweep.engine.executors import read_reference
+from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.recorder import Recorder
+from altgrad.sweep.record.references import references
 from altgrad.sweep.run import preflight
-from altgrad.sweep.spec import SweepSpec
+from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.record import write_json
 from altgrad.training.trainer import Trainer
 

@@ -1,0 +1,1 @@
+"""Which trials go on: races, populations, guards, and the order in which trials start."""
