@@ -17,7 +17,6 @@ from pathlib import Path
 from altgrad.sweep.record.held import READER_SECONDS, PatientConnection, connect
 from altgrad.sweep.record.layout import shards
 from altgrad.sweep.record.ledger_schema import bring_up_to_date, is_outdated
-from altgrad.sweep.record.shards import as_ledger
 
 LOG = "-wal"
 
@@ -52,6 +51,8 @@ def reading(path: Path, patience: float = READER_SECONDS) -> Iterator[PatientCon
 def current(path: Path) -> Iterator[PatientConnection]:
     """`reading` a ledger, or the export beside which it would stand; an earlier version's is completed in memory."""
     if not path.exists() and shards(path.parent):
+        from altgrad.sweep.record.shards import as_ledger  # with pyarrow, which a ledger needs not
+
         with as_ledger(path.parent) as connection:
             yield connection
         return

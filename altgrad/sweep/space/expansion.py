@@ -7,6 +7,7 @@ Constraints are asked first, so a rule may leave out what would be no valid trai
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,24 +182,28 @@ def points(spec: Declaration) -> Iterator[tuple[Point, str | None]]:
 def combinations(spec: Declaration) -> Iterator[Combination]:
     """Format × policy × arm × recipe; of recipes that are the same training only the first is not left out."""
     changes = recipes(spec)
-    for named, policy, arm in _named(spec):
-        point = in_place_of(Combination(named, policy, arm, lead(spec)), spec.policies)
-        seen = set()
-        for recipe in changes:
-            changed = point._replace(recipe=recipe)
-            shortest = canonical(changed)
-            yield changed if shortest in seen else shortest
-            seen.add(shortest)
-
-
-def _named(spec: Declaration) -> Iterator[tuple[str, str, str]]:
-    """Format × policy × arm, with the formats that policies name themselves."""
     for name in spec.formats:
         policies = (BLOCK_FORMATS[name],) if name in BLOCK_FORMATS else spec.policies
         for policy, arm in product(policies, spec.optimizers):
-            own = OWN_FORMATS.get(policy)
-            stands = name in BLOCK_FORMATS or name == (own if own in spec.formats else lead(spec))
-            yield (own if own is not None and stands else name), policy, arm
+            yield from _of_recipes(combination_of(spec, name, policy, arm), changes)
+
+
+def combination_of(spec: Declaration, name: str, policy: str, arm: str) -> Combination:
+    """A format as it is asked for, a policy and an arm, under the formats that policies name themselves."""
+    policy = BLOCK_FORMATS.get(name, policy)
+    own = OWN_FORMATS.get(policy)
+    stands = name in BLOCK_FORMATS or name == (own if own in spec.formats else lead(spec))
+    format = own if own is not None and stands else name
+    return in_place_of(Combination(format, policy, arm, lead(spec)), spec.policies)
+
+
+def _of_recipes(point: Combination, changes: Sequence[Recipe]) -> Iterator[Combination]:
+    seen = set()
+    for recipe in changes:
+        changed = point._replace(recipe=recipe)
+        shortest = canonical(changed)
+        yield changed if shortest in seen else shortest
+        seen.add(shortest)
 
 
 def recipes(spec: Declaration) -> list[Recipe]:
@@ -215,7 +220,7 @@ def recipes(spec: Declaration) -> list[Recipe]:
 
 def recipe_of(spec: Declaration, values: Mapping[str, Any]) -> Recipe:
     """The sweep's own recipe with these values by path; ValueError where they don't go together."""
-    plain: Any = values.get("recipe", spec.base.recipe.model_dump())
+    plain: Any = copy.deepcopy(values.get("recipe", spec.base.recipe.model_dump()))
     for path, value in values.items():
         names = path.split(".")[1:]
         inner = plain

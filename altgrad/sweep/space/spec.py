@@ -15,12 +15,13 @@ the same time, which is what racing groups against each other needs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import model_validator
 
 from altgrad.quantization import POLICIES
-from altgrad.sweep.space import expansion, populations
+from altgrad.sweep.space import expansion, populations, tune_space
 from altgrad.sweep.space.axes import Range
 from altgrad.sweep.space.declaration import Declaration
 from altgrad.sweep.space.exclusions import Exclusion
@@ -80,6 +81,14 @@ class SweepSpec(Declaration):
         if self.scheduler == "pbt":
             return populations.named(self, self.expand(), data_sha256)
         return {config.trial_id(data_sha256): config for config in self.expand()}
+
+    def param_space(self) -> dict[str, Any]:
+        """The sweep as a search space of Ray Tune, nested as a trial is: see `tune_space`."""
+        return tune_space.param_space(self)
+
+    def trial_of(self, config: Mapping[str, Any]) -> TrainConfig | None:
+        """The trial of one configuration of `param_space`; None where a named rule leaves it out."""
+        return tune_space.trial_of(self, config)
 
     def exclusions(self) -> list[Exclusion]:
         """What the product of a grid's axes would hold and `expand` leaves out, by rule."""
