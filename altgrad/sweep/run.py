@@ -17,6 +17,7 @@ from pathlib import Path
 from altgrad.sweep.engine.environment import check_environment, set_ray_environment
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pace.growth import Growth
+from altgrad.sweep.pace.pace import Pace
 from altgrad.sweep.pace.pooled import PooledRace
 from altgrad.sweep.pace.population import Population
 from altgrad.sweep.pace.racing import Race
@@ -182,11 +183,7 @@ def _drive(
     growth: Growth | None,
     meter: Meter,
 ) -> str | None:
-    race: Race | PooledRace | Population | None = None
-    if spec.scheduler == "asha":
-        race = _race(spec, trials, recorder.ledger)
-    elif spec.scheduler == "pbt":
-        race = Population(trials, spec, recorder.ledger, recorder.folder)
+    pace = _pace(spec, trials, recorder)
     set_ray_environment()
     with Progress(left, len(trials), to_come=0 if growth is None else growth.planned) as progress:
         from altgrad.sweep.engine.driver import drive
@@ -196,7 +193,7 @@ def _drive(
                 left,
                 recorder,
                 progress,
-                race,
+                pace,
                 against=references(trials),
                 options=options,
                 text_sha256=text_sha256,
@@ -208,17 +205,21 @@ def _drive(
                 growth.close()
 
 
-def _race(spec: SweepSpec, trials: Mapping[str, TrainConfig], ledger: Ledger) -> Race | PooledRace:
-    """The race as it stands after what the ledger already holds."""
-    race: Race | PooledRace
+def _pace(spec: SweepSpec, trials: Mapping[str, TrainConfig], recorder: Recorder) -> Pace:
+    """What paces the trials, as it stands after what the ledger already holds."""
+    if spec.scheduler == "none":
+        return Pace()
+    if spec.scheduler == "pbt":
+        return Population(trials, spec, recorder.ledger, recorder.folder)
+    race: Pace
     if spec.search == "optuna":
         race = PooledRace(spec.race, spec.base.steps, spec.base.eval_interval)
         race.admit(trials)
     else:
         race = Race(trials, spec.race, pooled=spec.search == "random")
-    outcomes = ledger.outcomes()
+    outcomes = recorder.ledger.outcomes()
     for trial_id in trials:
-        for step, loss in ledger.scores(trial_id):
+        for step, loss in recorder.ledger.scores(trial_id):
             race.observe(trial_id, step, loss)
     for trial_id in trials:
         outcome = outcomes.get(trial_id)

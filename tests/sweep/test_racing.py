@@ -70,8 +70,8 @@ class Bench:
 
     @property
     def race(self) -> Race:
-        assert self.scheduler._race is not None
-        return self.scheduler._race
+        assert self.scheduler._pace is not None
+        return self.scheduler._pace
 
 
 def test_all_wait_for_the_last_and_then_the_worse_groups_stop_whole_with_their_reason() -> None:

@@ -29,9 +29,8 @@ from altgrad.sweep.engine.preflight import check_cluster, knock, refusal
 from altgrad.sweep.engine.train_executor import DRIVER_CPUS, GROUP, WorkerGroup, group_trainable
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pace.growth import Growth
-from altgrad.sweep.pace.pooled import PooledRace
-from altgrad.sweep.pace.population import Population
-from altgrad.sweep.pace.queue import Pace, TrialQueue
+from altgrad.sweep.pace.pace import Pace
+from altgrad.sweep.pace.queue import TrialQueue
 from altgrad.sweep.pace.schedulers import HealthScheduler, trial_id_of
 from altgrad.sweep.record.budget import Meter
 from altgrad.sweep.record.ledger import WAITING
@@ -154,7 +153,7 @@ def drive(
     trials: dict[str, TrainConfig],
     recorder: Recorder,
     progress: Progress,
-    race: Pace | None,
+    pace: Pace,
     *,
     against: dict[str, str],
     options: RunOptions,
@@ -169,7 +168,7 @@ def drive(
     """
     scratch = recorder.folder.parent.absolute() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    scheduler, breaker = HealthScheduler(trials, race), Breaker(meter)
+    scheduler, breaker = HealthScheduler(trials, pace), Breaker(meter)
     mirror = None if options.wandb == "off" else Mirror(recorder.folder.parent, options.wandb, progress.note)
     follower = Follower(recorder, progress, scheduler, breaker, growth, meter, mirror)
     requests: dict[str, dict[str, str]] = {}
@@ -196,8 +195,7 @@ def drive(
                 for trial_id, config in new.items()
             }
         )
-        if isinstance(race, PooledRace):
-            race.admit(new)
+        pace.admit(new)
         return new
 
     def more() -> Iterable[str]:
@@ -205,13 +203,13 @@ def drive(
 
     enter(trials)
     planned = len(trials) + (0 if growth is None else growth.planned)
-    pauses = max(PAUSES, race.most_pauses + 1) if isinstance(race, Population) else PAUSES
+    pauses = max(PAUSES, pace.most_pauses + 1)
     connection = Connection()
     # Ray sets the mode itself where it finds a token in the home folder.
     progress.watch(connection.connect(options.address), asks_token=os.environ.get(AUTH_MODE) == "token")
     follower.settle()
     # A population hands checkpoints over between one-device trials.
-    executor = "actor" if isinstance(race, Population) else options.chosen_executor
+    executor = "actor" if pace.hands_over else options.chosen_executor
     size = ClusterSize()
     devices = {trial_id: outcome.device for trial_id, outcome in recorder.ledger.outcomes().items()}
     seeds = trials if growth is None else growth.trials
@@ -229,7 +227,7 @@ def drive(
             tune_config=tune.TuneConfig(
                 scheduler=scheduler,
                 search_alg=TrialQueue(
-                    requests, against, race, more, lambda: options.concurrent(*size.read()), placement
+                    requests, against, pace, more, lambda: options.concurrent(*size.read()), placement
                 ),
                 # At most; a trial whose GPU has gone is handed out a second time.
                 num_samples=(pauses + 1) * planned,

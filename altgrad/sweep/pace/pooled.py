@@ -16,16 +16,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from altgrad.sweep.pace.pace import Pace
 from altgrad.sweep.pace.racing import SCORE, Group
 from altgrad.sweep.space.pacing import RaceConfig, evaluated_at
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 
 
-class PooledRace:
+class PooledRace(Pace):
     """Fed like `Race`; `admit` enters the trials of new samples."""
 
     def __init__(self, config: RaceConfig, steps: int, eval_interval: int) -> None:
+        super().__init__()
         self._config, self._steps, self._every = config, steps, eval_interval
         self._rungs = config.rungs(steps, eval_interval)
         self._groups: dict[str, Group] = {}
@@ -33,7 +35,6 @@ class PooledRace:
         self._finite: dict[int, list[float]] = {rung: [] for rung in self._rungs}
         self._won: set[int] = set()
         """groups (by id) whose other seeds may run"""
-        self.stopped: dict[str, Outcome] = {}
 
     def admit(self, trials: Mapping[str, TrainConfig]) -> None:
         for trial_id, trial in trials.items():
@@ -80,14 +81,6 @@ class PooledRace:
         if self._leads(trial_id):
             self._place[trial_id].exempt = True
             self._won.add(id(self._place[trial_id]))
-
-    def verdict(self, trial_id: str) -> Outcome | None:
-        """Why the trial has lost the race, or None while it goes on."""
-        return self.stopped.get(trial_id)
-
-    def pause_step(self, trial_id: str) -> int | None:
-        """Nobody waits for others."""
-        return None
 
     def is_waiting(self, trial_id: str) -> bool:
         """Whether the trial is another seed of a group that has not won yet."""

@@ -25,13 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from altgrad.sweep.pace.pace import Pace
 from altgrad.sweep.record.ledger import Ledger, is_settled
 from altgrad.sweep.space.pacing import PbtConfig
 from altgrad.sweep.space.populations import FIELDS, PREFIX, population_of
 from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.config import TrainConfig
-from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
+from altgrad.training.outcome import GUARD_KINDS, OutcomeKind
 
 
 class Mutation(NamedTuple):
@@ -69,17 +70,19 @@ class Members:
             self.exchanged.add(item.step)
 
 
-class Population:
+class Population(Pace):
     """All populations of a sweep, as they stand after what the ledger holds; fed and asked like a race."""
 
+    hands_over = True
+
     def __init__(self, trials: Mapping[str, TrainConfig], spec: SweepSpec, ledger: Ledger, folder: Path) -> None:
+        super().__init__()
         self._config: PbtConfig = spec.pbt
+        self.most_pauses = spec.base.steps // spec.exchange_every
         self._steps, self._every = spec.base.steps, spec.exchange_every
         self._ledger, self._folder = ledger, folder
         self._trials = trials
         self._place: dict[str, Members] = {}
-        self.stopped: dict[str, Outcome] = {}
-        """nobody is stopped"""
         populations: dict[str, Members] = {}
         for trial_id, config in trials.items():
             if trial_id.startswith(PREFIX):
@@ -90,11 +93,6 @@ class Population:
                 self._place[trial_id] = members
         for members in populations.values():
             self._restore(members)
-
-    @property
-    def most_pauses(self) -> int:
-        """How often a member waits at most."""
-        return self._steps // self._every
 
     def observe(self, trial_id: str, step: int, loss: float) -> None:
         """A validation loss of a member at a step, whose checkpoint is written."""
@@ -113,10 +111,6 @@ class Population:
         if trial_id in self._place:
             self._place[trial_id].gone.add(trial_id)
             self._exchange_if_due(self._place[trial_id])
-
-    def verdict(self, trial_id: str) -> Outcome | None:
-        """Nobody is stopped."""
-        return None
 
     def source(self, trial_id: str, step: int) -> str | None:
         """The member whose checkpoint the trial took over at the step; None where it kept its own."""

@@ -15,12 +15,7 @@ from ray.tune.search import Searcher
 
 from altgrad.sweep.engine.executors import PAUSED
 from altgrad.sweep.engine.placement import Placement
-from altgrad.sweep.pace.pooled import PooledRace
-from altgrad.sweep.pace.population import Population
-from altgrad.sweep.pace.racing import Race
-
-Pace = Race | PooledRace | Population
-"""What may make trials wait for each other."""
+from altgrad.sweep.pace.pace import Pace
 
 
 class TrialQueue(Searcher):
@@ -34,7 +29,7 @@ class TrialQueue(Searcher):
         self,
         requests: Mapping[str, dict[str, Any]],
         waits: Mapping[str, str],
-        race: Pace | None = None,
+        pace: Pace | None = None,
         more: Callable[[], Iterable[str]] = tuple,
         slots: Callable[[], int] = lambda: sys.maxsize,
         placement: Placement | None = None,
@@ -43,7 +38,7 @@ class TrialQueue(Searcher):
         self._more, self._slots, self._placement = more, slots, placement
         self._requests = requests
         self._left = list(requests)
-        self._waits, self._race = waits, race
+        self._waits, self._pace = waits, pace or Pace()
         self._running: dict[str, str] = {}
         self._kinds: dict[str, str | None] = {}
         """of GPU, that trials were handed out with"""
@@ -59,8 +54,7 @@ class TrialQueue(Searcher):
         """The next trial's request; None while all that are left wait, or no slot is free."""
         if self._running and len(self._running) >= self._slots():
             return None
-        if self._race is not None:
-            self._left = [name for name in self._left if self._race.verdict(name) is None]
+        self._left = [name for name in self._left if self._pace.verdict(name) is None]
         ready = self._ready()
         if ready is None:
             self._left += self._more()
@@ -69,10 +63,7 @@ class TrialQueue(Searcher):
             return None if self._left or self._running else str(Searcher.FINISHED)
         self._left.remove(ready)
         self._running[trial_id] = ready
-        request, race = self._requests[ready], self._race
-        if isinstance(race, Population):
-            request = race.adjusted(ready, request)
-        until = None if race is None else race.pause_step(ready)
+        request, until = self._pace.adjusted(ready, self._requests[ready]), self._pace.pause_step(ready)
         kind = None if self._placement is None else self._placement.kind(ready)
         self._kinds[trial_id] = kind
         added = {"until": until and str(until), "accelerator": kind}
@@ -104,5 +95,4 @@ class TrialQueue(Searcher):
         return next((name for name in self._left if self._is_ready(name, open_trials)), None)
 
     def _is_ready(self, name: str, open_trials: set[str]) -> bool:
-        is_held = self._race is not None and self._race.is_waiting(name)
-        return not is_held and self._waits.get(name) not in open_trials
+        return not self._pace.is_waiting(name) and self._waits.get(name) not in open_trials

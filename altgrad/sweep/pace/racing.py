@@ -34,6 +34,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from altgrad.sweep.pace.pace import Pace
 from altgrad.sweep.space.pacing import RaceConfig, evaluated_at
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
@@ -69,18 +70,17 @@ class Cell:
     decided: int = 0
 
 
-class Race:
+class Race(Pace):
     """Who goes on. Fed with losses and endings; the order in which they come decides nothing.
 
     `pooled`: all trials are one cell, as a search for the one best configuration wants it.
     """
 
     def __init__(self, trials: Mapping[str, TrainConfig], config: RaceConfig, *, pooled: bool = False) -> None:
+        super().__init__()
         self._config = config
         self._cells: dict[str, Cell] = {}
         self._place: dict[str, tuple[Cell, Group]] = {}
-        self.stopped: dict[str, Outcome] = {}
-        """why, for each trial that has lost its race"""
         self._last_step = {trial_id: trial.steps for trial_id, trial in trials.items()}
         longest = max(trials.values(), key=lambda trial: trial.steps)
         self._every = longest.eval_interval
@@ -129,10 +129,6 @@ class Race:
             cell, group = self._place[trial_id]
             group.exempt = True
             self._decide(cell)
-
-    def verdict(self, trial_id: str) -> Outcome | None:
-        """Why the trial has lost its race, or None while it goes on."""
-        return self.stopped.get(trial_id)
 
     def pause_step(self, trial_id: str) -> int | None:
         """The step at which the trial waits for the others of its cell; None where it may run to its end."""

@@ -23,8 +23,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from altgrad.sweep.engine.backstop import Backstop
 from altgrad.sweep.engine.executors import GUARDED, PAUSED
-from altgrad.sweep.pace.population import Population
-from altgrad.sweep.pace.queue import Pace
+from altgrad.sweep.pace.pace import Pace
 from altgrad.sweep.pace.racing import SCORE
 from altgrad.training.config import TrainConfig
 from altgrad.training.guards import verdict_fields
@@ -43,18 +42,18 @@ LOOK_SECONDS = 5.0
 class HealthScheduler(FIFOScheduler):
     """Runs trials in their order; stops what has lost its race or breaks its own guards.
 
-    `trials` are all trials of the sweep by id; `race` is None for no racing. `verdicts` holds the
+    `trials` are all trials of the sweep by id; `pace` is None where none waits for others. `verdicts` holds the
     reason for each trial that this scheduler stopped.
     """
 
-    def __init__(self, trials: Mapping[str, TrainConfig], race: Pace | None = None) -> None:
+    def __init__(self, trials: Mapping[str, TrainConfig], pace: Pace | None = None) -> None:
         super().__init__()
         self.is_stranded: Callable[[dict[str, Any]], bool] = lambda request: False
         """of a trial that waits: whether what it asks for is gone for good"""
         self._looked = 0.0
         self.verdicts: dict[str, Outcome] = {}
         self._trials = trials
-        self._race = race
+        self._pace = pace or Pace()
         self._backstops: dict[str, Backstop] = {}
         """of trials that run or wait"""
         self._busy: set[str] = set()
@@ -71,8 +70,8 @@ class HealthScheduler(FIFOScheduler):
         if verdict is None:
             return str(TrialScheduler.CONTINUE)
         self.verdicts[trial_id] = verdict
-        if self._race is not None and verdict.kind is not OutcomeKind.PRUNED:
-            self._race.ended(trial_id, verdict.kind, verdict.step)
+        if verdict.kind is not OutcomeKind.PRUNED:
+            self._pace.ended(trial_id, verdict.kind, verdict.step)
         return str(TrialScheduler.STOP)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
@@ -98,27 +97,27 @@ class HealthScheduler(FIFOScheduler):
             self._backstop(trial_id, result)  # the worker's counts go on from here; a verdict can wait
         else:
             self._backstops.pop(trial_id, None)
-        if self._race is None or trial_id in self.verdicts:
+        if trial_id in self.verdicts:
             return
         if PAUSED in result:
             self._paused[trial_id] = result
-            self._race.observe(trial_id, int(result["step"]), _score(result))
+            if result.get(SCORE) is not None:
+                self._pace.observe(trial_id, int(result["step"]), _score(result))
         if "outcome" not in result:
             return
         kind = OutcomeKind(result["outcome"])
         if kind in (OutcomeKind.BUG, OutcomeKind.OOM):
-            self._race.lost(trial_id)
+            self._pace.lost(trial_id)
         else:
-            self._race.ended(trial_id, kind, int(result["step"]))
+            self._pace.ended(trial_id, kind, int(result["step"]))
 
     def on_trial_error(self, tune_controller: TuneController | None, trial: Trial) -> None:
         self._busy.discard(trial_id_of(trial))
-        if self._race is not None:
-            self._race.lost(trial_id_of(trial))
+        self._pace.lost(trial_id_of(trial))
 
     def pruned(self) -> list[str]:
         """Trials that lost their race while they did not run, since the last call; `verdicts` has the reasons."""
-        stopped = {} if self._race is None else self._race.stopped
+        stopped = self._pace.stopped
         found = [name for name in stopped if name in self._trials.keys() - self._busy - self.verdicts.keys()]
         for name in found:
             self.verdicts[name] = _at(stopped[name], self._paused[name]) if name in self._paused else stopped[name]
@@ -128,11 +127,9 @@ class HealthScheduler(FIFOScheduler):
         return f"HealthScheduler: {len(self.verdicts)} stopped"
 
     def _raced(self, trial_id: str, result: Mapping[str, Any]) -> Outcome | None:
-        if self._race is None:
-            return None
         if result.get(SCORE) is not None:
-            self._race.observe(trial_id, int(result["step"]), _score(result))
-        verdict = self._race.verdict(trial_id)
+            self._pace.observe(trial_id, int(result["step"]), _score(result))
+        verdict = self._pace.verdict(trial_id)
         return None if verdict is None else _at(verdict, result)
 
     def _backstop(self, trial_id: str, result: Mapping[str, Any]) -> Outcome | None:
@@ -141,10 +138,9 @@ class HealthScheduler(FIFOScheduler):
         row = from_plain(json.loads(result[GUARDED]))
         if trial_id not in self._backstops:
             self._backstops[trial_id] = Backstop(self._trials[trial_id])
-        own, giver = self._backstops[trial_id], None
-        if isinstance(self._race, Population):
-            source = self._race.source(trial_id, own.check_before(row["step"]))
-            giver = None if source is None else self._backstops.get(source) or Backstop(self._trials[source])
+        own = self._backstops[trial_id]
+        source = self._pace.source(trial_id, own.check_before(row["step"]))
+        giver = None if source is None else self._backstops.get(source) or Backstop(self._trials[source])
         verdict = own.check(row, giver)
         if verdict is None:
             return None
