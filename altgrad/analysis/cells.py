@@ -56,7 +56,7 @@ class Cell:
     `losses` holds the finished seeds' validation losses in nats, `starts` the training losses of the first step,
     `stops` those that a guard ended, `missing` the lost seeds and `pruned` those that a race ended; `signals` the
     finished seeds' mean final SIGNALS_OF_CELLS. `arm` names the parameters that tell it from other arms of its
-    kind, `family` does not; `plain` and `control`: see `training.residence`.
+    kind, `family` does not; `plain` and `control`: see `training.arm_configs`.
     """
 
     format: str

@@ -13,8 +13,8 @@ from altgrad.analysis.contrasts import Contrast
 from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, effect_text, links, loss_text, number, slim, verdict_text
 from altgrad.analysis.twins import twin_map
+from altgrad.training.arm_configs import bytes_per_weight
 from altgrad.training.config import TrainConfig
-from altgrad.training.residence import bytes_per_weight
 
 BEST = 3
 """Cells of each width in the table of the best."""

@@ -16,7 +16,6 @@ from altgrad.analysis.twins import ONE_GRID
 from altgrad.analysis.verdicts import format_verdicts, verdicts
 from altgrad.analysis.wording import counted, share
 from altgrad.training.config import UNQUANTIZED, TrainConfig
-from altgrad.training.residence import control_arm, plain_arm
 
 NOISE = 0.02
 """Standard deviation of a run's loss, relative to it, that the power of trains and fails is given for."""
@@ -51,9 +50,9 @@ def _planned_cells(trials: Sequence[TrainConfig]) -> list[Cell]:
             {},
             family=config.arm,
             knobs=knobs,
-            plain=plain_arm(config.optimizer),
-            control=control_arm(config.optimizer),
-            quantized=config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
+            plain=config.optimizer.plain_arm,
+            control=config.optimizer.control_arm,
+            quantized=config.format != UNQUANTIZED and config.optimizer.rounds_operands,
             rules=config.precision.model_dump_json(),
         )
     first, second = ONE_GRID

@@ -36,13 +36,11 @@ from altgrad import NUMERICS_VERSION
 from altgrad.sweep.record import layout, read_only
 from altgrad.sweep.record.ledger import as_asked, is_current, outcome_of
 from altgrad.sweep.record.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
-from altgrad.training.arm_configs import has_own_lr_unit
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig
 from altgrad.training.metrics import perplexity
 from altgrad.training.outcome import AFTER_SHIFT, GUARD_KINDS, Outcome, OutcomeKind
 from altgrad.training.record import flat, from_plain
-from altgrad.training.residence import control_arm, plain_arm
 
 PENDING = "pending"
 FINISHED, FAILED, SHIFTED, UNRESOLVED = "finished", "failed", "shifted", "unresolved"
@@ -252,11 +250,11 @@ def _trial(
         "state": _state(outcome),
         "options": config.optimizer.model_dump_json(),
         "geometry": config.use_manifold_aware,
-        "quantized": config.format != UNQUANTIZED and getattr(config.optimizer, "quantized", True),
-        "plain_arm": plain_arm(config.optimizer),
-        "control_arm": control_arm(config.optimizer),
+        "quantized": config.format != UNQUANTIZED and config.optimizer.rounds_operands,
+        "plain_arm": config.optimizer.plain_arm,
+        "control_arm": config.optimizer.control_arm,
         "rules": config.precision.model_dump_json(),
-        "lr_unit": config.arm if has_own_lr_unit(config.optimizer) else "weight",
+        "lr_unit": config.arm if config.optimizer.has_own_lr_unit else "weight",
         "setting": _setting(config, entry["data_sha256"], numerics),
         "scope": _scope(config),
         "steps": config.steps,

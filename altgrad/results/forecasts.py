@@ -89,8 +89,7 @@ def forecasts(part: Evidence, seed: int = 0) -> list[Forecast]:
 
 def is_on_grid(arm: str) -> bool:
     """Whether the arm's weights live on the format's grid."""
-    config = ARMS.get(arm)
-    return config is not None and (getattr(config, "rounding", None) is not None or config.kind == "grid")
+    return arm in ARMS and ARMS[arm].is_on_grid
 
 
 def early(part: Evidence) -> pd.DataFrame:

@@ -21,7 +21,55 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _AdamLike(Frozen):
+class ArmConfig(Frozen):
+    """What all arms have in common: where their weights live, and what they are compared with.
+
+    What geometry gains is the difference between two arms whose weights live in the same place, float32 master weights
+    or the format's grid: against an arm that lives elsewhere it would count what the residence costs too.
+    """
+
+    @property
+    def arm(self) -> str:
+        """The arm's name, derived from the fields."""
+        raise NotImplementedError
+
+    @property
+    def is_on_grid(self) -> bool:
+        """Whether the weights live on the format's grid, under a scale that the optimizer owns."""
+        return getattr(self, "rounding", None) is not None
+
+    @property
+    def follows_geometry(self) -> bool:
+        """Whether steps are measured in the format's local spacing."""
+        return False
+
+    @property
+    def rounds_operands(self) -> bool:
+        """Whether the layers round their weights to the format."""
+        return True
+
+    @property
+    def plain_arm(self) -> str:
+        """The AdamW arm of the same residence; "" for an arm whose steps do not follow the format's geometry."""
+        return ""
+
+    @property
+    def control_arm(self) -> str:
+        """The arm that takes the same steps over float32 weights that no layer rounds; "" where there is none."""
+        return ""
+
+    @property
+    def has_own_lr_unit(self) -> bool:
+        """Whether lr is not AdamW's mean |change| per weight, so that an axis of learning rates does not apply."""
+        return getattr(self, "step_unit", "weight") != "weight"
+
+    @property
+    def state_tensors(self) -> int:
+        """How many tensors of a weight's shape the optimizer keeps for it."""
+        return 2
+
+
+class _AdamLike(ArmConfig):
     lr: float = Field(2e-3, gt=0, description="mean |change| per weight and step that AdamW makes with it")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -79,8 +127,25 @@ class ManifoldAdamWConfig(_AdamLike):
             return "manifold_gradient"
         return {None: "manifold", "nearest": "manifold_nearest", "stochastic": "manifold_sr"}[self.rounding]
 
+    @property
+    def follows_geometry(self) -> bool:
+        return True
 
-class GridOptimConfig(Frozen):
+    @property
+    def rounds_operands(self) -> bool:
+        return self.quantized
+
+    @property
+    def plain_arm(self) -> str:
+        return RoundedAdamWConfig(rounding=self.rounding).arm
+
+    @property
+    def control_arm(self) -> str:
+        is_twin = self.quantized and self.rounding is None and self.precondition == "update"
+        return ManifoldAdamWConfig(quantized=False).arm if is_twin else ""
+
+
+class GridOptimConfig(ArmConfig):
     """Momentum in rungs of the format's grid, stochastically rounded to whole rungs."""
 
     kind: Literal["grid"] = "grid"
@@ -97,8 +162,24 @@ class GridOptimConfig(Frozen):
     def arm(self) -> str:
         return "grid_literal" if self.normalize == "none" else "grid"
 
+    @property
+    def is_on_grid(self) -> bool:
+        return True
 
-class RuleConfig(Frozen):
+    @property
+    def follows_geometry(self) -> bool:
+        return True
+
+    @property
+    def plain_arm(self) -> str:
+        return RoundedAdamWConfig(rounding="stochastic").arm
+
+    @property
+    def state_tensors(self) -> int:
+        return 1 + (self.normalize == "rms") + self.carry
+
+
+class RuleConfig(ArmConfig):
     """Another rule of `rules.RULES`; lr, momentum and beta2 default to the rule's own, lr in the rule's own unit."""
 
     kind: Literal[tuple(RULES)]  # type: ignore[valid-type]
@@ -118,6 +199,14 @@ class RuleConfig(Frozen):
     @property
     def arm(self) -> str:
         return str(self.kind) + {None: "_master", "nearest": "_nearest", "stochastic": ""}[self.rounding]
+
+    @property
+    def has_own_lr_unit(self) -> bool:
+        return not RULES[self.kind].unit.startswith("AdamW's")
+
+    @property
+    def state_tensors(self) -> int:
+        return len(RULES[self.kind].state)
 
 
 AnyOptimizerConfig = RoundedAdamWConfig | ManifoldAdamWConfig | GridOptimConfig | RuleConfig
@@ -141,27 +230,24 @@ ARMS: Registry[AnyOptimizerConfig] = Registry({config.arm: config for config in 
 """Arms by name, each with its default parameters."""
 
 
-def has_own_lr_unit(optimizer: AnyOptimizerConfig) -> bool:
-    """Whether lr is not AdamW's mean |change| per weight, so that an axis of learning rates does not apply."""
-    if optimizer.kind in RULES:
-        return not RULES[optimizer.kind].unit.startswith("AdamW's")
-    return getattr(optimizer, "step_unit", "weight") != "weight"
-
-
+FLOAT_BYTES = 4
 ONE_SCALE = ("current", "delayed")
 """Kinds of scale that a tensor has one of."""
-
-
-def is_on_grid(optimizer: AnyOptimizerConfig) -> bool:
-    """Whether the weights live on the format's grid, under a scale that the optimizer owns."""
-    return getattr(optimizer, "rounding", None) is not None or optimizer.kind == "grid"
 
 
 def scale_obstacle(optimizer: AnyOptimizerConfig, precision: PrecisionPolicy) -> str | None:
     """Why the arm can't take the scales of the weights, or None."""
     weights = [rule.weight for rule in precision.rules if rule.weight is not None]
-    if is_on_grid(optimizer) and any(weight.scale != ScaleRule() for weight in weights):
+    if optimizer.is_on_grid and any(weight.scale != ScaleRule() for weight in weights):
         return "weights on the grid have the one scale that the optimizer owns"
-    if optimizer.kind == "manifold" and any(weight.scale.kind not in ONE_SCALE for weight in weights):
+    if optimizer.follows_geometry and any(weight.scale.kind not in ONE_SCALE for weight in weights):
         return "the arm measures its steps in the spacing of a tensor with one scale"
     return None
+
+
+def bytes_per_weight(optimizer: AnyOptimizerConfig, bits: int) -> tuple[float, float]:
+    """What has to be kept of a weight between steps, and of the optimizer for it, bytes.
+
+    `bits`: of the format. A master weight and every moment are float32; a weight on the grid takes the format's bits.
+    """
+    return bits / 8 if optimizer.is_on_grid else FLOAT_BYTES, FLOAT_BYTES * optimizer.state_tensors

@@ -282,7 +282,7 @@ class TrainConfig(Frozen):
     @property
     def use_manifold_aware(self) -> bool:
         """Whether the optimizer measures its steps in the format's geometry."""
-        return self.optimizer.kind in ("manifold", "grid")
+        return self.optimizer.follows_geometry
 
     @property
     def is_reference(self) -> bool:

@@ -99,7 +99,7 @@ def parameter_groups(
     """A group per weight format of a converted model, and one without format for norms, positions and biases.
 
     `formats`: which parameter has which, by default those the model's layers round to. `rule`: of `RULES`, in every
-    group; embeddings are kept from 'muon', which is for matrices.
+    group; embeddings are kept from rules that are for matrices.
     """
     if formats is None:
         formats = dict(quantized_parameters(model).values())
@@ -108,7 +108,8 @@ def parameter_groups(
     groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         fmt = formats.get(parameter)
-        own_rule = "adam" if rule == "muon" and parameter in embedded else rule
+        is_kept = rule is not None and rule in RULES and not RULES[rule].takes_rows and parameter in embedded
+        own_rule = "adam" if is_kept else rule
         groups.setdefault((None if fmt is None else fmt.name, own_rule), []).append(parameter)
     return [
         {"params": members, "format": name} | ({"rule": own_rule} if own_rule else {})

@@ -98,6 +98,8 @@ class Rule:
     defaults: dict[str, float] = field(default_factory=dict)
     least_axes: int = 0
     """Tensors with fewer axes take the rule 'adam'."""
+    takes_rows: bool = True
+    """whether it suits embeddings, whose rows are learned one by one; else these take the rule 'adam'"""
 
 
 RULES: Registry[Rule] = Registry(
@@ -108,7 +110,12 @@ RULES: Registry[Rule] = Registry(
         ),
         "madam": Rule(madam, ("exp_avg_sq",), "relative change of a weight per step", {"lr": 3e-2, "beta2": 0.95}),
         "muon": Rule(
-            muon, ("exp_avg",), "AdamW's: mean |change| per weight and step, by RMS", {"lr": 2e-3, "momentum": 0.95}, 2
+            muon,
+            ("exp_avg",),
+            "AdamW's: mean |change| per weight and step, by RMS",
+            {"lr": 2e-3, "momentum": 0.95},
+            least_axes=2,
+            takes_rows=False,
         ),
     }
 )

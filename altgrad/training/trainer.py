@@ -98,7 +98,7 @@ class Trainer:
         if config.format != UNQUANTIZED:
             self.conversion = quantize_model(self.model, policy=config.precision, seed=config.seed)
         self.formats = quantized_parameters(self.model)
-        if not getattr(config.optimizer, "quantized", True):
+        if not config.optimizer.rounds_operands:
             dequantize_model(self.model)
         self.reference = reference
         self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))

@@ -11,7 +11,6 @@ from altgrad.analysis.cells import Cell, Stop
 from altgrad.analysis.study import Study, study_of
 from altgrad.training.arm_configs import ARMS
 from altgrad.training.config import UNQUANTIZED
-from altgrad.training.residence import control_arm, plain_arm
 
 START, BASE = 5.5, 2.4
 
@@ -21,9 +20,9 @@ def cell(losses: dict[int, float], stops: tuple[int, ...] = (), **changes: Any) 
     fields: dict[str, Any] = {"format": "E5M2", "arm": "adamw", "policy": "uniform", "lr": 1e-3} | changes
     family = fields.setdefault("family", fields["arm"].partition(",")[0])
     fields.setdefault("geometry", ARMS[family].kind in ("manifold", "grid"))
-    fields.setdefault("plain", plain_arm(ARMS[family]))
-    fields.setdefault("control", control_arm(ARMS[family]))
-    fields.setdefault("quantized", fields["format"] != UNQUANTIZED and getattr(ARMS[family], "quantized", True))
+    fields.setdefault("plain", ARMS[family].plain_arm)
+    fields.setdefault("control", ARMS[family].control_arm)
+    fields.setdefault("quantized", fields["format"] != UNQUANTIZED and ARMS[family].rounds_operands)
     fields.setdefault("starts", dict.fromkeys((*losses, *stops), START))
     return Cell(losses=losses, stops={seed: Stop("flip_yield", "lm_head", 30.0) for seed in stops}, **fields)
 

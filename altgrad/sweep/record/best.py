@@ -29,7 +29,7 @@ from altgrad.sweep.space.axes import arm_fields
 from altgrad.sweep.space.declaration import TEMPLATE
 from altgrad.sweep.space.resolve import SUFFIXES
 from altgrad.sweep.space.spec import SweepSpec
-from altgrad.training.arm_configs import ARMS, has_own_lr_unit
+from altgrad.training.arm_configs import ARMS
 from altgrad.training.config import TrainConfig
 from altgrad.training.outcome import OutcomeKind
 
@@ -136,7 +136,7 @@ def sweep_of_one(config: TrainConfig, seeds: Collection[int], name: str = "best"
         for field in arm_fields(arm)
         if getattr(optimizer, field) != getattr(base, field)
     }
-    shared_lr = not has_own_lr_unit(base) and not has_own_lr_unit(optimizer)
+    shared_lr = not base.has_own_lr_unit and not optimizer.has_own_lr_unit
     if shared_lr:
         differing.pop("lr", None)
     return SweepSpec.model_validate(

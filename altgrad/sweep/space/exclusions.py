@@ -100,7 +100,7 @@ def canonical(point: Combination) -> Combination:
 
 
 def _is_same(one: Combination, other: Combination) -> bool:
-    is_quantized = getattr(ARMS[one.arm], "quantized", True)
+    is_quantized = ARMS[one.arm].rounds_operands
     return one.precision == other.precision if is_quantized else same_spacings(one.precision, other.precision)
 
 
@@ -136,7 +136,7 @@ RULES: tuple[Rule, ...] = (
         "float32_operands_are_uniform",
         "no layer rounds anything: policies with the weight formats of uniform are the same training",
         lambda point: (
-            not getattr(ARMS[point.arm], "quantized", True)
+            not ARMS[point.arm].rounds_operands
             and point.policy != MAIN
             and point.format != UNQUANTIZED
             and same_spacings(point.precision, precision_of(point.format, MAIN, PLAIN))

@@ -30,7 +30,7 @@ from altgrad.sweep.space.exclusions import (
     excluded_by,
     in_place_of,
 )
-from altgrad.training.arm_configs import ARMS, OptimizerConfig, has_own_lr_unit
+from altgrad.training.arm_configs import ARMS, OptimizerConfig
 from altgrad.training.config import BASELINE, UNQUANTIZED, TrainConfig
 from altgrad.training.record import flat
 
@@ -162,7 +162,7 @@ def exclusions(spec: Declaration) -> list[Exclusion]:
     for point, rule in points(spec):
         if rule is not None:
             found[rule] = found[rule].plus(spec.seeds)
-        elif has_own_lr_unit(ARMS[point.combination.arm]):
+        elif ARMS[point.combination.arm].has_own_lr_unit:
             found[RAW_LR] = found[RAW_LR].plus(spec.seeds * len(general_lrs(spec)))
     declared = {rule.name for rule in spec.constraints}
     return [exclusion for exclusion in found.values() if exclusion.trials or exclusion.rule in declared]
@@ -260,7 +260,7 @@ def general_lrs(spec: Declaration) -> tuple[Any, ...]:
 
 def arm_axes(spec: Declaration, arm: str) -> dict[str, Any]:
     """The axes of an arm's parameters, by field: those of its own, else those for all arms that have the field."""
-    fields, own_unit = arm_fields(arm), has_own_lr_unit(ARMS[arm])
+    fields, own_unit = arm_fields(arm), ARMS[arm].has_own_lr_unit
     found: dict[str, Any] = {}
     given = {"optimizer.lr": spec.lrs, "optimizer.rung_clip": spec.rung_clip} | spec.axes
     for path, axis in given.items():

@@ -7,7 +7,7 @@ import torch
 
 from altgrad.quantization import quantize_model
 from altgrad.training import ARMS, TrainConfig, build_optimizer
-from altgrad.training.residence import bytes_per_weight, state_tensors
+from altgrad.training.arm_configs import bytes_per_weight
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -20,7 +20,7 @@ def test_state_is_counted_as_the_optimizer_keeps_it(arm: str) -> None:
     kept = [
         value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.shape == weight.shape
     ]
-    assert len(kept) == state_tensors(ARMS[arm])
+    assert len(kept) == ARMS[arm].state_tensors
     assert {value.dtype for value in kept} <= {torch.float32}
 
 
