@@ -4,10 +4,8 @@ them.
 Imports torch and pydantic; numba only when a kernel is first used, and only where it is installed.
 """
 
-from altgrad import NUMERICS_VERSION
 from altgrad.quantization.block_scaling import (
     BLOCK_FORMATS,
-    BlockCodes,
     BlockFormat,
     block_decode,
     block_encode,
@@ -16,7 +14,6 @@ from altgrad.quantization.block_scaling import (
     get_block_format,
 )
 from altgrad.quantization.conversion import (
-    ConversionRow,
     ConversionTable,
     dequantize_model,
     quantize_model,
@@ -24,11 +21,7 @@ from altgrad.quantization.conversion import (
     requantize_layer,
 )
 from altgrad.quantization.diagnostics import (
-    BitStall,
     BitStallDetector,
-    GridAlignment,
-    StiffnessCorrelation,
-    UlpTravel,
     codes_in_use,
     compute_stiffness_field,
     detect_bit_stall,
@@ -37,27 +30,13 @@ from altgrad.quantization.diagnostics import (
     stiffness_pearson,
     ulp_statistics,
 )
-from altgrad.quantization.flip_metrics import (
-    WeightFlipTracker,
-    compute_flip_rate,
-    compute_stall_ratio,
-    count_flips,
-    expected_flips,
-    flip_yield,
-)
+from altgrad.quantization.flip_metrics import WeightFlipTracker, compute_flip_rate, compute_stall_ratio, flip_yield
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from altgrad.quantization.ops import code_index, decode, encode, hash_uniform, index_to_value, mix_seed, quantize, ulp
+from altgrad.quantization.ops import decode, encode, hash_uniform, mix_seed, quantize, ulp
 from altgrad.quantization.policy import OWN_FORMATS, POLICIES, LayerRule, PrecisionPolicy, named_policy, same_spacings
-from altgrad.quantization.rank_health import RankHealthMonitor, RankTrendDetector, RankWarning, ReferenceRatioDetector
-from altgrad.quantization.ranks import (
-    SpectralNorms,
-    Spectrum,
-    compute_effective_rank,
-    compute_stable_rank,
-    spectrum,
-    variance_rank,
-)
+from altgrad.quantization.rank_health import RankHealthMonitor, RankTrendDetector, ReferenceRatioDetector
+from altgrad.quantization.ranks import compute_effective_rank, compute_stable_rank
 from altgrad.quantization.recipes import Recipe, RoleChange
 from altgrad.quantization.roles import Role
 from altgrad.quantization.scaling import (
@@ -70,62 +49,41 @@ from altgrad.quantization.scaling import (
     synchronize_amax,
 )
 from altgrad.quantization.spectral_norm import RankGauge, SpectralNormTracker
-from altgrad.quantization.stability import (
-    ClipReport,
-    EmergencyMantissaShift,
-    FormatShift,
-    PartitionRelativeClipper,
-    format_allowance,
-)
+from altgrad.quantization.stability import EmergencyMantissaShift, FormatShift, PartitionRelativeClipper
 from altgrad.quantization.tensor_stats import (
-    AmaxAverage,
     AmaxMovingAverage,
     DeadUnits,
-    GradientStatistics,
-    RangeStatistics,
-    UpdateStatistics,
     activation_kurtosis,
     count_nonfinite,
     gradient_statistics,
-    moment_snr,
     overflow_share,
     range_statistics,
     update_statistics,
 )
-from altgrad.quantization.weight_grid import WeightGrid, weight_grid
+from altgrad.quantization.weight_grid import weight_grid
 
 __all__ = [
     "BLOCK_FORMATS",
     "FORMATS",
-    "NUMERICS_VERSION",
     "OWN_FORMATS",
     "POLICIES",
-    "AmaxAverage",
     "AmaxHistory",
     "AmaxMovingAverage",
-    "BitStall",
     "BitStallDetector",
-    "BlockCodes",
     "BlockFormat",
-    "ClipReport",
-    "ConversionRow",
     "ConversionTable",
     "DeadUnits",
     "EmergencyMantissaShift",
     "FloatFormat",
     "FormatShift",
-    "GradientStatistics",
-    "GridAlignment",
     "LayerRule",
     "PartitionRelativeClipper",
     "PrecisionPolicy",
     "QuantizedEmbedding",
     "QuantizedLinear",
-    "RangeStatistics",
     "RankGauge",
     "RankHealthMonitor",
     "RankTrendDetector",
-    "RankWarning",
     "Recipe",
     "ReferenceRatioDetector",
     "Role",
@@ -133,19 +91,12 @@ __all__ = [
     "ScaleRule",
     "ScaleTracker",
     "SpectralNormTracker",
-    "SpectralNorms",
-    "Spectrum",
-    "StiffnessCorrelation",
-    "UlpTravel",
-    "UpdateStatistics",
     "WeightFlipTracker",
-    "WeightGrid",
     "activation_kurtosis",
     "block_decode",
     "block_encode",
     "block_quantize",
     "block_scale",
-    "code_index",
     "codes_in_use",
     "compute_channel_scale",
     "compute_effective_rank",
@@ -154,15 +105,12 @@ __all__ = [
     "compute_stable_rank",
     "compute_stall_ratio",
     "compute_stiffness_field",
-    "count_flips",
     "count_nonfinite",
     "decode",
     "dequantize_model",
     "detect_bit_stall",
     "encode",
-    "expected_flips",
     "flip_yield",
-    "format_allowance",
     "format_scale",
     "get_block_format",
     "get_format",
@@ -170,9 +118,7 @@ __all__ = [
     "gradient_stiffness_correlation",
     "grid_alignment_statistics",
     "hash_uniform",
-    "index_to_value",
     "mix_seed",
-    "moment_snr",
     "named_policy",
     "overflow_share",
     "quantize",
@@ -181,12 +127,10 @@ __all__ = [
     "range_statistics",
     "requantize_layer",
     "same_spacings",
-    "spectrum",
     "stiffness_pearson",
     "synchronize_amax",
     "ulp",
     "ulp_statistics",
     "update_statistics",
-    "variance_rank",
     "weight_grid",
 ]

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from altgrad.quantization import code_index, decode, encode, index_to_value, quantize, ulp
+from altgrad.quantization import decode, encode, quantize, ulp
+from altgrad.quantization.ops import code_index, index_to_value
 
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest": lambda x: quantize(x, "E4M3", 0.3),

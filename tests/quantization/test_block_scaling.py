@@ -14,7 +14,6 @@ from hypothesis.extra.numpy import arrays
 
 from altgrad.quantization import (
     BLOCK_FORMATS,
-    BlockCodes,
     BlockFormat,
     block_decode,
     block_encode,
@@ -24,6 +23,7 @@ from altgrad.quantization import (
     get_format,
     quantize,
 )
+from altgrad.quantization.block_scaling import BlockCodes
 
 ALL = list(BLOCK_FORMATS)
 MX_FLOAT = ["MXFP8_E4M3", "MXFP8_E5M2", "MXFP6_E3M2", "MXFP6_E2M3", "MXFP4_E2M1"]

@@ -10,7 +10,6 @@ from oracle import REGISTERED, magnitudes, nearest
 
 from altgrad.quantization import (
     BitStallDetector,
-    code_index,
     codes_in_use,
     compute_stiffness_field,
     detect_bit_stall,
@@ -20,6 +19,7 @@ from altgrad.quantization import (
     quantize,
     ulp_statistics,
 )
+from altgrad.quantization.ops import code_index
 
 
 def weights(fmt: str, count: int = 3000) -> torch.Tensor:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad.quantization import FORMATS, code_index, encode, get_format, quantize, quantize_model, ulp
+from altgrad.quantization import FORMATS, encode, get_format, quantize, quantize_model, ulp
+from altgrad.quantization.ops import code_index
 from altgrad.training import RoundedAdamW
 
 NAMES = ["E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0", "BF16", "FP16", "E4M3/ieee", "E5M2/finite"]

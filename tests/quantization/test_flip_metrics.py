@@ -8,12 +8,11 @@ from altgrad.quantization import (
     compute_flip_rate,
     compute_scale,
     compute_stall_ratio,
-    count_flips,
-    expected_flips,
     flip_yield,
     quantize,
     ulp,
 )
+from altgrad.quantization.flip_metrics import count_flips, expected_flips
 from altgrad.quantization.ops import code_index
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from altgrad.quantization import code_index, decode, encode, get_format, index_to_value, mix_seed, quantize, ulp
+from altgrad.quantization import decode, encode, get_format, mix_seed, quantize, ulp
+from altgrad.quantization.ops import code_index, index_to_value
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from oracle import ALL, hard_inputs, nearest, same
 
-from altgrad.quantization import FloatFormat, code_index, decode, encode, get_format, index_to_value, quantize, ulp
+from altgrad.quantization import FloatFormat, decode, encode, get_format, quantize, ulp
 from altgrad.quantization.kernels import cpu
-from altgrad.quantization.ops import hash_uniform, kernel_in_use, quantize_blocks
+from altgrad.quantization.ops import code_index, hash_uniform, index_to_value, kernel_in_use, quantize_blocks
 
 ROUNDINGS = ["nearest", "stochastic", "toward_zero"]
 SPLITS = [f"E{e}M{7 - e}" for e in range(8)]

@@ -20,12 +20,12 @@ from altgrad.quantization import (
     gradient_statistics,
     gradient_stiffness_correlation,
     grid_alignment_statistics,
-    moment_snr,
     range_statistics,
-    spectrum,
     ulp_statistics,
     update_statistics,
 )
+from altgrad.quantization.ranks import spectrum
+from altgrad.quantization.tensor_stats import moment_snr
 
 
 def clipped(w, other):

@@ -7,16 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
-from altgrad.quantization import (
-    RankGauge,
-    SpectralNorms,
-    SpectralNormTracker,
-    Spectrum,
-    compute_effective_rank,
-    compute_stable_rank,
-    spectrum,
-    variance_rank,
-)
+from altgrad.quantization import RankGauge, SpectralNormTracker, compute_effective_rank, compute_stable_rank
+from altgrad.quantization.ranks import SpectralNorms, Spectrum, spectrum, variance_rank
 
 RANKS = [compute_stable_rank, compute_effective_rank, variance_rank]
 NUMBERS = ["stable_rank", "spectral_norm", "frobenius_norm", "effective_rank", "variance_rank"]

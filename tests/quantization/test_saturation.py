@@ -7,8 +7,9 @@ import pytest
 import torch
 from oracle import magnitudes
 
-from altgrad.quantization import code_index, decode, encode, get_format, quantize
+from altgrad.quantization import decode, encode, get_format, quantize
 from altgrad.quantization.kernels import finite_bound, fitting, grid_of, last_finite
+from altgrad.quantization.ops import code_index
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 WIDE = ["E6M1", "E6M1/ieee", "E7M0", "E7M0/fn", "E8M7", "E6M9", "E5M2/finite", "E5M2/fn", "E5M10/finite", "E8M0/ieee"]

@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad.quantization import (
-    FORMATS,
-    EmergencyMantissaShift,
-    FloatFormat,
-    PartitionRelativeClipper,
-    format_allowance,
-    get_format,
-)
+from altgrad.quantization import FORMATS, EmergencyMantissaShift, FloatFormat, PartitionRelativeClipper, get_format
 from altgrad.quantization.formats import VARIANTS
+from altgrad.quantization.stability import format_allowance
 
 REASONS = ("overflow", "nonfinite", "stall")
 

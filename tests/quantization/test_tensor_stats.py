@@ -16,11 +16,11 @@ from altgrad.quantization import (
     count_nonfinite,
     get_format,
     gradient_statistics,
-    moment_snr,
     overflow_share,
     range_statistics,
     update_statistics,
 )
+from altgrad.quantization.tensor_stats import moment_snr
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from altgrad.quantization import code_index, get_format, quantize
+from altgrad.quantization import get_format, quantize
+from altgrad.quantization.ops import code_index
 from altgrad.training import ARMS, GridOptim, ManifoldAdamW, RoundedAdamW, RoundedOptimizer, TrainConfig
 from altgrad.training.arms import build_optimizer
 from altgrad.training.optimizer import GridAwareOptimizer

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from altgrad.quantization import code_index, get_format, quantize
+from altgrad.quantization import get_format, quantize
+from altgrad.quantization.ops import code_index
 from altgrad.training import GridOptim
 
 FORMATS = ("E0M7", "E3M4", "E4M3", "E5M2", "E7M0")
