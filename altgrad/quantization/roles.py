@@ -43,9 +43,10 @@ class Role(BaseModel):
         return get_format(name).name
 
     def __str__(self) -> str:
+        """Format, kind of scale, rounding: what saved states of layers are known by, so it stays as it is."""
         words = [self.format]
-        if self.scale != ScaleRule():
-            words.append(str(self.scale))
+        if self.scale.kind != "current":
+            words.append(self.scale.kind.replace("_", "-"))
         if self.rounding != "nearest":
             words.append(self.rounding.replace("_", "-"))
         return " ".join(words)

@@ -104,7 +104,8 @@ def test_unknown_policies_name_the_nearest():
 )
 def test_recipes_of_the_field_by_name(name: str, roles: tuple[str, str, str]) -> None:
     (rule,) = named_policy(name, "E5M2").rules
-    assert (str(rule.weight), str(rule.activation), str(rule.gradient)) == roles
+    named = [(role.format, str(role.scale), role.rounding) for role in (rule.weight, rule.activation, rule.gradient)]
+    assert tuple(f"{name} {scale}{' stochastic' * (how == 'stochastic')}" for name, scale, how in named) == roles
 
 
 def test_a_recipe_changes_what_it_names_in_the_layers_that_are_quantized() -> None:
@@ -114,7 +115,8 @@ def test_a_recipe_changes_what_it_names_in_the_layers_that_are_quantized() -> No
     policy = recipe.applied(named_policy("attention_bf16", "E4M3"))
     kept, own = policy.resolve("h.0.attn.c_attn"), policy.resolve("h.0.mlp.c_fc")
     assert kept == named_policy("attention_bf16", "E4M3").resolve("h.0.attn.c_attn")
-    assert (str(own.weight), str(own.activation), str(own.gradient)) == ("E4M3 block 64", "BF16", "E5M2")
+    assert (str(own.weight), str(own.activation), str(own.gradient)) == ("E4M3 block", "BF16", "E5M2")
+    assert str(own.weight.scale) == "block 64"
     assert str(recipe) == "weight block 64, gradient E5M2" and not recipe.is_plain
     assert Recipe().applied(policy) is policy
     mine = Recipe.model_validate({"rules": [{"pattern": "head$", "weight": "E5M2"}, {"pattern": ""}]})
