@@ -21,10 +21,11 @@ from altgrad.analysis.layer_signals import layers_of
 from altgrad.analysis.records import RESULT_COLUMNS, Records
 from altgrad.analysis.records import load as load_records
 from altgrad.analysis.sweeps import declared_axes
-from altgrad.sweep.record import layout, read_only
+from altgrad.sweep.record import layout
 from altgrad.sweep.record.folder import read_manifest
 from altgrad.sweep.record.layout import LEDGER
 from altgrad.sweep.record.ledger import Ledger
+from altgrad.sweep.record.reader import SPEND, reading
 from altgrad.training.config import MODELS
 from altgrad.training.outcome import Outcome
 from altgrad.training.record import flat
@@ -70,8 +71,8 @@ class Frames:
     @cached_property
     def spend(self) -> pd.DataFrame:
         """A row per run of a driver: started (Unix time), hours of wall time, GPU-hours, dollars."""
-        with read_only.current(self.folder / LEDGER) as connection:
-            found = pd.read_sql_query("SELECT * FROM spend ORDER BY started", connection)
+        with reading(self.folder) as ledger:
+            found = pd.DataFrame(ledger.spend(), columns=list(SPEND))
         return found
 
     @cached_property

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,10 @@ from typing import Any
 import pandas as pd
 
 from altgrad import NUMERICS_VERSION
-from altgrad.sweep.record import layout, read_only
+from altgrad.sweep.record import layout
 from altgrad.sweep.record.ledger import as_asked, is_current, outcome_of
 from altgrad.sweep.record.ledger_schema import OUTCOME_FIELDS, ROW_SIGNALS
+from altgrad.sweep.record.reader import Entry, reading
 from altgrad.training.catalogue import CLASSIFICATION_SIGNALS
 from altgrad.training.config import UNQUANTIZED, TrainConfig
 from altgrad.training.metrics import perplexity
@@ -105,21 +105,14 @@ class Records:
 
 def load(out_dir: Path) -> Records:
     """The folder's trials and rows, of all its sweeps; FileNotFoundError where there is no ledger."""
-    path = Path(out_dir) / "ledger.sqlite"
-    if not path.is_file() and not layout.shards(Path(out_dir)):
+    folder = Path(out_dir)
+    path = folder / layout.LEDGER
+    if not path.is_file() and not layout.shards(folder):
         raise FileNotFoundError(f"{path} does not exist: {out_dir} is not the folder of a sweep that has run")
-    with read_only.current(path) as connection:
-        connection.row_factory = sqlite3.Row
-        entries = connection.execute("SELECT * FROM trials ORDER BY created, trial_id").fetchall()
-        endings = {row["trial_id"]: row for row in connection.execute("SELECT * FROM outcomes")}
-        evaluations = connection.execute(
-            "SELECT trial_id, step, train_loss, val_loss, bits_per_byte, formats FROM rows WHERE val_loss IS NOT NULL"
-        )
-        evaluated = {(row["trial_id"], row["step"]): row for row in evaluations}
-        names = ", ".join(ROW_SIGNALS)
-        connection.row_factory = None
-        rows = _rows_frame(connection.execute(f"SELECT trial_id, step, {names} FROM rows ORDER BY trial_id, step"))
-        moved = dict(connection.execute("SELECT trial_id, formats FROM rows WHERE formats IS NOT NULL ORDER BY step"))
+    with reading(folder) as ledger:
+        entries, endings, moved = ledger.trials(), ledger.outcomes(), ledger.moved()
+        evaluated = {(line["trial_id"], line["step"]): line for line in ledger.evaluations()}
+        rows = _rows_frame(ledger.rows())
     records = [
         _trial(entry, endings.get(entry["trial_id"]), evaluated, moved.get(entry["trial_id"])) for entry in entries
     ]
@@ -175,10 +168,8 @@ def kept(records: Records, trials: pd.DataFrame) -> Records:
 
 def mutations(out_dir: Path, trial_ids: Sequence[str]) -> list[tuple[str, int, str, float, float, str]]:
     """(trial, step, field, before, after, source) of what members of populations took over, by step."""
-    with read_only.current(Path(out_dir) / "ledger.sqlite") as connection:
-        found = connection.execute(
-            "SELECT trial_id, step, field, before, after, source FROM mutations ORDER BY step, rowid"
-        ).fetchall()
+    with reading(Path(out_dir)) as ledger:
+        found = ledger.mutations()
     return [row for row in found if row[0] in set(trial_ids)]
 
 
@@ -210,12 +201,12 @@ def _number(value: Any) -> float:
 
 
 def _trial(
-    entry: sqlite3.Row, ending: sqlite3.Row | None, evaluated: Mapping[tuple[str, int], sqlite3.Row], moved: str | None
+    entry: Entry, ending: Entry | None, evaluated: Mapping[tuple[str, int], Entry], moved: str | None
 ) -> dict[str, Any]:
     """The trial's line; `moved`: which layers have moved to another format so far, for one that has not ended."""
     config = TrainConfig.model_validate_json(entry["config"])
     row = evaluated.get((entry["trial_id"], config.steps))
-    at_step = None if row is None else {name: from_plain(row[name]) for name in row.keys()}  # noqa: SIM118
+    at_step = None if row is None else {name: from_plain(value) for name, value in row.items()}
     outcome = as_asked(
         None if ending is None else outcome_of([ending[name] for name in OUTCOME_FIELDS]), config, at_step
     )
@@ -275,9 +266,9 @@ def _state(outcome: Outcome | None) -> str:
     return FINISHED if math.isfinite(outcome.val_loss) else FAILED
 
 
-def _numerics(entry: sqlite3.Row) -> int:
+def _numerics(entry: Entry) -> int:
     """The version that computed the trial; 0 for an older one that was not recorded."""
-    recorded = entry["numerics"] if "numerics" in entry.keys() else None  # noqa: SIM118
+    recorded = entry.get("numerics")
     if recorded is not None:
         return int(recorded)
     is_ours = is_current(entry["trial_id"], entry["config"], entry["data_sha256"], None)
