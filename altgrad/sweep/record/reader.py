@@ -1,4 +1,4 @@
-"""What analyses ask of a ledger, or of an export in its place: whole tables, read as they stand, with nothing written."""
+"""What analyses ask of a ledger, or of an export in its place: whole tables, as they stand, with nothing written."""
 
 from __future__ import annotations
 
