@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from altgrad.sweep.pace.pace import Pace
-from altgrad.sweep.pace.racing import SCORE, Group
+from altgrad.sweep.pace.racing import SCORE, Group, pruned
 from altgrad.sweep.space.pacing import RaceConfig, evaluated_at
 from altgrad.training.config import TrainConfig
-from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
+from altgrad.training.outcome import GUARD_KINDS, OutcomeKind
 
 
 class PooledRace(Pace):
@@ -102,15 +102,7 @@ class PooledRace(Pace):
             self._stop(group, rung, score, cutoff, f"pruned at rung {rung} of the search: {mean}, cutoff {cutoff:.4g}")
 
     def _stop(self, group: Group, rung: int, score: float, cutoff: float, message: str) -> None:
-        lost = Outcome(
-            kind=OutcomeKind.PRUNED,
-            step=evaluated_at(rung, self._every),
-            signal=SCORE,
-            value=score,
-            limit=cutoff,
-            first_seen=rung,
-            message=message,
-        )
+        lost = pruned(rung, evaluated_at(rung, self._every), score, cutoff, message)
         for leader in group.leaders:
             self.stopped.setdefault(leader, replace(lost, val_loss=group.scores.get(rung, {}).get(leader)))
         for other in group.others:

@@ -42,6 +42,11 @@ from altgrad.training.outcome import GUARD_KINDS, Outcome, OutcomeKind
 SCORE = "val_loss"
 
 
+def pruned(rung: int, step: int, score: float, cutoff: float, message: str) -> Outcome:
+    """How a trial ends that has lost at a rung."""
+    return Outcome(OutcomeKind.PRUNED, step, SCORE, None, score, cutoff, rung, message)
+
+
 @dataclass
 class Group:
     """The seeds of one set of parameters in one cell."""
@@ -177,15 +182,8 @@ class Race(Pace):
         mean = (
             f"{SCORE} {score:.4g}{of}" if math.isfinite(score) else "a seed diverged, was ended by a guard or shifted"
         )
-        lost = Outcome(
-            kind=OutcomeKind.PRUNED,
-            step=evaluated_at(rung, self._every),
-            signal=SCORE,
-            value=score,
-            limit=cutoff,
-            first_seen=rung,
-            message=f"pruned at rung {rung}: {mean}, cutoff {cutoff:.4g}",
-        )
+        message = f"pruned at rung {rung}: {mean}, cutoff {cutoff:.4g}"
+        lost = pruned(rung, evaluated_at(rung, self._every), score, cutoff, message)
         for leader in group.leaders:
             self.stopped.setdefault(leader, replace(lost, val_loss=group.scores[rung][leader]))
         for other in group.others:
