@@ -26,9 +26,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from altgrad.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor  # which a ledger is read without
 
 Schedule = Literal["step", "check", "exact", "detail", "shadow", "reference", "evaluation"]
 RowRule = Literal["sum", "mean", "max", "own"]
@@ -59,7 +62,8 @@ class Signal:
     """A row of the catalogue; the value lies within [`least`, `most`] unless it is not finite.
 
     `row`: how a row's value comes from its layers' ("own": it is measured over all layers together); None for a
-    signal that layers don't have.
+    signal that layers don't have. `of_weight` measures it on a layer's weight matrix, a 0-d tensor, without waiting
+    for a device; signals without one have an observer that does (`observers`).
     """
 
     meaning: str
@@ -68,6 +72,7 @@ class Signal:
     row: RowRule | None = None
     least: float = -math.inf
     most: float = math.inf
+    of_weight: Callable[[Tensor], Tensor] | None = None
 
     @property
     def of_layers(self) -> bool:

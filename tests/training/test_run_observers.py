@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad.quantization import quantize
 from altgrad.training import ARMS, TrainConfig, Trainer
-from altgrad.training.catalogue import SIGNALS, as_table, over_layers
+from altgrad.training.catalogue import SIGNALS, Signal, as_table, over_layers
 from altgrad.training.observers import GradientNormScore
 from altgrad.training.observers.tensors import OutputSums
 from altgrad.training.reference import ReferenceCurve
@@ -237,3 +237,22 @@ def test_stiffness_is_the_spacing_where_the_weights_lie():
     scale = np.abs(weight).max() / 2.0**64  # E7M0: powers of two to 2^64, each half its own size below the next
     expected = np.floor(np.log2(np.abs(weight[weight != 0]) / scale)) + np.log2(scale)
     assert found[2] == pytest.approx(expected.mean(), abs=0.01)
+
+
+def test_a_signal_of_weights_is_one_line_of_the_catalogue(monkeypatch):
+    """Measured at checks, in the row by its rule and in every layer; nothing else has to know it."""
+    own = config(log_interval=2, observe={"detail_every": 2})
+    before = Trainer(own).run()
+    largest = Signal(
+        "largest magnitude", "the weight's", row="max", least=0, of_weight=lambda weight: weight.abs().amax()
+    )
+    rarer = Signal("mean", "the weight's", "detail", "mean", of_weight=lambda weight: weight.mean())
+    monkeypatch.setitem(SIGNALS, "largest", largest)
+    monkeypatch.setitem(SIGNALS, "middle", rarer)
+    trainer = Trainer(own)
+    assert trainer.run().train_loss == before.train_loss, "observers change nothing"
+    row = trainer.rows[-1]
+    weights = {name: parameter.abs().max().item() for name, (parameter, _) in trainer.formats.items()}
+    assert {name: values["largest"] for name, values in row["layers"].items() if "largest" in values} == weights
+    assert row["largest"] == max(weights.values())
+    assert [("middle" in each) for each in trainer.rows if "largest" in each] == [True, False], "detail is rarer"

@@ -21,7 +21,7 @@ from altgrad.training.observers.base import Layers, Moment, Observer, Readings, 
 from altgrad.training.observers.counts import CountsObserver
 from altgrad.training.observers.gradients import GradientObserver
 from altgrad.training.observers.tensors import OutputSums, TensorObserver
-from altgrad.training.observers.weights import GridObserver, NonfiniteObserver, RankObserver
+from altgrad.training.observers.weights import CatalogueObserver, GridObserver, NonfiniteObserver, RankObserver
 from altgrad.training.reference import ReferenceCurve
 
 __all__ = ["Layers", "Moment", "Observer", "Observers", "Readings", "Subject"]
@@ -46,6 +46,7 @@ class Observers:
             TensorObserver(subject),
             GridObserver(subject),
             NonfiniteObserver(subject),
+            CatalogueObserver(subject),
             *extra,
         ]
         self._keys: list[tuple[str, str]] = []

@@ -19,6 +19,7 @@ from altgrad.quantization import (
     weight_grid,
 )
 from altgrad.quantization.formats import FloatFormat
+from altgrad.training.catalogue import SIGNALS
 from altgrad.training.observers.base import Layers, Moment, Observer, Readings, Subject
 from altgrad.training.reference import ReferenceCurve
 
@@ -89,6 +90,29 @@ def _spread(rank: float) -> float:
 
 def _ratio(value: float, expected: float) -> float:
     return value / expected if expected else math.nan
+
+
+class CatalogueObserver(Observer):
+    """Signals that the catalogue itself says how to measure on a weight, at checks or on the rarer schedule."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._weights = subject.watched
+        self._is_detail = False
+
+    def start_step(self, moment: Moment) -> None:
+        self._is_detail = moment.detail
+
+    def collect(self) -> Readings:
+        due = {
+            name: signal.of_weight
+            for name, signal in SIGNALS.items()
+            if signal.of_weight is not None and (signal.schedule == "check" or self._is_detail)
+        }
+        return {
+            (layer, name): measure(weight.detach())
+            for layer, weight in self._weights.items()
+            for name, measure in due.items()
+        }
 
 
 class NonfiniteObserver(Observer):
