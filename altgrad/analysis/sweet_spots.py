@@ -28,7 +28,7 @@ from altgrad.analysis.study import Study
 from altgrad.analysis.tables import DASH, Table, effect_text, slim
 from altgrad.analysis.twins import twin_map
 from altgrad.analysis.wording import listed
-from altgrad.quantization import OWN_FORMATS, POLICIES, named_policy
+from altgrad.quantization import POLICIES, named_policy, own_format
 
 LAYERS = tuple(
     f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
@@ -198,7 +198,7 @@ def recipe_text(cell: Cell) -> str:
             kept.append(layer_kind(name))
         else:
             roles |= dict.fromkeys(role for role in ROLES if getattr(rule, role) != getattr(usual, role))
-    if cell.policy not in POLICIES or cell.policy in OWN_FORMATS:
+    if cell.policy not in POLICIES or own_format(cell.policy) is not None:
         return cell.policy  # which says what it changes
     parts = [f"{listed(_shortened(kept))} in BF16"] if kept else []
     parts += [f"{listed(f'{role}s' for role in roles)} in 8 bits too"] if roles else []

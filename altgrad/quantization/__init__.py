@@ -34,7 +34,15 @@ from altgrad.quantization.flip_metrics import WeightFlipTracker, compute_flip_ra
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from altgrad.quantization.ops import decode, encode, hash_uniform, mix_seed, quantize, ulp
-from altgrad.quantization.policy import OWN_FORMATS, POLICIES, LayerRule, PrecisionPolicy, named_policy, same_spacings
+from altgrad.quantization.policy import (
+    POLICIES,
+    LayerRule,
+    PrecisionPolicy,
+    named_policy,
+    names_its_own_formats,
+    own_format,
+    same_spacings,
+)
 from altgrad.quantization.rank_health import RankHealthMonitor, RankTrendDetector, ReferenceRatioDetector
 from altgrad.quantization.ranks import compute_effective_rank, compute_stable_rank
 from altgrad.quantization.recipes import Recipe, RoleChange
@@ -65,7 +73,6 @@ from altgrad.quantization.weight_grid import weight_grid
 __all__ = [
     "BLOCK_FORMATS",
     "FORMATS",
-    "OWN_FORMATS",
     "POLICIES",
     "AmaxHistory",
     "AmaxMovingAverage",
@@ -120,7 +127,9 @@ __all__ = [
     "hash_uniform",
     "mix_seed",
     "named_policy",
+    "names_its_own_formats",
     "overflow_share",
+    "own_format",
     "quantize",
     "quantize_model",
     "quantized_parameters",

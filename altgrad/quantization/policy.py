@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -132,9 +132,6 @@ def _blocks(fmt: str, scale_format: BlockScale, *, stochastic: bool) -> Callable
     return lambda _: _of_roles(own, own, gradient)
 
 
-OWN_FORMATS: Mapping[str, str] = {"hybrid": "E4M3", "mxfp8": "E4M3", "mxfp6": "E2M3", "mxfp4": "E2M1", "nvfp4": "E2M1"}
-"""Policies that say every layer's format themselves, and that of their weights; `classic` has several."""
-
 POLICIES: Registry[Callable[[str], tuple[LayerRule, ...]]] = Registry(
     {
         "uniform": _uniform,
@@ -166,6 +163,17 @@ def named_policy(name: str, fmt: str) -> PrecisionPolicy:
     if fmt.upper() == "FP32":
         return PrecisionPolicy()
     return PrecisionPolicy(rules=POLICIES[name](get_format(fmt).name))
+
+
+def names_its_own_formats(name: str) -> bool:
+    """Whether the named policy is the same whatever the format."""
+    return named_policy(name, "E5M2") == named_policy(name, "E7M0")
+
+
+def own_format(name: str) -> str | None:
+    """The one format of weights that the named policy gives whatever is asked, as `mxfp8` does; None for any other."""
+    own = {rule.weight.format for rule in named_policy(name, "E5M2").rules if rule.weight is not None}
+    return own.pop() if names_its_own_formats(name) and len(own) == 1 else None
 
 
 def same_spacings(first: PrecisionPolicy, second: PrecisionPolicy) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from altgrad.analysis.report import write_report
 from altgrad.cli import main
-from altgrad.quantization import OWN_FORMATS, named_policy
+from altgrad.quantization import named_policy, own_format
 from altgrad.sweep.space.resolve import resolve
 from altgrad.sweep.space.spec import SweepSpec
 from altgrad.training.config import TrainConfig
@@ -75,7 +75,7 @@ def test_block_formats_are_formats(name: str) -> None:
         SPEC.model_dump() | {"formats": [name, "E5M2"], "optimizers": ["adamw", "manifold"]}
     )
     found = {(trial.format, trial.arm, trial.policy) for trial in cells(spec)}
-    own = OWN_FORMATS[name.lower()]
+    own = own_format(name.lower())
     assert found == {(own, "adamw", name.lower()), ("E5M2", "adamw", "uniform"), ("E5M2", "manifold", "uniform")}
     (rule,) = (item for item in spec.exclusions() if item.rule == "one_scale_per_tensor")
     assert rule.trials == spec.seeds

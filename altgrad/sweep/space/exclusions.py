@@ -11,25 +11,37 @@ from functools import cache
 from typing import NamedTuple
 
 from altgrad.quantization import (
-    OWN_FORMATS,
+    POLICIES,
     LayerRule,
     PrecisionPolicy,
     Recipe,
+    Role,
     RoleChange,
     ScaleRule,
     get_format,
     named_policy,
+    names_its_own_formats,
+    own_format,
     same_spacings,
 )
 from altgrad.training.arm_configs import ARMS, scale_obstacle
 from altgrad.training.config import BASELINE, UNQUANTIZED
 
+
+def _weights(policy: str) -> list[Role]:
+    return [rule.weight for rule in named_policy(policy, BASELINE).rules if rule.weight is not None]
+
+
 MAIN, PLAIN = "uniform", Recipe()
 ROLES = ("weight", "activation", "gradient")
 
 
-BLOCK_FORMATS = {"MXFP8": "mxfp8", "MXFP6": "mxfp6", "MXFP4": "mxfp4", "NVFP4": "nvfp4"}
-"""Formats that are a policy: elements with their blocks' scales."""
+BLOCK_FORMATS = {
+    name.upper(): name
+    for name in POLICIES
+    if own_format(name) is not None and "block" in {role.scale.kind for role in _weights(name)}
+}
+"""Formats that are a policy, elements with their blocks' scales: MXFP8 and the like."""
 
 
 class Combination(NamedTuple):
@@ -82,11 +94,6 @@ class Exclusion(NamedTuple):
         return self._replace(trials=self.trials + trials)
 
 
-@cache
-def _names_its_own_formats(policy: str) -> bool:
-    return named_policy(policy, "E5M2") == named_policy(policy, "E7M0")
-
-
 def canonical(point: Combination) -> Combination:
     """The combination without those parts of its recipe that leave the training as it is."""
     parts = [(role, field) for role in ROLES for field in RoleChange.model_fields]
@@ -113,9 +120,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "policy_names_its_own_formats",
         "it does not depend on the format: it runs once, under its own or the first 8-bit one",
-        lambda point: (
-            _names_its_own_formats(point.policy) and point.format != OWN_FORMATS.get(point.policy, point.lead)
-        ),
+        lambda point: names_its_own_formats(point.policy) and point.format != (own_format(point.policy) or point.lead),
     ),
     Rule(
         "bf16_everywhere_is_uniform",
@@ -123,7 +128,7 @@ RULES: tuple[Rule, ...] = (
         lambda point: (
             point.format == BASELINE
             and (point.policy != MAIN and point.recipe == PLAIN)
-            and not _names_its_own_formats(point.policy)
+            and not names_its_own_formats(point.policy)
         ),
         stands_for=MAIN,
     ),

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from altgrad.quantization import OWN_FORMATS, Recipe, get_format
+from altgrad.quantization import Recipe, get_format, own_format
 from altgrad.sweep.space.axes import CONDITIONS, REFUSED, Range, accepts, arm_fields, is_of_recipe, is_of_setting
 from altgrad.sweep.space.declaration import Declaration
 from altgrad.sweep.space.exclusions import (
@@ -191,7 +191,7 @@ def combinations(spec: Declaration) -> Iterator[Combination]:
 def combination_of(spec: Declaration, name: str, policy: str, arm: str) -> Combination:
     """A format as it is asked for, a policy and an arm, under the formats that policies name themselves."""
     policy = BLOCK_FORMATS.get(name, policy)
-    own = OWN_FORMATS.get(policy)
+    own = own_format(policy)
     stands = name in BLOCK_FORMATS or name == (own if own in spec.formats else lead(spec))
     format = own if own is not None and stands else name
     return in_place_of(Combination(format, policy, arm, lead(spec)), spec.policies)
@@ -242,7 +242,7 @@ def lead(spec: Declaration) -> str:
     """The first 8-bit format asked for, or the first format."""
     quantized = [name for name in spec.formats if name != UNQUANTIZED and name not in BLOCK_FORMATS]
     if not quantized and spec.formats[0] in BLOCK_FORMATS:
-        return OWN_FORMATS[BLOCK_FORMATS[spec.formats[0]]]
+        return str(own_format(BLOCK_FORMATS[spec.formats[0]]))
     return next((name for name in quantized if get_format(name).total_bits == 8), spec.formats[0])
 
 
