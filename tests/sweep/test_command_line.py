@@ -19,9 +19,10 @@ from altgrad.sweep.space.spec import SweepSpec
 
 SWEEP = """
 --address --config --data --equal-within --executor --first-seed --formats --fresh --gpus-per-trial --guards
---interval-timeout --keep-checkpoints --label-field --lrs --margin --max-concurrent --max-gpu-hours --max-hours --max-usd
---mix-devices --model --num-samples --objectives --optimizers --out --plan --policies --preset --rung-clip --scheduler
---search --seeds --steps --task --tokenizer --usd-per-gpu-hour --wandb --workers-per-trial file
+--interval-timeout --keep-checkpoints --label-field --lrs --margin --max-concurrent --max-gpu-hours --max-hours
+--max-usd --mix-devices --model --num-samples --objectives --optimizers --out --plan --policies --preset
+--rung-clip --scheduler --search --seeds --steps --task --tokenizer --usd-per-gpu-hour --wandb
+--workers-per-trial file
 """
 COMMANDS = {
     "plan": SWEEP,
@@ -42,9 +43,9 @@ COMMANDS = {
     "cluster": "words",
 }
 KEYS = """
-name base formats optimizers policies lrs settled_lrs rung_clip axes constraints search num_samples objectives search_seed
-seeds first_seed margin equal_within scheduler race pbt task model data recipe schedule clip_grad_norm interventions guards
-observe steps log_interval eval_interval checkpoint_interval
+name base formats optimizers policies lrs settled_lrs rung_clip axes constraints search num_samples objectives
+search_seed seeds first_seed margin equal_within scheduler race pbt task model data recipe schedule clip_grad_norm
+interventions guards observe steps log_interval eval_interval checkpoint_interval
 """
 CONFIGS = Path(__file__).parents[2] / "sweeps" / "configs"
 SEARCH = {"optimizer.beta2": [0.9, 0.95], "schedule.kind": ["constant", "cosine"]}
