@@ -96,7 +96,7 @@ def test_a_trial_that_went_further_comes_in_again(done: Path, tmp_path: Path) ->
     found = import_sweep(folder, there)
     assert (found.entered, found.known, found.differing) == (1, 0, 0)
     assert load(there).outcomes["step"].tolist() == [40]
-    assert json.loads((there / "sweep.json").read_text())["spec"]["steps"] == 40
+    assert json.loads((there / "sweep.json").read_text())["spec"]["base"]["steps"] == 40
 
 
 def test_a_sweep_that_grows_grows_where_it_was_imported(done: Path, tmp_path: Path) -> None:
