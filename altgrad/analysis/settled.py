@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from altgrad.analysis.grids import chosen
+from altgrad.analysis.grids import build_cells, chosen
 from altgrad.analysis.records import UNRESOLVED
+from altgrad.analysis.scores import judged
 from altgrad.analysis.sweeps import read_sweep
 from altgrad.analysis.twins import ONE_GRID
 from altgrad.training.outcome import OutcomeKind
@@ -21,7 +22,7 @@ def settled_lrs(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     if lacks.any():
         raise ValueError(f"{folder}: {lacks.sum()} of {len(lacks)} trials have no result yet: no rate is settled")
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for cell in sweep.study(records, None, None).cells:
+    for cell in build_cells(judged(records.trials)):
         # Of all that it ran at, also where other arms have fewer rates: nothing is judged on these seeds.
         found.setdefault(cell.format, {}).setdefault(cell.family, {})[cell.policy] = chosen(cell.tried, None).lr
     for name, twin in (ONE_GRID, ONE_GRID[::-1]):
