@@ -192,7 +192,7 @@ def _parser(words: Sequence[str]) -> Parser:
     export.add_argument(
         "--lean",
         action="store_true",
-        help="signals at 8 checks and two points of layers, in 12 bits; losses of evaluations stay exact",
+        help="signals at 8 checks, those of layers at the last, in 12 bits; losses of evaluations stay exact",
     )
     take = command("import", "transfer.import_", "make a sweep of an export, to go on with or to look at")
     take.add_argument("folder", type=Path, metavar="DIR", help="the export's folder")

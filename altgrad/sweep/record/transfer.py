@@ -53,7 +53,7 @@ class Detail:
     """How much of a trial is exported beside how it ended and its evaluations, which always are, exactly.
 
     `checks`: ends of log intervals with a value of a signal; in a lean export those of HEADLINE have all. `points`:
-    steps with a signal of layers; the first measured, the last, checkpoints between. `bits`: significant bits of
+    steps with a signal of layers: the last, the first measured, checkpoints between. `bits`: significant bits of
     signals and of the training losses (off by 2^-bits of their value at most); None for all that there are.
     """
 
@@ -62,7 +62,7 @@ class Detail:
     bits: int | None
 
 
-FULL, LEAN = Detail(24, 4, None), Detail(8, 2, 12)
+FULL, LEAN = Detail(24, 4, None), Detail(8, 1, 12)
 HEADLINE = ("flip_yield", "stall_ratio", "rank_drop", "critical_rank_drop", "gradient_cosine")
 """Signals of which a lean export has every value: what warnings and expectations are judged by."""
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", *CLASSIFICATION_SIGNALS)
@@ -330,9 +330,11 @@ def _moments(table: pa.Table) -> pa.Array:
 
 
 def points(steps: Iterable[int], checkpoint_interval: int, most: int) -> list[int]:
-    """At most so many of the steps at which a signal was measured: the first, the last, and evenly between them, of
+    """At most so many of the steps at which a signal was measured: the last, the first, and evenly between them, of
     checkpoints where there are enough."""
     measured = sorted(steps)
+    if most == 1:
+        return measured[-1:]
     at_checkpoints = [step for step in measured[1:-1] if step % checkpoint_interval == 0]
     if len(at_checkpoints) >= most - 2:
         measured = [measured[0], *at_checkpoints, measured[-1]]
