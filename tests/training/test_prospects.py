@@ -8,7 +8,7 @@ import torch
 
 from altgrad.quantization import FORMATS, compute_scale, get_format, ulp
 from altgrad.training import TrainConfig, Trainer
-from altgrad.training.observers.prospects import BINADES, binades, expected_flips
+from altgrad.training.observers.prospects import BINADES, binades, flips_and_expected
 
 LAYER = "transformer.h.0.mlp.c_fc"
 CONFIG = TrainConfig.model_validate(
@@ -106,9 +106,9 @@ def test_steps_below_half_a_spacing_are_swallowed() -> None:
     fmt = get_format("E5M2")
     spacing = ulp(weight, fmt, compute_scale(weight, fmt))
     for share, flips in ((0.4, 0), (0.6, 3), (3.0, 3)):
-        found, expected = expected_flips(weight, -share * spacing * weight.sign(), fmt)
+        found, expected = flips_and_expected(weight, -share * spacing * weight.sign(), fmt)
         assert (int(found), float(expected)) == (flips, pytest.approx(3 * min(1.0, share)))
-    assert expected_flips(weight, torch.zeros(3, dtype=torch.float32), fmt) == (0, 0)
+    assert flips_and_expected(weight, torch.zeros(3, dtype=torch.float32), fmt) == (0, 0)
 
 
 def test_binades_count_every_weight_once() -> None:

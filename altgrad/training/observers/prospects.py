@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from altgrad.quantization import FORMATS, FloatFormat, compute_scale, quantize, ulp
+from altgrad.quantization.flip_metrics import expected_flips
 from altgrad.training.observers.base import Moment, Observer, Readings, Subject
 
 BITS = 8
@@ -64,7 +65,7 @@ class ProspectsObserver(Observer):
                 self._found |= {(name, f"weight_binade@{k}"): share for k, share in enumerate(binades(before))}
                 change = (weight.detach() - before) * self._gain(weight)
                 for fmt in formats():
-                    flips, expected = expected_flips(before, change, fmt)
+                    flips, expected = flips_and_expected(before, change, fmt)
                     self._found[name, f"flip_yield@{fmt.name}"] = flips / expected
                     self._found[name, f"flip_rate@{fmt.name}"] = flips / before.numel()
         self._due, self._before = False, {}
@@ -108,14 +109,14 @@ def formats() -> Iterator[FloatFormat]:
     return (fmt for fmt in FORMATS.values() if fmt.total_bits == BITS)
 
 
-def expected_flips(weight: Tensor, change: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
+def flips_and_expected(weight: Tensor, change: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
     """Code changes of this change to nearest, from the weight's values on the format's grid, 0-d, and how many would be
     expected of unbiased rounding.
     """
     scale = compute_scale(weight, fmt)
     start = quantize(weight, fmt, scale)
     flips = torch.count_nonzero(quantize(start + change, fmt, scale) != start)
-    return flips, (change.abs() / ulp(start, fmt, scale)).clamp(max=1.0).sum(dtype=torch.float64)
+    return flips, expected_flips(change, ulp(start, fmt, scale))
 
 
 def binades(weight: Tensor) -> Tensor:
