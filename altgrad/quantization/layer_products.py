@@ -70,7 +70,7 @@ class QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative(gradient)
+        refuse_second_derivative(gradient)
         x_values, weight_values = ctx.saved_tensors
         product: ProductRoles = ctx.product
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -117,7 +117,7 @@ class EmulatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative(gradient)
+        refuse_second_derivative(gradient)
         x_values, weight_values = ctx.saved_tensors
         quantizer, advance = ctx.role
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -162,7 +162,7 @@ def _finished(y: Tensor, bias: Tensor | None, *, rounds: bool) -> Tensor:
     return y.to(torch.bfloat16).to(torch.float32) if rounds else y
 
 
-def _refuse_second_derivative(gradient: Tensor) -> None:
+def refuse_second_derivative(gradient: Tensor) -> None:
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and gradient.requires_grad:
         raise NotImplementedError(
             "no second derivative through a quantized layer (backward with create_graph=True): rounding has none"

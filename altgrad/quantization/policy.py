@@ -67,6 +67,7 @@ class PrecisionPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rules: tuple[LayerRule, ...] = ()
+    embeddings: bool = Field(False, description="whether rules hold for embeddings too; a tied one goes with its layer")
 
     def resolve(self, layer_name: str) -> LayerRule | None:
         """The first rule that matches, or None."""

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _STATEFUL: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -23,7 +22,7 @@ _HOLDERS: weakref.WeakKeyDictionary[Any, weakref.ref[torch.optim.Optimizer]] = w
 _LOCK = threading.RLock()
 
 
-def follow_steps(layer: nn.Module) -> None:
+def follow_steps(layer: Any) -> None:
     """Calls the layer's `end_step()` after each training step from now on."""
     _install()
     with _LOCK:
@@ -47,13 +46,14 @@ def end_step_of(optimizer: torch.optim.Optimizer) -> None:
     """Moves on the layers whose weights the optimizer holds."""
     held = _held_by(optimizer)
     for layer in _layers():
-        weight = id(_weight_of(layer))
-        if weight in held:
+        weight = layer.held_parameter()
+        if id(weight) in held:
             _HOLDERS[layer] = weakref.ref(optimizer)
             layer.end_step()
             continue
         holder = _HOLDERS[layer]() if layer in _HOLDERS else None
-        if layer.has_run and not _awaits_step(_weight_of(layer)) and (holder is None or weight not in _held_by(holder)):
+        is_free = holder is None or id(weight) not in _held_by(holder)
+        if layer.has_run and is_free and not _awaits_step(weight):
             layer.end_step()
 
 
@@ -69,9 +69,3 @@ def _held_by(optimizer: torch.optim.Optimizer) -> set[int]:
 def _awaits_step(weight: Any) -> bool:
     """Whether a weight has a gradient to be used: it is somebody's, whose step is still to come."""
     return weight is not None and weight.requires_grad and weight.grad is not None
-
-
-def _weight_of(layer: nn.Module) -> Any:
-    """The weight, or what it is made from; not the bias, which may be another optimizer's."""
-    parameters = layer._parameters
-    return parameters.get("weight", parameters.get("weight_orig"))

@@ -43,10 +43,11 @@ Memory = tuple[int, int, bytes]
 
 
 class LayerWithGrid(Protocol):
-    """A layer whose weight has a grid."""
+    """What multiplies by a weight that has a grid."""
 
     grid: WeightGrid
-    _parameters: dict[str, Any]
+
+    def parameter(self) -> Any: ...
 
 
 _LAYERS: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -191,7 +192,7 @@ def weight_grid(weight: Any) -> WeightGrid:
     grid = getattr(weight, "grid", None)
     if not isinstance(grid, WeightGrid):
         with _LOCK:
-            owners = (layer for layer in _LAYERS if layer._parameters.get("weight") is weight)
+            owners = (layer for layer in _LAYERS if layer.parameter() is weight)
             layer = next(owners, None)
         grid = weight.grid = WeightGrid() if layer is None else layer.grid
     return grid
@@ -200,7 +201,7 @@ def weight_grid(weight: Any) -> WeightGrid:
 def converted_weights() -> set[int]:
     """The ids of the tensors that living converted layers multiply by."""
     with _LOCK:
-        return {id(layer._parameters.get("weight")) for layer in _LAYERS}
+        return {id(layer.parameter()) for layer in _LAYERS}
 
 
 def memory_of(weight: Tensor) -> Memory:

@@ -149,7 +149,7 @@ def test_policies_reach_the_layers_and_the_table_says_so():
     text = str(table)
     assert (
         "keeps BF16" in text
-        and "not a linear layer" in text
+        and "not a layer that multiplies" in text
         and len({len(line) > 0 for line in text.splitlines()}) == 1
     )
     assert "E4M3 weight · BF16 activation · BF16 gradient" in repr(model)
