@@ -14,12 +14,15 @@ from altgrad.quantization.block_scaling import (
     get_block_format,
 )
 from altgrad.quantization.conversion import (
-    ConversionTable,
     dequantize_model,
+    embedded_weights,
+    multiplied_parameters,
     quantize_model,
     quantized_parameters,
     requantize_layer,
+    rounded_weights,
 )
+from altgrad.quantization.conversion_table import ConversionTable
 from altgrad.quantization.diagnostics import (
     BitStallDetector,
     codes_in_use,
@@ -32,6 +35,7 @@ from altgrad.quantization.diagnostics import (
 )
 from altgrad.quantization.flip_metrics import WeightFlipTracker, compute_flip_rate, compute_stall_ratio, flip_yield
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
+from altgrad.quantization.layer_kinds import register_layer
 from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from altgrad.quantization.ops import decode, encode, hash_uniform, mix_seed, quantize, ulp
 from altgrad.quantization.policy import (
@@ -69,6 +73,8 @@ from altgrad.quantization.tensor_stats import (
     update_statistics,
 )
 from altgrad.quantization.weight_grid import weight_grid
+from altgrad.quantization.weight_roles import WeightRoles
+from altgrad.quantization.wrapped_layers import QuantizedLayer
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -87,6 +93,7 @@ __all__ = [
     "PartitionRelativeClipper",
     "PrecisionPolicy",
     "QuantizedEmbedding",
+    "QuantizedLayer",
     "QuantizedLinear",
     "RankGauge",
     "RankHealthMonitor",
@@ -99,6 +106,7 @@ __all__ = [
     "ScaleTracker",
     "SpectralNormTracker",
     "WeightFlipTracker",
+    "WeightRoles",
     "activation_kurtosis",
     "block_decode",
     "block_encode",
@@ -116,6 +124,7 @@ __all__ = [
     "decode",
     "dequantize_model",
     "detect_bit_stall",
+    "embedded_weights",
     "encode",
     "flip_yield",
     "format_scale",
@@ -126,6 +135,7 @@ __all__ = [
     "grid_alignment_statistics",
     "hash_uniform",
     "mix_seed",
+    "multiplied_parameters",
     "named_policy",
     "names_its_own_formats",
     "overflow_share",
@@ -134,7 +144,9 @@ __all__ = [
     "quantize_model",
     "quantized_parameters",
     "range_statistics",
+    "register_layer",
     "requantize_layer",
+    "rounded_weights",
     "same_spacings",
     "stiffness_pearson",
     "synchronize_amax",

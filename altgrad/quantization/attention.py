@@ -95,7 +95,7 @@ def _multiplied(products: Any, path: str, x: Tensor, weight: Tensor, bias: Tenso
 
 
 def _multiply(products: Any, path: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: Tensor) -> Any:
         return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     y: Tensor = products.multiply(path, x, weight, linear)
@@ -104,7 +104,8 @@ def _multiply(products: Any, path: str, x: Tensor, weight: Tensor, bias: Tensor 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[length, batch, width] -> [batch, heads, length, width of a head]."""
-    return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+    parts: Tensor = x.unflatten(-1, (heads, -1))
+    return parts.permute(1, 2, 0, 3)
 
 
 def _joined(

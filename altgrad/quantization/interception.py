@@ -123,7 +123,7 @@ class _Interception(TorchFunctionMode):
 
     def _multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = 1 if func in ADDED_FIRST else 0
-        factors = [kwargs.get(name) for name in PRODUCTS[func]]
+        factors: list[Any] = [kwargs.get(name) for name in PRODUCTS[func]]
         for place in range(2):
             if len(args) > start + place:
                 factors[place] = args[start + place]

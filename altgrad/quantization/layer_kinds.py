@@ -58,7 +58,7 @@ def register_layer(
     """
     if not (inspect.isclass(layer) and issubclass(layer, nn.Module)) or not weights:
         raise TypeError(
-            f"register_layer takes a class of nn.Module and the names of its weights; got {layer!r}, {weights}"
+            f"register_layer takes a class of modules and the names of its weights; got {layer!r}, {weights}"
         )
     axes = (contracted,) if isinstance(contracted, int) else tuple(contracted)
     KINDS[layer] = LayerKind(lambda _: dict.fromkeys(weights, axes), forward or intercepted)
@@ -80,20 +80,20 @@ def weights_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     return {} if kind is None else dict(kind.weights(layer))
 
 
-def _convolution(layer: Any, products: Any, x: Tensor) -> Tensor:
+def _convolution(layer: Any, products: Any, x: Tensor) -> Any:
     bias = _wide(layer.bias)
     weight = products.weight("weight", layer.weight)
     features = -layer.weight.dim() + 1  # of an image without a batch axis too
     return products.multiply("weight", x, weight, lambda x, w: layer._conv_forward(x, w, bias), axis=features)
 
 
-def _transposed_linear(layer: Any, products: Any, x: Tensor) -> Tensor:
+def _transposed_linear(layer: Any, products: Any, x: Tensor) -> Any:
     bias = _wide(layer.bias)
     weight = products.weight("weight", layer.weight)
     return products.multiply("weight", x, weight, lambda x, w: x @ w + bias)
 
 
-def _linear(layer: Any, products: Any, x: Tensor) -> Tensor:
+def _linear(layer: Any, products: Any, x: Tensor) -> Any:
     bias = _wide(layer.bias)
     weight = products.weight("weight", layer.weight)
     return products.multiply("weight", x, weight, lambda x, w: functional.linear(x, w, bias))

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from altgrad.quantization import products
@@ -127,23 +127,23 @@ class QuantizedEmbedding(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, embedding: nn.Embedding, linear: QuantizedLinear) -> None:
+    def __init__(self, embedding: nn.Embedding, owner: WeightRoles) -> None:
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm={embedding.max_norm} rewrites the weights on look-up; not with a quantized one")
         if embedding.sparse:
             raise ValueError("sparse=True: a quantized embedding has a dense gradient; use sparse=False")
         super().__init__()
         share(embedding, self)
-        self._linear, self._original = (linear,), (embedding,)
+        self._owner, self._original = (owner,), (embedding,)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> [..., width]; gradient straight through."""
-        (embedding,), (linear,) = self._original, self._linear
+        (embedding,), (owner,) = self._original, self._owner
         if not torch.compiler.is_compiling():
             refuse_transforms("a quantized embedding", self.weight)
             refuse_script_tracing("a quantized embedding")
-        own_scale = linear.own_scale() if self.weight is linear.weight else None
-        quantizer = linear.weight_quantizer
+        own_scale = owner.own_scale() if self.weight is owner.parameter() else None
+        quantizer = owner.weight_quantizer
         values = quantizer.values(self.weight, advance=False, own_scale=own_scale)
         if values is None:
             values = quantizer.operand(self.weight, advance=False, own_scale=own_scale).numbers
@@ -161,7 +161,7 @@ class QuantizedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Shape and role."""
         rows, width = self.weight.shape
-        return f"{rows}, {width}, {self._linear[0].weight_quantizer.role} weight"
+        return f"{rows}, {width}, {self._owner[0].weight_quantizer.role} weight"
 
 
 _SHARED = (
@@ -216,7 +216,7 @@ def obstacle(layer: nn.Module, weights: Iterable[str] = ("weight",)) -> str | No
         weight = holder._parameters.get(name)
         if not isinstance(weight, nn.Parameter):
             return f"its {name} is no Parameter"
-        if isinstance(weight, UninitializedTensorMixin):
+        if is_lazy(weight):
             return f"its {name} has no shape before the first forward pass"
         if not weight.is_floating_point():
             return f"its {name} is stored as {str(weight.dtype).removeprefix('torch.')}"

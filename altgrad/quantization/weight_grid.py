@@ -47,6 +47,9 @@ class LayerWithGrid(Protocol):
 
     grid: WeightGrid
 
+    @property
+    def weight_format(self) -> FloatFormat: ...
+
     def parameter(self) -> Any: ...
 
 
@@ -198,10 +201,10 @@ def weight_grid(weight: Any) -> WeightGrid:
     return grid
 
 
-def converted_weights() -> set[int]:
-    """The ids of the tensors that living converted layers multiply by."""
+def converted_weights() -> dict[int, FloatFormat]:
+    """The ids of the tensors that living converted layers multiply by, and the formats these have there."""
     with _LOCK:
-        return {id(layer.parameter()) for layer in _LAYERS}
+        return {id(layer.parameter()): layer.weight_format for layer in _LAYERS}
 
 
 def memory_of(weight: Tensor) -> Memory:

@@ -10,7 +10,7 @@ came from a checkpoint of such a run, and the layer then changes none of them. O
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,10 @@ class WeightRoles:
         weight = self.parameter()
         return self.holder._parameters.get(f"{self.weight_name}_orig") if weight is None else weight
 
+    def tensor(self) -> Tensor:
+        """The weight as it is now: the Parameter, or what is made from others in its place."""
+        return cast(Tensor, getattr(self.holder, self.weight_name))
+
     @property
     def weight_format(self) -> FloatFormat:
         """The weight's format."""
@@ -102,8 +106,7 @@ class WeightRoles:
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight as it is multiplied, without gradient."""
-        weight = getattr(self.holder, self.weight_name)
-        return self.weight_quantizer.operand(weight, advance=advance, own_scale=self.own_scale())
+        return self.weight_quantizer.operand(self.tensor(), advance=advance, own_scale=self.own_scale())
 
     def quantized_weight(self) -> Tensor:
         """The values of `weight_operand`, float32."""

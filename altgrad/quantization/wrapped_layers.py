@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.layer_kinds import kind_of, weights_of
+from altgrad.quantization.layer_kinds import LayerKind, kind_of, weights_of
 from altgrad.quantization.layer_products import StraightThrough, refuse_second_derivative
 from altgrad.quantization.layers import give_back, obstacle, share
 from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
@@ -62,7 +62,7 @@ class ProductRoles(WeightRoles):
 
     def rounded(self, *, advance: bool) -> Tensor:
         """The weight's values in float32, whose gradient passes straight through to the weight."""
-        weight, own_scale = cast(Tensor, getattr(self._holder, self.weight_name)), self.own_scale()
+        weight, own_scale = self.tensor(), self.own_scale()
         refuse_transforms("a quantized layer", weight)
         if own_scale is None and self.weight_quantizer.role.scale.kind in BY_LINES:
             values = self._along_rows(weight, advance)
@@ -114,7 +114,6 @@ class QuantizedLayer(nn.Module):
         kind = kind_of(layer)
         if kind is None:
             raise ValueError(f"{type(layer).__name__} is no layer that is known; see register_layer")
-        self._kind = kind
         self.rounded_weights: dict[str, ProductRoles] = {}
         for place, (path, contracted) in enumerate(weights_of(layer).items()):
             if path in rules:
@@ -124,7 +123,7 @@ class QuantizedLayer(nn.Module):
                 roles = rule.weight or Role(format="BF16"), rule.activation, rule.gradient
                 own = ProductRoles(holder, name, contracted, *roles, mix_seed(key, place))
                 self.rounded_weights[path] = self.__dict__[_attribute(path)] = own
-        self.__dict__ |= self._kind.attributes
+        self.__dict__ |= kind.attributes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -139,12 +138,29 @@ class QuantizedLayer(nn.Module):
                 raise
             return getattr(self._original[0], name)
 
+    @property
+    def _kind(self) -> LayerKind:
+        """Found anew, for it cannot be pickled."""
+        kind = kind_of(self._original[0])
+        assert kind is not None
+        return kind
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of the weight are looked up."""
+        return self._kind.is_lookup
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer that it wraps."""
         if not torch.compiler.is_compiling():
             refuse_script_tracing("a quantized layer")
         products = Products(self.rounded_weights, advance=self.training and torch.is_grad_enabled())
         return self._kind.forward(self._original[0], products, *args, **kwargs)
+
+    def drop(self, roles: WeightRoles) -> None:
+        """Leaves one of several weights unquantized from now on."""
+        roles.grid.release()
+        self.rounded_weights = {path: own for path, own in self.rounded_weights.items() if own is not roles}
 
     def original(self) -> nn.Module:
         """The wrapped layer, which has the present Parameters and hooks; ValueError if it was parametrized since."""

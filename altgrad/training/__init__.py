@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from altgrad.training.grid_optim import GridOptim
     from altgrad.training.guards import DEFAULT_GUARDS, GuardRule, when
     from altgrad.training.outcome import Outcome, OutcomeKind
+    from altgrad.training.own_loop import build_arm, weight_signals
     from altgrad.training.trainer import Reporter, Trainer
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
     "RoundedOptimizer",
     "TrainConfig",
     "Trainer",
+    "build_arm",
     "build_optimizer",
+    "weight_signals",
     "when",
 ]
 
@@ -38,6 +41,7 @@ _PLACES = {
     "grid_optim": ("GridOptim",),
     "guards": ("DEFAULT_GUARDS", "GuardRule", "when"),
     "outcome": ("Outcome", "OutcomeKind"),
+    "own_loop": ("build_arm", "weight_signals"),
     "trainer": ("Reporter", "Trainer"),
 }
 

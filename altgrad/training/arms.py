@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, get_format, quantized_parameters
+from altgrad.training.arm_configs import AnyOptimizerConfig
 from altgrad.training.config import TrainConfig
 from altgrad.training.grid_optim import GridOptim
 from altgrad.training.kernels import Counting, Geometry, Job, Moments, Placement, Plan
 from altgrad.training.optimizer import GridAwareOptimizer, Rounding
-from altgrad.training.optimizer_groups import parameter_groups
+from altgrad.training.optimizer_groups import LayersFormat, parameter_groups
 from altgrad.training.optimizer_state import is_sharded, put_back, whole
 from altgrad.training.rules import RULES
 
@@ -46,7 +47,7 @@ class RoundedAdamW(GridAwareOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        format: str | None = "E5M2",
+        format: str | None = LayersFormat("E5M2"),
         rounding: Rounding | None = None,
         tensor_scale: float | None = None,
         seed: int = 0,
@@ -86,7 +87,7 @@ class ManifoldAdamW(RoundedAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        format: str | None = "E5M2",
+        format: str | None = LayersFormat("E5M2"),
         precondition: Literal["update", "gradient"] = "update",
         manifold_aware: bool = True,
         max_stiffness: float = 1e6,
@@ -135,7 +136,7 @@ class RoundedOptimizer(GridAwareOptimizer):
         momentum: float | None = None,
         beta2: float | None = None,
         weight_decay: float = 0.0,
-        format: str | None = "E5M2",
+        format: str | None = LayersFormat("E5M2"),
         rounding: Rounding | None = "stochastic",
         tensor_scale: float | None = None,
         seed: int = 0,
@@ -227,18 +228,23 @@ def build_optimizer(
     One parameter group per weight format, and one without format for the rest (norms, positions), which takes the
     arm's float32 rule. `formats`: which parameter has which, by default those the model's layers round to.
     """
-    if formats is None:
-        formats = weight_formats(model)
-    rule = config.optimizer.kind if config.optimizer.kind in RULES else None
+    return arm_optimizer(config.optimizer, model, weight_formats(model) if formats is None else formats, config.seed)
+
+
+def arm_optimizer(
+    config: AnyOptimizerConfig, model: nn.Module, formats: Mapping[nn.Parameter, FloatFormat], seed: int
+) -> GridAwareOptimizer:
+    """The optimizer of an arm; see `build_optimizer`."""
+    rule = config.kind if config.kind in RULES else None
     params = parameter_groups(model, formats, rule)
-    own = config.optimizer.model_dump(exclude={"kind", "quantized"})
-    shared: dict[str, Any] = {"format": next((f.name for f in formats.values()), None), "seed": config.seed}
-    if config.optimizer.kind == "grid":
+    own = config.model_dump(exclude={"kind", "quantized"})
+    shared: dict[str, Any] = {"format": next((f.name for f in formats.values()), None), "seed": seed}
+    if config.kind == "grid":
         return GridOptim(params, **own, **shared)
     if rule is not None:
         return RoundedOptimizer(params, rule, **own, **shared)
     shared["betas"] = (own.pop("beta1"), own.pop("beta2"))
-    arm = ManifoldAdamW if config.optimizer.kind == "manifold" else RoundedAdamW
+    arm = ManifoldAdamW if config.kind == "manifold" else RoundedAdamW
     return arm(params, **own, **shared)
 
 

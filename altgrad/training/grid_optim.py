@@ -20,6 +20,7 @@ from torch import Tensor
 from altgrad.quantization import get_format, ulp
 from altgrad.training.kernels import Counting, Moments, Placement, Plan
 from altgrad.training.optimizer import GridAwareOptimizer
+from altgrad.training.optimizer_groups import LayersFormat
 from altgrad.training.step_counts import StepResult
 from altgrad.training.step_in_graph import step_in_graph
 
@@ -38,7 +39,7 @@ class GridOptim(GridAwareOptimizer):
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        format: str | None = "E4M3",
+        format: str | None = LayersFormat("E4M3"),
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         rung_clip: float = 10.0,

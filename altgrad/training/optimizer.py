@@ -21,6 +21,7 @@ when it runs, so that no step compiles anything again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, Self
@@ -29,14 +30,24 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, get_format, mix_seed, quantize, weight_grid
+from altgrad.quantization.conversion_plan import some
 from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, is_on_grid, memory_of
 from altgrad.training.kernels import Count, Counting, Job, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
-from altgrad.training.optimizer_groups import check_arguments, name_of, parameter_groups, parts_of, tensor_of
+from altgrad.training.optimizer_groups import (
+    check_arguments,
+    has_converted,
+    name_of,
+    parameter_groups,
+    parts_of,
+    tensor_of,
+)
 from altgrad.training.optimizer_state import check_gradient, check_parameter, is_plain, is_usual, put_back, whole
 from altgrad.training.optimizer_travel import TravellingOptimizer
 from altgrad.training.step_counts import StepCounts
 from altgrad.training.step_in_graph import step_in_graph
+
+logger = logging.getLogger("altgrad")
 
 COUNT_EVERY = 8
 """Steps from one that is counted to the next, unless the optimizer's `count_every` is set."""
@@ -50,9 +61,9 @@ Rounding = Literal["nearest", "stochastic"]
 class GridAwareOptimizer(TravellingOptimizer):
     """Plumbing shared by the arms: state, scales, randomness, counting, exact resume.
 
-    A parameter group may carry its own `format` (a name, or None for plain float32 parameters such as norms). Without
-    one it takes the optimizer's; of parameters of a converted model, however, only the converted weights do, and the
-    others form a plain group of their own. `from_model` makes a group per format of the model's layers.
+    Of a converted model's parameters exactly the converted weights have a format, that of their layer; the others
+    (norms, biases) form a plain group of their own. Of any other parameters all take `format`, which is logged. A group
+    may carry a `format` of its own: a name, or None for plain float32 parameters.
 
     `counts` holds each parameter's `StepCounts` of the last step that was counted, `skipped` the number of tensors
     whose gradient was not finite in the last step (0-d). The first step is counted and every `count_every`-th after it,
@@ -60,12 +71,17 @@ class GridAwareOptimizer(TravellingOptimizer):
     bit.
     """
 
+    _is_converted = False
+    """Whether it has weights of converted layers."""
+
     ends_its_steps = True
     """In a compiled graph, the op that is the step also ends it for layers that follow training steps."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._start()
         check_arguments(defaults)
+        params = params if isinstance(params, Tensor) else list(params)
+        self._is_converted = not isinstance(params, Tensor) and has_converted(params, converted_weights())
         super().__init__(params, {"calls": 0} | defaults)
 
     @classmethod
@@ -88,7 +104,9 @@ class GridAwareOptimizer(TravellingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch does; ValueError for arguments out of their range and parameters that no step could move exactly."""
         converted = converted_weights()
-        for part in parts_of(param_group, self.defaults["format"], converted):
+        self._is_converted = self._is_converted or has_converted([*self.param_groups, param_group], converted)
+        is_own = "format" not in param_group and not self._is_converted
+        for part in parts_of(param_group, self.defaults["format"], converted, is_converted=self._is_converted):
             check_arguments(self.defaults | part)
             for position, parameter in enumerate(map(tensor_of, part["params"])):
                 if isinstance(parameter, Tensor):
@@ -99,6 +117,14 @@ class GridAwareOptimizer(TravellingOptimizer):
                 continue
             fmt = get_format(group["format"])
             group["format"] = fmt.name
+            if is_own:
+                logger.warning(
+                    "%s: %d tensors take the format %s, for no converted layer multiplies by them: %s",
+                    type(self).__name__,
+                    len(group["params"]),
+                    fmt.name,
+                    some([name_of(group, position, p) for position, p in enumerate(group["params"])]),
+                )
             for parameter in group["params"]:
                 if self._is_resident(group):
                     self._place_on_grid(parameter, group)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from altgrad.quantization import FloatFormat, QuantizedEmbedding, get_format, quantized_parameters
+from altgrad.quantization import FloatFormat, embedded_weights, get_format, quantized_parameters
 from altgrad.training.rules import RULES
 
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -103,8 +103,7 @@ def parameter_groups(
     """
     if formats is None:
         formats = dict(quantized_parameters(model).values())
-    lookups = (nn.Embedding, QuantizedEmbedding)
-    embedded = {module.weight for module in model.modules() if isinstance(module, lookups)}
+    embedded = embedded_weights(model)
     groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         fmt = formats.get(parameter)
@@ -117,21 +116,39 @@ def parameter_groups(
     ]
 
 
-def parts_of(param_group: dict[str, Any], format: str | None, converted: set[int]) -> list[dict[str, Any]]:
-    """The group, or its converted weights and the rest where it leaves the format to the optimizer's `format`."""
+class LayersFormat(str):
+    """An arm's default format: weights of converted layers take the one of their layer, others this one."""
+
+
+def parts_of(
+    param_group: dict[str, Any], format: str | None, converted: Mapping[int, FloatFormat], *, is_converted: bool
+) -> list[dict[str, Any]]:
+    """The group in parts of one format each, where it leaves the format to the optimizer's `format`.
+
+    `converted`: the weights of converted layers, by id; `is_converted`: whether the optimizer has any of these, for
+    then its other parameters have no format.
+    """
     params = param_group["params"]
     entries = [params] if isinstance(params, Tensor) else list(params)
     whole_group = param_group | {"params": entries}
     if isinstance(params, set) or not all(isinstance(tensor_of(entry), Tensor) for entry in entries):
         return [param_group | {"params": params}]  # torch says what is wrong
-    is_converted = [id(tensor_of(entry)) in converted for entry in entries]
-    if "format" in param_group or format is None or all(is_converted) or not any(is_converted):
+    if "format" in param_group or format is None or not is_converted:
         return [whole_group]
-    own, rest = (
-        [entry for entry, found in zip(entries, is_converted, strict=True) if found == wanted]
-        for wanted in (True, False)
-    )
-    return [whole_group | {"params": own}, whole_group | {"params": rest, "format": None}]
+    parts: dict[str | None, list[Any]] = {}
+    for entry in entries:
+        own = converted.get(id(tensor_of(entry)))
+        name = None if own is None else own.name if isinstance(format, LayersFormat) else format
+        parts.setdefault(name, []).append(entry)
+    last = sorted(parts.items(), key=lambda part: part[0] is None)
+    return [whole_group | {"params": members, "format": name} for name, members in last] or [whole_group]
+
+
+def has_converted(params: Any, converted: Mapping[int, FloatFormat]) -> bool:
+    """Whether any of an optimizer's parameters, or of its groups', is the weight of a converted layer."""
+    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
+    entries = (entry for group in groups for entry in ([group] if isinstance(group, Tensor) else group))
+    return any(id(tensor_of(entry)) in converted for entry in entries)
 
 
 def tensor_of(entry: Any) -> Any:

@@ -10,14 +10,13 @@ and writes; what it decides, the others are told once per log interval.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from altgrad.quantization import QuantizedLinear, ScaleTracker
+from altgrad.quantization import ScaleTracker, rounded_weights
 from altgrad.quantization.scaling import synchronize_amax
 
 T = TypeVar("T")
@@ -63,7 +62,7 @@ class Workers:
     @torch.no_grad()
     def average(self, loss: Tensor, model: nn.Module) -> Tensor:
         """The mean loss, 0-d, over all workers; the gradients of the model become their means in place."""
-        synchronize_amax(_shared_trackers(model.modules()))
+        synchronize_amax(_shared_trackers(model))
         if self.world == 1:
             return loss
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -86,9 +85,7 @@ class Workers:
 ALONE = Workers()
 
 
-def _shared_trackers(modules: Iterable[nn.Module]) -> list[ScaleTracker]:
-    layers = [module for module in modules if isinstance(module, QuantizedLinear)]
-    names = ("weight_quantizer", "activation_quantizer", "gradient_quantizer")
-    roles = [role for layer in layers for name in names if (role := getattr(layer, name)) is not None]
-    trackers = [role.tracker for role in roles]
+def _shared_trackers(model: nn.Module) -> list[ScaleTracker]:
+    weights = rounded_weights(model).values()
+    trackers = [quantizer.tracker for roles in weights for quantizer in roles.quantizers().values()]
     return [tracker for tracker in trackers if isinstance(tracker, ScaleTracker) and tracker.shared]

@@ -149,7 +149,7 @@ def test_policies_reach_the_layers_and_the_table_says_so():
     text = str(table)
     assert (
         "keeps BF16" in text
-        and "not a layer that multiplies" in text
+        and "no product with its parameters" in text
         and len({len(line) > 0 for line in text.splitlines()}) == 1
     )
     assert "E4M3 weight · BF16 activation · BF16 gradient" in repr(model)
@@ -222,7 +222,10 @@ def test_layers_whose_swap_would_change_more_than_numbers_are_skipped_with_the_r
     torch.nn.utils.prune.random_unstructured(pruned, "weight", amount=0.5)
     hooked.register_forward_hook(lambda *_: None)
     encoder = nn.TransformerEncoderLayer(8, 2, batch_first=True)
-    table = quantize_model(nn.ModuleDict({"pruned": pruned, "hooked": hooked, "encoder": encoder}), format="E7M0")
+    rules = tuple(LayerRule(pattern=pattern, weight="E7M0") for pattern in ("pruned", "hooked", "linear"))
+    model = nn.ModuleDict({"pruned": pruned, "hooked": hooked, "encoder": encoder})
+    with pytest.warns(UserWarning, match=r"encoder\.linear1 .*fast path"):
+        table = quantize_model(model, policy=PrecisionPolicy(rules=rules))
     reasons = {row.name: row.reason for row in table if row.kind == "Linear"}
     assert [row.name for row in table if row.converted] == ["hooked"]
     assert "pruning" in reasons["pruned"] and "fast path" in reasons["encoder.linear1"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from altgrad.quantization import FloatFormat
+from altgrad.quantization import FloatFormat, multiplied_parameters
 from altgrad.training.optimizer import GridAwareOptimizer
 
 Readings = dict[tuple[str, str], Tensor]
@@ -24,7 +24,7 @@ class Subject:
     """What is looked at.
 
     `formats`: the weights that have one, by layer; `watched`: the weight matrices whose ranks and gradients are
-    followed, by layer (those with a format, or every linear layer's where none has); `critical`: names of the layers
+    followed, by layer (those with a format, or of every product where none has); `critical`: names of the layers
     whose collapse costs the most; `epoch`: the steps of a pass over the training data.
     """
 
@@ -36,12 +36,7 @@ class Subject:
     watched: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        linear = {
-            name: cast(nn.Parameter, module.weight)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        self.watched = self.rounded or linear
+        self.watched = self.rounded or multiplied_parameters(self.model)
 
     @property
     def rounded(self) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,16 @@ from torch.utils.hooks import RemovableHandle
 from altgrad.quantization import (
     AmaxMovingAverage,
     QuantizedLinear,
+    WeightRoles,
     activation_kurtosis,
     overflow_share,
     range_statistics,
+    rounded_weights,
 )
 from altgrad.quantization.kernels.dispatch import scalar
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import amax
+from altgrad.quantization.wrapped_layers import ProductRoles
 from altgrad.training.model import Attention
 from altgrad.training.observers.base import Moment, Observer, Readings, Subject
 
@@ -38,18 +41,21 @@ class TensorObserver(Observer):
     """Ranges by role; see the module."""
 
     def __init__(self, subject: Subject) -> None:
-        self._layers = {name: m for name, m in subject.model.named_modules() if isinstance(m, QuantizedLinear)}
+        self._weights = rounded_weights(subject.model)
         self._average = AmaxMovingAverage()
         self._found: Readings = {}
         self._largest: dict[tuple[str, str], Tensor] = {}
         self._moment = Moment(0, check=False, detail=False)
         self._open = False
         self._hooks: list[RemovableHandle] = []
-        for name, layer in self._layers.items():
-            self._hooks += [
-                layer.register_forward_pre_hook(partial(self._came_in, name)),
-                layer.register_forward_hook(partial(self._went_out, name)),
-            ]
+        for name, roles in self._weights.items():
+            if isinstance(roles, QuantizedLinear):
+                self._hooks += [
+                    roles.register_forward_pre_hook(partial(self._came_in, name)),
+                    roles.register_forward_hook(partial(self._went_out, name)),
+                ]
+            elif isinstance(roles, ProductRoles):
+                roles.watch = partial(self._met, name, roles)
         for owner, module in subject.model.named_modules():
             if isinstance(module, Attention):
                 self._hooks.append(module.c_attn.register_forward_hook(partial(self._attended, owner, module)))
@@ -59,9 +65,8 @@ class TensorObserver(Observer):
 
     def before_update(self) -> None:
         if self._moment.check:
-            for name, layer in self._layers.items():
-                weight = cast(Tensor, layer.weight).detach()
-                self._look(name, "weight", weight, layer.weight_quantizer, own_scale=layer.grid.scale)
+            for name, roles in self._weights.items():
+                self._look(name, "weight", roles.tensor().detach(), roles.weight_quantizer, own_scale=roles.grid.scale)
         self._open = False
 
     def collect(self) -> Readings:
@@ -82,17 +87,24 @@ class TensorObserver(Observer):
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        for roles in self._weights.values():
+            if isinstance(roles, ProductRoles):
+                roles.watch = None
 
     def _came_in(self, name: str, layer: QuantizedLinear, inputs: tuple[Tensor, ...]) -> None:
-        if self._open:
-            x = inputs[0]
-            self._look(name, "activation", x.detach(), layer.activation_quantizer)
-            if self._moment.detail:
-                self._found[name, "activation_kurtosis"] = activation_kurtosis(x)
+        self._met(name, layer, "activation", inputs[0].detach())
 
     def _went_out(self, name: str, layer: QuantizedLinear, _: Any, y: Tensor) -> None:
         if self._open and y.requires_grad:
-            y.register_hook(lambda gradient: self._look(name, "gradient", gradient.detach(), layer.gradient_quantizer))
+            y.register_hook(lambda gradient: self._met(name, layer, "gradient", gradient.detach()))
+
+    @torch.no_grad()
+    def _met(self, name: str, roles: WeightRoles, role: str, x: Tensor) -> None:
+        if self._open and x.numel():
+            quantizer = roles.activation_quantizer if role == "activation" else roles.gradient_quantizer
+            self._look(name, role, x, quantizer)
+            if role == "activation" and self._moment.detail:
+                self._found[name, "activation_kurtosis"] = activation_kurtosis(x)
 
     def _attended(self, name: str, attention: Attention, _: nn.Module, inputs: Any, parts: Tensor) -> None:
         if self._open and self._moment.detail:
