@@ -19,6 +19,7 @@ from altgrad.analysis.scores import scores_table
 from altgrad.analysis.sections import Builder, Captioned, Group, Material, Section
 from altgrad.analysis.tables import cells_table, geometry_table, mutations_table, shifts_table, stops_table
 from altgrad.analysis.twins import twin_control
+from altgrad.analysis.wording import share
 from altgrad.sweep.record.ledger import outdated_text
 
 
@@ -36,7 +37,17 @@ def _trials_text(material: Material) -> str:
     texts = [f"{len(trials)} trials: {', '.join(f'{count} {kind}' for kind, count in counts)}."]
     if hours := trials["seconds"].sum() / 3600:
         texts.append(f"{hours:.2f} hours of training.")
-    return " ".join([*texts, *_outside_texts(material)])
+    return " ".join([*texts, *_share_texts(material.trials), *_outside_texts(material)])
+
+
+def _share_texts(trials: pd.DataFrame) -> list[str]:
+    """What share of the model's parameters a format rounds, by policy."""
+    known = trials[trials["quantized"] & trials["quantized_share"].notna()]
+    found = [
+        f"{share(own.iloc[0])} of the parameters are quantized under {policy}"
+        for policy, own in known.groupby("policy", sort=False)["quantized_share"]
+    ]
+    return [f"{', '.join(found)}."] if found else []
 
 
 def _outside_texts(material: Material) -> list[str]:

@@ -52,6 +52,7 @@ FINAL_SIGNALS = (
     "flip_rate_per_epoch",
     "gradient_cosine",
     "tokens_per_s",
+    "quantized_share",
     *CLASSIFICATION_SIGNALS,
 )
 """Of these a trial's last measured value stands beside its losses."""

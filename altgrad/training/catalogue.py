@@ -137,6 +137,12 @@ SIGNALS: Registry[Signal] = Registry(
         "zero_updates": Signal("weights to which a step applied no change", "share", "check", "own", 0, 1),
         "frozen": Signal("layers with a gradient to which nothing was applied", "number", row="sum", least=0),
         "overflow": Signal("weights that wanted to leave the grid", "number", row="own", least=0),
+        "quantized_share": Signal(
+            "parameters that a format rounds in matrix products and convolutions, over all of the model's",
+            "share",
+            least=0,
+            most=1,
+        ),
         "skipped_tensors": Signal("tensors left out of a step for a non-finite gradient", "number", least=0),
         "nonfinite_weights": Signal("weights that are NaN or infinite", "number", least=0),
         "stable_rank": Signal("squared Frobenius norm over squared spectral norm", "rank", row="mean", least=0),

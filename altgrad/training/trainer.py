@@ -95,11 +95,13 @@ class Trainer:
         self.task = build_task(config, text_sha256)
         self.model = self.task.build().to(self.device.torch_device)
         check_layers(config.guards, self.model)
+        self._quantized_share = 0.0
         if config.format != UNQUANTIZED:
-            self.conversion = quantize_model(self.model, policy=config.precision, seed=config.seed)
+            self._quantized_share = quantize_model(self.model, policy=config.precision, seed=config.seed).share
         self.formats = quantized_parameters(self.model)
         if not config.optimizer.rounds_operands:
             dequantize_model(self.model)
+            self._quantized_share = 0.0
         self.reference = reference
         self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))
         # Beside a backward pass, counting every step costs little.
@@ -181,7 +183,7 @@ class Trainer:
         rows = [self._row(first + i, rate, fetched[i * width : (i + 1) * width]) for i, rate in enumerate(rates)]
         last = rows[-1]
         if self.observers is not None:
-            last |= self.observers.row(fetched[len(rows) * width :])
+            last |= self.observers.row(fetched[len(rows) * width :]) | {"quantized_share": self._quantized_share}
         elapsed = time.perf_counter() - started
         last[self.task.throughput] = len(rows) * self.task.units() / elapsed
         if end % config.eval_interval == 0 or end == config.steps:
