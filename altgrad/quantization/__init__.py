@@ -33,6 +33,7 @@ from altgrad.quantization.diagnostics import (
     stiffness_pearson,
     ulp_statistics,
 )
+from altgrad.quantization.export import ExportedModel, export_model, load_exported
 from altgrad.quantization.flip_metrics import WeightFlipTracker, compute_flip_rate, compute_stall_ratio, flip_yield
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.layer_kinds import register_layer
@@ -87,6 +88,7 @@ __all__ = [
     "ConversionTable",
     "DeadUnits",
     "EmergencyMantissaShift",
+    "ExportedModel",
     "FloatFormat",
     "FormatShift",
     "LayerRule",
@@ -126,6 +128,7 @@ __all__ = [
     "detect_bit_stall",
     "embedded_weights",
     "encode",
+    "export_model",
     "flip_yield",
     "format_scale",
     "get_block_format",
@@ -134,6 +137,7 @@ __all__ = [
     "gradient_stiffness_correlation",
     "grid_alignment_statistics",
     "hash_uniform",
+    "load_exported",
     "mix_seed",
     "multiplied_parameters",
     "named_policy",

@@ -108,6 +108,14 @@ class WeightRoles:
         """The weight as it is multiplied, without gradient."""
         return self.weight_quantizer.operand(self.tensor(), advance=advance, own_scale=self.own_scale())
 
+    def as_rows(self, x: Tensor) -> Tensor:
+        """A tensor of the weight's shape as the matrix [outputs, summed] along whose rows scales may lie."""
+        return x
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Back from `as_rows`; [outputs, 1] becomes what broadcasts to the weight."""
+        return rows
+
     def quantized_weight(self) -> Tensor:
         """The values of `weight_operand`, float32."""
         return self.weight_operand().numbers

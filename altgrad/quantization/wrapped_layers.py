@@ -26,6 +26,7 @@ from altgrad.quantization.layer_products import StraightThrough, refuse_second_d
 from altgrad.quantization.layers import give_back, obstacle, share
 from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
 from altgrad.quantization.policy import LayerRule
+from altgrad.quantization.products import Operand
 from altgrad.quantization.roles import Role, RoleQuantizer
 from altgrad.quantization.weight_roles import WeightRoles
 
@@ -65,21 +66,38 @@ class ProductRoles(WeightRoles):
         weight, own_scale = self.tensor(), self.own_scale()
         refuse_transforms("a quantized layer", weight)
         if own_scale is None and self.weight_quantizer.role.scale.kind in BY_LINES:
-            values = self._along_rows(weight, advance)
+            values = self.from_rows(_values(self.as_rows(weight.detach()), self.weight_quantizer, advance))
         else:
             values = _values(weight, self.weight_quantizer, advance, own_scale=own_scale)
         return cast(Tensor, StraightThrough.apply(weight, values))
 
-    def _along_rows(self, weight: Tensor, advance: bool) -> Tensor:
-        """Rounded as the matrix [outputs, summed] that the product multiplies by."""
-        contracted = [axis % weight.dim() for axis in self._contracted]
-        order = [axis for axis in range(weight.dim()) if axis not in contracted] + contracted
-        moved = weight.detach().permute(order)
-        kept = weight.dim() - len(contracted)
-        rows = moved.reshape(moved.shape[:kept].numel(), moved.shape[kept:].numel())
-        values = _values(rows.contiguous(), self.weight_quantizer, advance).view(moved.shape)
-        back = [order.index(axis) for axis in range(weight.dim())]
-        return values.permute(back).contiguous()
+    def weight_operand(self, *, advance: bool = False) -> Operand:
+        """The weight as it is multiplied, without gradient; `scale` broadcasts to it."""
+        own_scale = self.own_scale()
+        if own_scale is not None or self.weight_quantizer.role.scale.kind not in BY_LINES:
+            return self.weight_quantizer.operand(self.tensor(), advance=advance, own_scale=own_scale)
+        operand = self.weight_quantizer.operand(self.as_rows(self.tensor().detach()), advance=advance)
+        scale = None if operand.scale is None else self.from_rows(operand.scale)
+        return Operand(self.from_rows(operand.values), operand.fmt, scale)
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        order, kept = self._order()
+        moved = x.permute(order)
+        return moved.reshape(moved.shape[:kept].numel(), moved.shape[kept:].numel()).contiguous()
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        order, kept = self._order()
+        shape = [self.tensor().shape[axis] for axis in order]
+        summed = [1] * (len(shape) - kept) if rows.shape[1] == 1 else shape[kept:]
+        back = [order.index(axis) for axis in range(len(order))]
+        return rows.reshape(*shape[:kept], *summed).permute(back).contiguous()
+
+    def _order(self) -> tuple[list[int], int]:
+        """The weight's axes, those summed over last, and how many are not."""
+        axes = self.tensor().dim()
+        contracted = [axis % axes for axis in self._contracted]
+        kept = [axis for axis in range(axes) if axis not in contracted]
+        return kept + contracted, len(kept)
 
     def product(
         self, x: Tensor, weight: Tensor, function: Callable[[Tensor, Tensor], Tensor], *, axis: int, advance: bool
