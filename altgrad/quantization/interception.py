@@ -56,6 +56,7 @@ ADDED_FIRST = (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
+@torch.compiler.disable(reason="AltGrad looks into this layer's own forward pass as it runs")
 def intercepted(layer: nn.Module, products: Any, *args: Any, **kwargs: Any) -> Any:
     """The layer's own forward pass with its products quantized; `products`: of `wrapped_layers`.
 
@@ -163,4 +164,5 @@ def _wide(value: Any) -> Any:
 
 
 def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    """The storage, not its address: a tensor that torch only traces with has none."""
+    return x.untyped_storage()._cdata

@@ -171,6 +171,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer that it wraps."""
         if not torch.compiler.is_compiling():
+            refuse_transforms("a quantized layer", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
             refuse_script_tracing("a quantized layer")
         products = Products(self.rounded_weights, advance=self.training and torch.is_grad_enabled())
         return self._kind.forward(self._original[0], products, *args, **kwargs)
