@@ -132,7 +132,7 @@ def _power(bits: int) -> float:
 
 
 def literal_stiffness(weight: Tensor, fmt: FloatFormat, limit: float) -> Tensor:
-    """S = 2^(floor(log2|w|) - M), 2^-M without an exponent; at zero the format's own smallest spacing."""
+    """S = 2^(floor(log2|w|) - M), the one spacing without an exponent; at zero the format's own smallest spacing."""
     if fmt.exponent_bits == 0:
         return torch.full_like(weight, min(fmt.min_spacing, limit))
     binade = (weight.view(torch.int32) & _EXPONENT).view(torch.float32)
