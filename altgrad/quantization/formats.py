@@ -347,7 +347,7 @@ def _parse(name: str) -> FloatFormat:
         return _of_p3109(known, int(match[1]), int(match[2]), match[3], match[4])
     match = _NAME.fullmatch(known)
     if match is None:
-        others = (*(f"INT{bits}" for bits in (8, 4)), *OTHERS_NAMES, "binary8p3", "binary8p4sf", "E4M3b11fnuz")
+        others = (*(f"INT{bits}" for bits in (8, 4)), *OTHERS_NAMES, "binary8p3", "binary8p4sf", "E4M3fnuz")
         raise ValueError(
             f"{unknown_message('format', name, _REGISTERED, others)}; any ExMy of 4 to 16 bits takes /ieee, /fn, "
             "/finite, /fnuz, /p3109 and a bias, as in E4M3b11/fnuz"
