@@ -136,16 +136,16 @@ class FloatFormat:
 
     def _check_bias(self, split: str) -> None:
         """ValueError where a value, or what kernels make of the spacing, is beyond float32's normals."""
+        is_standard = self.bias == self._standard_bias
+        if self.variant == "integer" and not is_standard:
+            raise ValueError(f"INT{self.total_bits} has whole numbers; for another spacing use {split}b{self.bias}")
         has_exponent = self.exponent_bits > 0
         significand, power = self._parts(self.max_index)
         top = significand.bit_length() + power + self.bias  # the largest value is below 2^(top - bias)
         # Steps divide by the top binade, and 2^23 spacings are added to what is rounded below the normals.
         low, high = max(top - 127, has_exponent - self.mantissa_bits - 104), 126 + has_exponent
-        is_standard = self.bias == self._standard_bias
         if low <= self.bias <= high or (is_standard and self.bias <= high and top - self.bias <= 128):
             return
-        if self.variant == "integer":
-            raise ValueError(f"INT{self.total_bits} has whole numbers; for another spacing use {split}b{self.bias}")
         if low > high:
             raise ValueError(
                 f"{split}/{self.variant} with bias {self.bias} has values outside float32's normals, which carry all "
@@ -170,13 +170,13 @@ class FloatFormat:
         return split if is_default else f"{split}/{self.variant}"
 
     def in_split(self, exponent_bits: int, mantissa_bits: int) -> FloatFormat:
-        """The format of another split: `fnuz` and `p3109` stay where it has them, else it has its default variant.
+        """The format of another split: in this variant if it is `fnuz` or `p3109`, which the split may lack, else the
+        split's default.
 
-        A bias of its own stays behind, for it belongs to the range of this split.
+        A bias of its own stays behind, for it belongs to the range of this split. ValueError where there is none.
         """
-        keeps = self.variant in ONE_ZERO and 0 < exponent_bits < 8
         default = default_variant(exponent_bits, mantissa_bits)
-        return FloatFormat(exponent_bits, mantissa_bits, self.variant if keeps else default)
+        return FloatFormat(exponent_bits, mantissa_bits, self.variant if self.variant in ONE_ZERO else default)
 
     @property
     def total_bits(self) -> int:

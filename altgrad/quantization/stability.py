@@ -30,8 +30,8 @@ range fails (overflow, NaN), to one mantissa bit more where precision fails (sta
 | BF16 | FP32 | FP32 |
 | FP32 | the end | the end |
 
-The neighbour is the split's default variant, but of `fnuz` and `p3109` it is their own, where the split has it. A bias
-other than the variant's stays behind, and INT8 goes to E1M6: both are told from the event's two formats.
+The neighbour has the split's default variant, but that of `fnuz` and `p3109` has theirs: where the split has none, the
+way is to BF16. A bias other than the variant's stays behind, and INT8 goes to E1M6: the event's two formats say so.
 
 Each shift is an event with both formats, for the run's label. No layer comes to a format twice, so every ladder ends.
 """
@@ -201,10 +201,10 @@ class EmergencyMantissaShift:
 
 def _split(fmt: FloatFormat, bits: int) -> str | None:
     """Name of the format with so many exponent bits more and mantissa bits less, None where there is none."""
-    exponent_bits, mantissa_bits = fmt.exponent_bits + bits, fmt.mantissa_bits - bits
-    if not 0 <= exponent_bits <= 8 or mantissa_bits < 0:
+    try:
+        return fmt.in_split(fmt.exponent_bits + bits, fmt.mantissa_bits - bits).name
+    except ValueError:
         return None
-    return fmt.in_split(exponent_bits, mantissa_bits).name
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def test_what_is_no_real_tensor_is_refused_everywhere(call, x, error, message):
         ("E9M6", "at most 8"),
         ("E1M1", "4 to 16 bits"),
         ("E8M8", "4 to 16 bits"),
-        ("E4M3/fnuz", "unknown variant 'fnuz'.*nearest: fn"),
+        ("E4M3/fnus", "unknown variant 'fnus'.*nearest: fnuz"),
         ("E0M7/ieee", "use E0M7/finite"),
     ],
 )
