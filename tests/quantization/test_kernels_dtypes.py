@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from oracle import ALL, hard_inputs, nearest, same
+from oracle import ALL, ONE_ZERO, hard_inputs, has_two_zeros, nearest, same
 
 from altgrad.quantization import FloatFormat, decode, encode, get_format, quantize, ulp
 from altgrad.quantization.kernels import cpu
@@ -30,7 +30,7 @@ def both_kernels(monkeypatch, call):
     return found
 
 
-@pytest.mark.parametrize(("place", "name"), enumerate(SPLITS + WIDE_AND_SMALL))
+@pytest.mark.parametrize(("place", "name"), enumerate(SPLITS + WIDE_AND_SMALL + ONE_ZERO + ["INT8", "E7M0b40"]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_width_pattern(place, name, dtype, monkeypatch):
     fmt, x = get_format(name), every_pattern(dtype)
@@ -131,7 +131,8 @@ def test_toward_zero_never_grows_and_skips_no_value(name, kernel, monkeypatch):
     x = x[x.isfinite()]
     toward = quantize(x, fmt, rounding="toward_zero")
     up = toward.abs() + ulp(toward, fmt)
-    assert (toward.abs() <= x.abs()).all() and torch.equal(torch.signbit(toward), torch.signbit(x))
+    has_sign = (toward != 0) | has_two_zeros(fmt)
+    assert (toward.abs() <= x.abs()).all() and torch.equal(torch.signbit(toward), torch.signbit(x) & has_sign)
     assert ((x.abs() < up) | (toward.abs() == fmt.max)).all()
     if fmt.has_inf:
         far = torch.tensor([math.inf, 3.4e38, -math.inf])
