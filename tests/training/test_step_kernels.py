@@ -40,8 +40,10 @@ ARMS = {
     "lion": lambda p, f: RoundedOptimizer(p, "lion", format=f),
 }
 HALVES = (torch.bfloat16, torch.float16)
-FORMATS = ("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E7M0", "BF16", "FP16", "E2M1")
-FORMATS += ("E4M3/fnuz", "E7M0/p3109", "INT8")
+FORMATS = (
+    *("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E7M0", "BF16", "FP16", "E2M1"),
+    *("E4M3/fnuz", "E7M0/p3109", "INT8"),
+)
 
 
 def run(arm: str, name: str, dtype: torch.dtype, count_every: int = 1):
