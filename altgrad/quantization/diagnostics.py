@@ -73,19 +73,19 @@ class BitStall(NamedTuple):
 def compute_stiffness_field(weights: Tensor, format_or_mantissa_bits: str | FloatFormat | int) -> Tensor:
     """S of every weight, of its shape, float32 (float64 for float64 weights); ValueError for negative bits.
 
-    NaN at zero and at NaN, infinite at infinity. A format without exponent bits has its one spacing, but at NaN.
+    NaN at zero and at NaN, infinite at infinity. A format without exponent bits has 2^-M everywhere but at NaN.
     """
     if isinstance(format_or_mantissa_bits, int):
-        mantissa_bits, one_spacing = format_or_mantissa_bits, None
+        mantissa_bits, has_exponent = format_or_mantissa_bits, True
         if mantissa_bits < 0:
             raise ValueError(f"mantissa bits must be 0 or more, got {mantissa_bits}")
     else:
         fmt = get_format(format_or_mantissa_bits)
-        mantissa_bits, one_spacing = fmt.mantissa_bits, None if fmt.exponent_bits else fmt.min_spacing
+        mantissa_bits, has_exponent = fmt.mantissa_bits, fmt.exponent_bits > 0
     x = weights.detach()
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
-    if one_spacing is not None:
-        return torch.where(x.isnan(), x, one_spacing)
+    if not has_exponent:
+        return torch.where(x.isnan(), x, math.ldexp(1.0, -mantissa_bits))
     stiffness = _power_of_two(_exponent(x) - mantissa_bits).to(x.dtype)
     return torch.where(x.isinf(), math.inf, torch.where(x.isnan() | (x == 0), math.nan, stiffness))
 

@@ -86,6 +86,15 @@ def test_compiled_step_equals_the_reference(arm, name, dtype, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if "_scale" not in arm])
+def test_int8_steps_as_e0m7_does(arm):
+    weights, counts = run(arm, "INT8", torch.float32)
+    others, counts_of_others = run(arm, "E0M7", torch.float32)
+    assert torch.equal(counts, counts_of_others)
+    for ours, theirs in zip(weights[:2], others[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("arm", ["grid", "grid_carry", "stochastic", "adamw", "manifold"])
 def test_steps_that_count_less_equal_the_reference_too(arm, monkeypatch):
     compiled, compiled_counts = run(arm, "E4M3", torch.float32, 3)
