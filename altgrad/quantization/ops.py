@@ -127,7 +127,7 @@ def grid_values(
 
 def encode(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate") -> Tensor:
     """Bit patterns of the values nearest to x / scale: uint8, or int16 (same bits) for formats wider than 8
-    bits.
+    bits; two's complement in INT8 and its like, whose `.view(torch.int8)` are the integers.
 
     ValueError where x / scale holds a NaN and the format has no code for it.
     """
@@ -139,7 +139,10 @@ def encode(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: O
 
 
 def decode(codes: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
-    """Values of bit patterns times scale, float32; inverse of `encode` on the grid."""
+    """Values of bit patterns times scale, float32; inverse of `encode` on the grid.
+
+    ValueError for a pattern without a value: too many bits, or the -128 of INT8.
+    """
     _check_integers("codes", codes)
     return bit_patterns.decode(codes, get_format(fmt), _as_scale(scale, codes))
 
