@@ -12,16 +12,23 @@ from altgrad.sweep.record.monitor import print_table
 
 
 def formats(request: argparse.Namespace) -> int:
-    from altgrad.quantization import FORMATS
+    from altgrad.quantization import FORMATS, get_format
 
+    try:
+        asked = [get_format(name) for name in request.names] or FORMATS.values()
+    except ValueError as error:
+        raise SpecError(str(error)) from None
     table: list[tuple[str, ...]] = [
         ("format", "bits", "exponent", "mantissa", "bias", "max", "min normal", "min subnormal", "inf", "nan")
     ]
-    for name, fmt in FORMATS.items():
+    for fmt in asked:
         whole = (fmt.total_bits, fmt.exponent_bits, fmt.mantissa_bits, fmt.bias)
         real = (fmt.max, fmt.min_normal, fmt.min_subnormal)
-        table.append((name, *map(str, whole), *map(_number, real), *map(_yes_no, (fmt.has_inf, fmt.has_nan))))
+        table.append((fmt.name, *map(str, whole), *map(_number, real), *map(_yes_no, (fmt.has_inf, fmt.has_nan))))
     print_table(table)
+    if not request.names:
+        print("and by name, other ExMy of 4 to 16 bits, INT8 and INT4, and what others call theirs:")
+        print("altgrad formats E2M3 E4M3/finite E4M3b11/fnuz INT8 binary8p3 binary8p4sf float8_e4m3fn F8_E5M2")
     return 0
 
 

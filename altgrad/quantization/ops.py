@@ -4,9 +4,9 @@
 gradient. Rounding is to nearest with ties to the even code unless asked otherwise; beyond the largest value
 it saturates, or becomes infinite where asked and the format has an infinity, and infinite inputs follow the
 same policy; NaN stays NaN even where the format has none, for a NaN turned into a number hides the signal
-that training has failed; the sign of zero is kept and so are subnormals. A scale other than a power of two
-rounds in the division and in the product, as hardware does; so do values whose quotient falls below float32's
-normals (2^-126). float64 is divided and multiplied as float64 and rounded once.
+that training has failed; the sign of zero is kept where the format has two zeros, and so are subnormals. A scale
+other than a power of two rounds in the division and in the product, as hardware does; so do values whose quotient
+falls below float32's normals (2^-126). float64 is divided and multiplied as float64 and rounded once.
 
 The same law holds on every path: `kernels.dispatch` says which kernel a tensor gets, and how calls look where torch
 records them. The transforms of torch.func and forward-mode differentiation are refused: kernels cannot see through
@@ -127,7 +127,7 @@ def grid_values(
 
 def encode(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: Overflow = "saturate") -> Tensor:
     """Bit patterns of the values nearest to x / scale: uint8, or int16 (same bits) for formats wider than 8
-    bits.
+    bits; two's complement in INT8 and its like, whose `.view(torch.int8)` are the integers.
 
     ValueError where x / scale holds a NaN and the format has no code for it.
     """
@@ -139,7 +139,10 @@ def encode(x: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0, *, overflow: O
 
 
 def decode(codes: Tensor, fmt: str | FloatFormat, scale: Scale = 1.0) -> Tensor:
-    """Values of bit patterns times scale, float32; inverse of `encode` on the grid."""
+    """Values of bit patterns times scale, float32; inverse of `encode` on the grid.
+
+    ValueError for a pattern without a value: too many bits, or the -128 of INT8.
+    """
     _check_integers("codes", codes)
     return bit_patterns.decode(codes, get_format(fmt), _as_scale(scale, codes))
 

@@ -88,8 +88,9 @@ def _uniform_act(fmt: str) -> tuple[LayerRule, ...]:
 
 
 def _uniform_full(fmt: str) -> tuple[LayerRule, ...]:
-    is_e4m3 = (get_format(fmt).exponent_bits, get_format(fmt).mantissa_bits) == (4, 3)
-    return (_everywhere(fmt, activation=fmt, gradient="E5M2" if is_e4m3 else fmt),)
+    own = get_format(fmt)
+    is_e4m3 = (own.exponent_bits, own.mantissa_bits) == (4, 3)
+    return (_everywhere(fmt, activation=fmt, gradient=own.in_split(5, 2).name if is_e4m3 else fmt),)
 
 
 def _attention_bf16(fmt: str) -> tuple[LayerRule, ...]:

@@ -4,8 +4,8 @@ An operand is a tensor of exact grid values under one scale per tensor. Three ki
 
 * E4M3/fn and E5M2/ieee are torch's native float8 dtypes: `torch._scaled_mm`, on GPUs of compute capability 8.9 and
   above; two E5M2 operands have no kernel there.
-* E0M7 and E1M6/finite are integers in -127 ... 127 times a power of two: `torch._int_mm` adds them exactly in int32
-  (K up to 133 000), on GPUs of compute capability 8.0 and above.
+* INT8, INT4, E0M7 and E1M6/finite are integers in -127 ... 127 times a power of two: `torch._int_mm` adds them exactly
+  in int32 (K up to 133 000), on GPUs of compute capability 8.0 and above.
 * everything else is emulated: products of exact values, exact in float32, and summed in float32.
 
 Native and emulated products see the same operands, so they differ only by the order and width of their sums: at
@@ -30,7 +30,7 @@ FLOAT8_DTYPES: dict[FloatFormat, torch.dtype] = {
     get_format("E4M3/fn"): torch.float8_e4m3fn,
     get_format("E5M2/ieee"): torch.float8_e5m2,
 }
-INTEGER_FORMATS = frozenset({get_format("E0M7"), get_format("E1M6/finite")})
+INTEGER_FORMATS = frozenset(map(get_format, ("E0M7", "E1M6/finite", "INT8", "INT4")))
 FLOAT8_CAPABILITY, INT8_CAPABILITY = (8, 9), (8, 0)
 
 
@@ -106,7 +106,7 @@ def matmul_transposed(
         names = " and ".join("FP32" if fmt is None else fmt.name for fmt in (a.fmt, b.fmt))
         raise ValueError(
             f"product='native': no hardware multiplies {names}; allowed: two of E4M3 and E5M2 (not both "
-            "E5M2), or two of E0M7 and E1M6, one scale a tensor; otherwise 'emulated'"
+            "E5M2), or two of INT8, INT4, E0M7 and E1M6, one scale a tensor; otherwise 'emulated'"
         )
     if bias is not None:
         y = _float8(a, b, torch.float32) if kind == "float8" else _int8(a, b)
@@ -147,7 +147,7 @@ def _emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None) -
 def _codes(operand: Operand, dtype: torch.dtype, unit: float = 1.0) -> Tensor:
     """The values without their scale in steps of `unit`, contiguous."""
     values = operand.values if operand.factor is not None else operand.values / _scaled(operand)
-    if unit != 1.0:
+    if dtype == torch.int8:
         return (values.to(torch.float32) / unit).round().to(dtype).contiguous()
     return values.to(dtype) if values.is_contiguous() else dispatch.transposed(values.T, dtype)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from altgrad.quantization.block_scaling import BlockFormat
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.kernels import MAX_HASHED_ELEMENTS, Drawn, Rounding
-from altgrad.quantization.kernels.dispatch import as_int64
+from altgrad.quantization.kernels.dispatch import as_int64, with_its_zeros
 from altgrad.quantization.kernels.operand_dispatch import grid_values_by_rule, operand_kernels, values_by_lines
 from altgrad.quantization.ops import grid_values, quantize, quantize_blocks
 from altgrad.quantization.products import Operand, is_carried_in_bf16
@@ -99,7 +99,8 @@ class RoleQuantizer:
         rounding = self.role.rounding
         seed = Drawn(self.key, self.draws) if rounding == "stochastic" else None
         if own_scale is None and (found := self._at_once(x, seed, advance, carries_bf16)) is not None:
-            return Operand(found[0], self.fmt, found[1], found[1] if carries_bf16 else None)
+            values = with_its_zeros(found[0], self.fmt)
+            return Operand(values, self.fmt, found[1], found[1] if carries_bf16 else None)
         if not carries_bf16 and x.dtype != torch.float64:
             x = x.to(torch.float32)
         if self._is_plain_bfloat16 and own_scale is None and x.dtype != torch.float64:
@@ -169,7 +170,7 @@ class RoleQuantizer:
             history = (0, 0) if window is None else (window.data_ptr(), window.numel())
             cells = kernels.Cells(0, number, *history, gathered.data_ptr(), opening.data_ptr())
             is_done = self._rounder(kernels, False)(x, out, cells, advance=advance, shared=tracker.shared)
-        return out if is_done else None
+        return with_its_zeros(out, self.fmt) if is_done else None
 
     def _values_in_graph(self, x: Tensor, own_scale: Tensor | None) -> Tensor | None:
         """`values` as one operator of a graph, of a role whose rule keeps no history."""

@@ -30,6 +30,9 @@ range fails (overflow, NaN), to one mantissa bit more where precision fails (sta
 | BF16 | FP32 | FP32 |
 | FP32 | the end | the end |
 
+The neighbour has the split's default variant, but that of `fnuz` and `p3109` has theirs: where the split has none, the
+way is to BF16. A bias other than the variant's stays behind, and INT8 goes to E1M6: the event's two formats say so.
+
 Each shift is an event with both formats, for the run's label. No layer comes to a format twice, so every ladder ends.
 """
 
@@ -172,7 +175,7 @@ class EmergencyMantissaShift:
         if fmt.name == "BF16" or (fmt.total_bits == 16 and not is_range):
             return FLOAT32
         bits = 1 if is_range else -1
-        neighbour = None if fmt.total_bits == 16 else _split(fmt.exponent_bits + bits, fmt.mantissa_bits - bits)
+        neighbour = None if fmt.total_bits == 16 else _split(fmt, bits)
         if neighbour is not None and neighbour not in visited:
             return neighbour
         return FLOAT32 if "BF16" in visited else "BF16"
@@ -196,11 +199,12 @@ class EmergencyMantissaShift:
         self.events = [FormatShift(**event) for event in state["events"]]
 
 
-def _split(exponent_bits: int, mantissa_bits: int) -> str | None:
-    """Name of the default format of this split, None where there is none."""
-    if not 0 <= exponent_bits <= 8 or mantissa_bits < 0:
+def _split(fmt: FloatFormat, bits: int) -> str | None:
+    """Name of the format with so many exponent bits more and mantissa bits less, None where there is none."""
+    try:
+        return fmt.in_split(fmt.exponent_bits + bits, fmt.mantissa_bits - bits).name
+    except ValueError:
         return None
-    return get_format(f"E{exponent_bits}M{mantissa_bits}").name
 
 
 def _rms(x: Tensor) -> Tensor:

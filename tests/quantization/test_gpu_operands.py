@@ -33,7 +33,7 @@ RULES = {
     "MX of 5": ScaleRule(kind="block", block_size=5),
     "NVFP4-like": ScaleRule(kind="block", block_scale_format="E4M3"),
 }
-FORMATS = ("E4M3", "E0M7", "E7M0")
+FORMATS = ("E4M3", "E0M7", "E7M0", "E7M0/p3109")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 

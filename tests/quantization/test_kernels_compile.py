@@ -33,7 +33,7 @@ def everything(x, scale, seed):
     return clipped, index, ulp(clipped, "E3M4", scale), index_to_value(index, "E5M2", scale)
 
 
-@pytest.mark.parametrize("name", ["E4M3", "E0M7", "E2M3", "BF16", "E4M7"])
+@pytest.mark.parametrize("name", ["E4M3", "E0M7", "E2M3", "BF16", "E4M7", "E4M3b11/fnuz", "INT8"])
 def test_codes_in_one_graph(name):
     torch._dynamo.reset()
     dtype = torch.uint8 if get_format(name).total_bits <= 8 else torch.int16

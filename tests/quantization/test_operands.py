@@ -16,7 +16,7 @@ from altgrad.quantization.layers import QuantizedLinear
 from altgrad.quantization.roles import Role, RoleQuantizer
 from altgrad.quantization.scaling import ScaleRule
 
-FORMATS = ("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "FP16", "BF16")
+FORMATS = ("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "E7M0/p3109", "INT8", "FP16", "BF16")
 RULES = {
     "current": ScaleRule(),
     "head-room, power of two": ScaleRule(headroom=1.5, margin=2, power_of_two=True),

@@ -41,6 +41,7 @@ def test_named_policies(name, expected):
         ("uniform_act", "E3M4", "E3M4", "BF16"),
         ("uniform_full", "E3M4", "E3M4", "E3M4"),
         ("uniform_full", "E4M3", "E4M3", "E5M2"),
+        ("uniform_full", "E4M3/fnuz", "E4M3/fnuz", "E5M2/fnuz"),
     ],
 )
 def test_roles_of_the_uniform_policies(name, fmt, activation, gradient):

@@ -37,7 +37,17 @@ def accumulation_bound(a: Operand, b: Operand, is_native: bool = False) -> torch
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize(
     ("left", "right"),
-    [("E4M3", "E4M3"), ("E5M2", "E4M3"), ("E4M3", "E5M2"), ("E0M7", "E0M7"), ("E1M6", "E1M6"), ("E0M7", "E1M6")],
+    [
+        ("E4M3", "E4M3"),
+        ("E5M2", "E4M3"),
+        ("E4M3", "E5M2"),
+        ("E0M7", "E0M7"),
+        ("E1M6", "E1M6"),
+        ("E0M7", "E1M6"),
+        ("INT8", "INT8"),
+        ("INT8", "E0M7"),
+        ("INT4", "INT8"),
+    ],
 )
 def test_native_equals_emulated(left, right, power_of_two):
     a, b = operand((48, 128), left, 1, power_of_two), operand((32, 128), right, 2, power_of_two)
@@ -49,9 +59,10 @@ def test_native_equals_emulated(left, right, power_of_two):
 
 
 def test_integer_products_are_exact_under_power_of_two_scales():
-    a, b = operand((32, 512), "E0M7", 1, True), operand((32, 512), "E1M6", 2, True)
-    exact = a.values.double() @ b.values.double().T
-    assert torch.equal(matmul_transposed(a, b, "native").double(), exact)
+    for left, right in (("E0M7", "E1M6"), ("INT8", "INT4")):
+        a, b = operand((32, 512), left, 1, True), operand((32, 512), right, 2, True)
+        exact = a.values.double() @ b.values.double().T
+        assert torch.equal(matmul_transposed(a, b, "native").double(), exact)
 
 
 @pytest.mark.parametrize(("left", "right"), [("E5M2", "E5M2"), ("E3M4", "E4M3"), ("BF16", "BF16"), ("E0M7", "E4M3")])

@@ -5,12 +5,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from gfloat.types import Domain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ALL, REGISTERED, hard_inputs, nearest, same
+from oracle import ALL, NEW, REGISTERED, as_gfloat, hard_inputs, has_two_zeros, nearest, same
 
-from altgrad.quantization import decode, encode, get_format, quantize, ulp
+from altgrad.quantization import compute_scale, decode, encode, get_format, quantize, ulp
 from altgrad.quantization.ops import code_index, index_to_value
 
 KERNELS = ["reference", "numba"]
@@ -21,22 +20,6 @@ WITH_EXPONENT = [name for name in ALL if get_format(name).exponent_bits and name
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
     monkeypatch.setenv("ALTGRAD_KERNEL", request.param)
-
-
-def as_gfloat(fmt):
-    nans = {"ieee": 2**fmt.mantissa_bits - 1, "fn": 1, "finite": 0}[fmt.variant]
-    return gfloat.FormatInfo(
-        fmt.name,
-        fmt.total_bits,
-        fmt.mantissa_bits + 1,
-        bias=fmt.bias,
-        is_signed=True,
-        has_nz=True,
-        domain=Domain.Extended if fmt.has_inf else Domain.Finite,
-        num_high_nans=nans,
-        has_subnormals=True,
-        is_twos_complement=False,
-    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -63,6 +46,9 @@ def test_agrees_with_gfloat(name, rounding, kernel):
         ("E4M3/ieee", ml_dtypes.float8_e4m3),
         ("E4M3", ml_dtypes.float8_e4m3fn),
         ("E5M2", ml_dtypes.float8_e5m2),
+        ("E4M3/fnuz", ml_dtypes.float8_e4m3fnuz),
+        ("E5M2/fnuz", ml_dtypes.float8_e5m2fnuz),
+        ("E4M3b11/fnuz", ml_dtypes.float8_e4m3b11fnuz),
         ("E2M3", ml_dtypes.float6_e2m3fn),
         ("E3M2", ml_dtypes.float6_e3m2fn),
         ("E2M1", ml_dtypes.float4_e2m1fn),
@@ -81,10 +67,18 @@ def test_agrees_with_ml_dtypes_in_values_and_in_codes(name, dtype, kernel):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("E5M2", torch.float8_e5m2), ("E4M3", torch.float8_e4m3fn), ("BF16", torch.bfloat16), ("FP16", torch.float16)],
+    [
+        ("E5M2", torch.float8_e5m2),
+        ("E4M3", torch.float8_e4m3fn),
+        ("E4M3/fnuz", torch.float8_e4m3fnuz),
+        ("E5M2/fnuz", torch.float8_e5m2fnuz),
+        ("BF16", torch.bfloat16),
+        ("FP16", torch.float16),
+    ],
 )
 def test_agrees_with_torch_casts(name, dtype, kernel):
-    fmt, x = get_format(name), hard_inputs(name)
+    fmt, x = get_format(dtype), hard_inputs(name)
+    assert fmt.name == name
     inside = x[x.abs() <= fmt.max]
     assert same(quantize(inside, fmt), inside.to(dtype).float())
     if fmt.has_inf:
@@ -118,7 +112,8 @@ def test_inputs_that_were_once_wrong(name, x, expected, kernel):
 @pytest.mark.parametrize("name", ALL)
 def test_nan_and_the_sign_of_zero_survive(name, kernel):
     result = quantize(torch.tensor([math.nan, -0.0, 0.0, -1e-44]), name)
-    assert result[0].isnan() and torch.signbit(result).tolist()[1:] == [True, False, True]
+    is_kept = has_two_zeros(get_format(name))
+    assert result[0].isnan() and torch.signbit(result).tolist()[1:] == [is_kept, False, is_kept]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -141,10 +136,11 @@ def test_kernels_agree_bit_for_bit(name, monkeypatch):
     assert all(same(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.parametrize("name", REGISTERED + NEW)
 def test_encode_and_decode_invert_each_other(name):
     fmt = get_format(name)
     codes = torch.arange(fmt.num_codes).to(torch.uint8 if fmt.total_bits <= 8 else torch.int16)
+    codes = codes[codes != fmt.unused_code] if fmt.unused_code is not None else codes
     values = decode(codes, fmt)
     finite = values.isfinite()
     assert torch.equal(encode(values[finite], fmt), codes[finite])
@@ -158,8 +154,32 @@ def test_encode_refuses_nan_where_there_is_no_code():
         encode(torch.tensor([1.0, math.nan]), "E7M0")
     assert decode(encode(torch.tensor([math.nan]), "E4M3"), "E4M3").isnan().all()
     assert encode(torch.tensor([math.inf, -math.inf]), "E5M2", overflow="inf").tolist() == [0x7C, 0xFC]
+    assert encode(torch.tensor([math.nan, -math.nan, -0.0, -1e-9]), "E4M3/fnuz").tolist() == [0x80, 0x80, 0, 0]
+    assert encode(torch.tensor([math.inf, -math.inf]), "binary8p3", overflow="inf").tolist() == [0x7F, 0xFF]
     with pytest.raises(ValueError, match="0 to 63"):
         decode(torch.tensor([64], dtype=torch.uint8), "E2M3")
+
+
+@pytest.mark.parametrize("name", ["INT8", "INT4"])
+def test_integers_are_numpys_in_values_and_codes(name, kernel):
+    fmt, x = get_format(name), hard_inputs(name)
+    x = x[~x.isnan()]
+    whole = np.rint(x.numpy().clip(-fmt.max, fmt.max)).astype(np.int8)
+    assert torch.equal(quantize(x, name), torch.from_numpy(whole).float())
+    codes = encode(x, name)
+    assert torch.equal(codes, torch.from_numpy(whole.view(np.uint8) & (fmt.num_codes - 1)))
+    assert torch.equal(decode(codes, name), torch.from_numpy(whole).float())
+    assert [fmt.to_real(code) for code in range(fmt.num_codes) if code != fmt.unused_code] == [
+        *map(float, range(fmt.max_index + 1)),
+        *map(float, range(-fmt.max_index, 0)),
+    ]
+    if name == "INT8":
+        assert torch.equal(decode(torch.from_numpy(whole), name), torch.from_numpy(whole).float())
+    for read in (fmt.to_real, lambda code: decode(torch.tensor([code]), name)):
+        with pytest.raises(ValueError, match=f"{name} has the values -{fmt.max_index} to {fmt.max_index}"):
+            read(fmt.num_codes // 2)
+    with pytest.raises(ValueError, match=f"{name} has no code for NaN"):
+        encode(torch.tensor([math.nan]), name)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -187,11 +207,18 @@ def test_ulp_is_the_distance_to_the_next_value(name, kernel):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero"])
-def test_e0m7_and_e1m6_are_one_grid(rounding, kernel):
+def test_int8_e0m7_and_e1m6_are_one_grid(rounding, kernel):
     x = torch.cat([torch.randn(20000), torch.randn(2000) * 1e-5, torch.tensor([1.0, -1.0, 9.0, math.inf, math.nan])])
     fine = quantize(x, "E0M7", 0.5, rounding=rounding, seed=3)
     coarse = quantize(x, "E1M6", 0.125, rounding=rounding, seed=3)
-    assert same(fine, coarse)
+    whole = quantize(x, "INT8", 0.5 * 2.0**-7, rounding=rounding, seed=3)
+    assert same(fine, coarse) and same(whole, fine + 0.0)
+    scale = compute_scale(x[:-5], "E0M7")
+    assert torch.equal(compute_scale(x[:-5], "INT8"), scale * 2.0**-7)
+    found = [
+        quantize(x, name, own, rounding=rounding, seed=3) for name, own in (("E0M7", scale), ("INT8", scale / 128))
+    ]
+    assert same(found[0] + 0.0, found[1])
     assert same(ulp(x, "E0M7", 0.5)[:-5], ulp(x, "E1M6", 0.125)[:-5])
 
 
@@ -252,7 +279,8 @@ def test_rounding_is_monotone_odd_and_idempotent(name, power, numbers):
     x = torch.tensor(sorted(numbers), dtype=torch.float32)
     rounded = quantize(x, name, scale)
     assert (rounded.diff() >= 0).all()
-    assert same(quantize(-x, name, scale), -rounded)
+    mirrored = -rounded if has_two_zeros(get_format(name)) else 0.0 - rounded
+    assert same(quantize(-x, name, scale), mirrored)
     assert same(quantize(rounded, name, scale), rounded) or (rounded.abs() < 2.0**-126).any()
     toward = quantize(x, name, scale, rounding="toward_zero")
     assert (toward.abs() <= x.abs()).all()

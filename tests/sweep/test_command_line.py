@@ -37,7 +37,7 @@ COMMANDS = {
     "import": "folder out",
     "wandb-sync": "out --mode",
     "schema": "",
-    "formats": "",
+    "formats": "names",
     "test-matrix": "--check",
     "doctor": "",
     "cluster": "words",

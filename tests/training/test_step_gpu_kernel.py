@@ -18,7 +18,7 @@ import altgrad.training.optimizer as optimizer_module  # noqa: E402
 from altgrad.training.kernels import gpu, reference  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-FORMATS = ("E4M3", "E7M0", "BF16")
+FORMATS = ("E4M3", "E7M0", "E7M0/p3109", "INT8", "BF16")
 
 
 def both(monkeypatch, arm: str, name: str, dtype: torch.dtype, shape: tuple[int, int], count_every: int = 1):

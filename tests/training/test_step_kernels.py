@@ -40,7 +40,10 @@ ARMS = {
     "lion": lambda p, f: RoundedOptimizer(p, "lion", format=f),
 }
 HALVES = (torch.bfloat16, torch.float16)
-FORMATS = ("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E7M0", "BF16", "FP16", "E2M1")
+FORMATS = (
+    *("E0M7", "E1M6", "E3M4", "E4M3", "E5M2", "E7M0", "BF16", "FP16", "E2M1"),
+    *("E4M3/fnuz", "E7M0/p3109", "INT8"),
+)
 
 
 def run(arm: str, name: str, dtype: torch.dtype, count_every: int = 1):
@@ -80,6 +83,15 @@ def test_compiled_step_equals_the_reference(arm, name, dtype, monkeypatch):
     assert torch.equal(compiled_counts, reference_counts)
     for ours, theirs in zip(compiled, reference, strict=True):
         assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if "_scale" not in arm])
+def test_int8_steps_as_e0m7_does(arm):
+    weights, counts = run(arm, "INT8", torch.float32)
+    others, counts_of_others = run(arm, "E0M7", torch.float32)
+    assert torch.equal(counts, counts_of_others)
+    for ours, theirs in zip(weights[:2], others[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
@@ -200,7 +212,7 @@ def test_the_binade_of_a_quotient_needs_no_division():
     weights = torch.cat([bits.view(torch.float32), -bits.view(torch.float32), torch.zeros(1)])
     for scale in (1.0, 1.5, 1 + 2**-23, 2 - 2**-23, 3.7e-20, 2.0**-100, 1e30, *weights[:20].abs().tolist()):
         scale = torch.tensor(scale)
-        for name in ("E4M3", "E7M0", "E0M7", "BF16"):
+        for name in ("E4M3", "E7M0", "E7M0/p3109", "E0M7", "INT8", "BF16"):
             grid = grid_of(get_format(name))
             assert torch.equal(
                 step_reference.quotient_bits(weights, scale, grid), step_reference.exponent_bits(weights / scale, grid)

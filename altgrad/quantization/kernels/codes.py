@@ -16,6 +16,8 @@ from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.kernels import Overflow, grid_of, reference
 from altgrad.quantization.kernels.dispatch import Scale, as_tensor, is_traced
 
+_WIDTHS = {torch.uint8: 8, torch.int8: 8, torch.int16: 16}
+
 
 def code_dtype(fmt: FloatFormat) -> torch.dtype:
     """uint8, or int16 (the same bits) for formats wider than 8 bits."""
@@ -36,10 +38,12 @@ def _encode_now(x: Tensor, fmt: FloatFormat, scale: Scale, overflow: Overflow) -
         raise ValueError(f"{int(is_nan.sum())} NaN to encode, and {fmt.name} has no code for NaN")
     beyond = fmt.max_index + (1 if overflow == "inf" else 0)
     code = reference.rounded_magnitude(y, grid_of(fmt), "nearest").clamp(max=beyond)
+    negative = torch.signbit(y) if fmt.has_negative_zero else torch.signbit(y) & (code > 0)
+    if fmt.variant == "integer":
+        return torch.where(negative, fmt.num_codes - code, code).to(code_dtype(fmt))
     if fmt.has_nan:
         code = torch.where(is_nan, fmt.nan_code, code)
-    code = code + torch.signbit(y) * (fmt.num_codes // 2)
-    return code.to(code_dtype(fmt))
+    return (code | negative * (fmt.num_codes // 2)).to(code_dtype(fmt))
 
 
 def decode(codes: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
@@ -51,19 +55,20 @@ def decode(codes: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
 
 def _decode_now(codes: Tensor, fmt: FloatFormat, scale: Scale) -> Tensor:
     patterns = codes.to(torch.int64)
-    if codes.dtype == torch.int16:
-        patterns = patterns & 0xFFFF
-    is_exact_width = fmt.total_bits == (16 if codes.dtype == torch.int16 else 8)
-    is_unsigned = codes.dtype in (torch.uint8, torch.int16)
-    if not (is_exact_width and is_unsigned) and bool(((patterns < 0) | (patterns >= fmt.num_codes)).any()):
+    if _WIDTHS.get(codes.dtype) == fmt.total_bits:
+        patterns = patterns & (fmt.num_codes - 1)  # signed or not, the same bits
+    elif bool(((patterns < 0) | (patterns >= fmt.num_codes)).any()):
         worst = int(patterns.min() if patterns.min() < 0 else patterns.max())
         raise ValueError(f"{fmt.name} has the codes 0 to {fmt.num_codes - 1}; got {worst}")
+    if fmt.unused_code is not None and bool((patterns == fmt.unused_code).any()):
+        raise ValueError(f"{fmt.name} has the values {-fmt.max_index} to {fmt.max_index}; got {-fmt.unused_code}")
     return _values(fmt).to(codes.device)[patterns] * scale
 
 
 @cache
 def _values(fmt: FloatFormat) -> Tensor:
-    return torch.tensor([fmt.to_real(code) for code in range(fmt.num_codes)], dtype=torch.float32)
+    reals = [torch.nan if code == fmt.unused_code else fmt.to_real(code) for code in range(fmt.num_codes)]
+    return torch.tensor(reals, dtype=torch.float32)
 
 
 @torch.library.custom_op("altgrad::encode", mutates_args=())

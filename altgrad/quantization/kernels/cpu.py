@@ -105,12 +105,12 @@ def _narrow_numbers(grid: Grid, scale: float, overflow: Overflow) -> tuple[int, 
     """What the 16-bit loop needs under a power-of-two scale; None where it does not hold.
 
     It wants the scaled grid to be made of normal bfloat16 numbers. Without mantissa bits ties follow the
-    parity of the exponent, which an odd power of two would change.
+    parity of the exponent, which has to be that of the code: an odd power of two or an even bias changes it.
     """
     mantissa = 23 - grid.shift
     spacing, largest = grid.spacing * scale, grid.max_value * scale
     is_odd_power = math.frexp(scale)[1] % 2 == 0
-    if mantissa > 7 or (mantissa == 0 and is_odd_power):
+    if mantissa > 7 or (mantissa == 0 and is_odd_power != bool(grid.offset & 1)):
         return None
     if spacing < 2.0**-124 or largest > torch.finfo(torch.bfloat16).max:
         return None
@@ -130,7 +130,7 @@ def _constants(grid: Grid, rounding: Rounding, overflow: Overflow) -> Words:
             grid.shift,
             0x7FFFFFFF & -(1 << grid.shift),  # the bits kept of a normal
             (1 << (grid.shift - 1)) - 1,  # half a spacing less one bit
-            1,  # the last bit kept breaks ties
+            grid.offset & 1,  # the last bit kept, or its opposite, breaks ties
             _word(grid.min_normal),
             _word(math.ldexp(grid.spacing, 23)),
             _word(grid.spacing),

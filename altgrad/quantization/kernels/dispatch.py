@@ -58,6 +58,20 @@ def _rounded_now(
     x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None
 ) -> Tensor:
     """`rounded`, where nothing records it."""
+    return with_its_zeros(_rounded_signed(x, fmt, scale, rounding, overflow, seed), fmt)
+
+
+def with_its_zeros(values: Tensor, fmt: FloatFormat) -> Tensor:
+    """A kernel's result, in which a negative zero becomes the one zero of a format that has one, in place.
+
+    Kernels keep every sign; -0 + 0 is 0, and any other sum with 0 is what it was.
+    """
+    return values if fmt.has_negative_zero else values.add_(0.0)
+
+
+def _rounded_signed(
+    x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, overflow: Overflow, seed: int | None
+) -> Tensor:
     if x.dtype == torch.float64:
         return reference.quantize(x, scale, grid_of(fmt), rounding, overflow, seed)
     grid, number = _reaching(fmt, x.dtype, scale, overflow), scalar(scale)
@@ -85,13 +99,13 @@ def round_into(
     is_direct = out.is_contiguous() and not out.is_neg() and not is_traced(x) and _is_same_or_apart(x, out)
     if is_direct and (triton := triton_for(x, scale)) is not None:
         triton.quantize(x, scale, grid_of(fmt), rounding, overflow, seed, out)
-        return out
+        return with_its_zeros(out, fmt)
     kernel = numba_for(x) if is_direct else None
     number = scalar(scale) if is_direct else None
     if kernel is None or number is None:
         return out.copy_(rounded(x, fmt, scale, rounding, overflow, seed))
     kernel.quantize(x, number, _reaching(fmt, x.dtype, number, overflow), rounding, overflow, seed, out)
-    return out
+    return with_its_zeros(out, fmt)
 
 
 def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, seed: Seed) -> Tensor:
@@ -99,7 +113,7 @@ def grid_values(x: Tensor, fmt: FloatFormat, scale: Scale, rounding: Rounding, s
     if (triton := triton_for(x, scale)) is not None:
         out = torch.empty_like(x, dtype=torch.bfloat16)
         triton.grid_values(x, scale, grid_of(fmt), rounding, seed_of(seed), out)
-        return out
+        return with_its_zeros(out, fmt)
     y = reference.quotient(x, scale)
     return torch.where(y.isinf(), y, rounded(y, fmt, 1.0, rounding, "saturate", seed)).to(torch.bfloat16)
 

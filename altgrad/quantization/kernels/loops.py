@@ -3,7 +3,7 @@ float16 (the sign only tells the two halves apart).
 
 For nearest rounding two identities shorten the rule. A normal gets half a spacing less one bit, plus its last
 kept bit, added to its float32 bits, and the bits below the format's mantissa masked off; a carry into the
-exponent is the next binade. That last bit is the code's parity, since every format with M = 0 has an odd bias.
+exponent is the next binade. That last bit is the code's parity, or its opposite with M = 0 and an even bias.
 Below the normals, adding and subtracting 2^23 spacings rounds to a whole spacing with ties to even. Stochastic
 rounding adds the top bits of the draw instead, and compares the 31-bit fraction below the normals.
 
@@ -165,8 +165,8 @@ def _constants(c):
 @inlined
 def _nearest(magnitude, c):
     """Bits of the nearest value, before the overflow policy."""
-    shift, mask, halfway, odd, min_normal, magic = c[0], c[1], c[2], c[3], c[4], c[5]
-    last = _U32(_right(magnitude, shift) & odd)
+    shift, mask, halfway, flip, min_normal, magic = c[0], c[1], c[2], c[3], c[4], c[5]
+    last = _U32(_xor(_right(magnitude, shift), flip) & _U32(1))
     normal = _U32(_U32(magnitude + _U32(halfway + last)) & mask)
     small = _bits(_F32(_F32(_float(magnitude) + magic) - magic))
     return normal if magnitude >= min_normal else small
@@ -286,12 +286,12 @@ def round_stochastic(x, out, scale, inverse, constants, key, second_key, first):
 @compiled
 def nearest_index(x, out, scale, constants, offset, max_index):
     c, scale = _constants(constants), _F32(scale)
-    shift, halfway, odd, min_normal, magic = c[0], c[2], c[3], c[4], c[5]
+    shift, halfway, flip, min_normal, magic = c[0], c[2], c[3], c[4], c[5]
     offset, max_index = _U32(offset), _U32(max_index)
     for i in range(x.size):
         bits = _bits(_F32(_load(x[i]) / scale))
         magnitude = _U32(bits & _ABSOLUTE)
-        last = _U32(_right(magnitude, shift) & odd)
+        last = _U32(_xor(_right(magnitude, shift), flip) & _U32(1))
         normal = _U32(_right(_U32(magnitude + _U32(halfway + last)), shift) - offset)
         small = _U32(_bits(_F32(_float(magnitude) + magic)) - _bits(magic))
         index = min(normal if magnitude >= min_normal else small, max_index)

@@ -74,9 +74,9 @@ _E8M0, _E4M3 = int(Source.E8M0), int(Source.E4M3)
 def _constants(w, begin):
     """The words of a format, out of memory before the loop; `cpu` says what they are."""
     c = w[begin : begin + 11]
-    shift, mask, halfway, odd, least = _U32(c[0]), _U32(c[1]), _U32(c[2]), _U32(c[3]), _U32(c[4])
+    shift, mask, halfway, flip, least = _U32(c[0]), _U32(c[1]), _U32(c[2]), _U32(c[3]), _U32(c[4])
     magic, spacing, unscale, rest = _float(_U32(c[5])), _float(_U32(c[6])), _float(_U32(c[7])), _float(_U32(c[8]))
-    return shift, mask, halfway, odd, least, magic, spacing, unscale, rest, _U32(c[9]), _U32(c[10])
+    return shift, mask, halfway, flip, least, magic, spacing, unscale, rest, _U32(c[9]), _U32(c[10])
 
 
 @inlined

@@ -7,7 +7,6 @@ from it (`expansion`, `sampling`, `populations`) are functions over this value.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from altgrad.quantization import FORMATS, POLICIES, get_format
+from altgrad.quantization.formats import OTHERS_NAMES
 from altgrad.sweep.complaints import check_choice, nearest
 from altgrad.sweep.pace.objectives import OBJECTIVES
 from altgrad.sweep.space.axes import Axis, Constraint, Range, check_path, read_axis
@@ -252,10 +252,10 @@ def _format_name(name: str) -> str:
         return get_format(name).name
     except ValueError as error:
         allowed = (UNQUANTIZED, *ALL_FORMATS, *BLOCK_FORMATS)
-        reason = f" ({error})" if re.match(r"E\d+M\d+", name) else ""
+        reason = "" if str(error).startswith("unknown format") else f" ({error})"
         raise ValueError(
-            f"{name!r} is no usable format{reason}; allowed: {', '.join(allowed)} and other ExMy of 4 to "
-            f"16 bits{nearest(name, allowed)}"
+            f"{name!r} is no usable format{reason}; allowed: {', '.join(allowed)}, other ExMy of 4 to 16 bits, INT8, "
+            f"INT4 and what torch, ml_dtypes and P3109 call theirs{nearest(name, (*allowed, *OTHERS_NAMES))}"
         ) from error
 
 

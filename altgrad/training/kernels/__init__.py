@@ -191,6 +191,12 @@ class Job:
         return (*(0 if t is None else t.data_ptr() for t in given), self.weight.numel(), seed, int(self.knows_largest))
 
 
+def least_stiffness(fmt: FloatFormat) -> float:
+    """The literal formula's factor at zero, the smallest spacing; without an exponent 2^-M everywhere, whatever the
+    unit, so that INT8 steps as E0M7 does."""
+    return fmt.min_spacing if fmt.exponent_bits else math.ldexp(1.0, -fmt.mantissa_bits)
+
+
 def measures_mean(step: int) -> bool:
     """Whether this step of a tensor, the first from 1, measures the mean spacing anew."""
     return step <= MEAN_EVERY or step % MEAN_EVERY == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from altgrad.quantization import get_format
 from altgrad.quantization.kernels import cpu as quantize_cpu
 from altgrad.quantization.kernels import grid_of
-from altgrad.training.kernels import FIXED, MAX_RUNGS, Job, Placement, Plan, fused
+from altgrad.training.kernels import FIXED, MAX_RUNGS, Job, Placement, Plan, fused, least_stiffness
 
 _WORDS: dict[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 
@@ -92,7 +92,7 @@ def _shares(chosen: list[int], jobs: list[Job]) -> list[NDArray[np.int64]]:
 def _numbers(plan: Plan) -> NDArray[np.float64]:
     fmt = plan.fmt
     has_exponent, is_wide = (fmt.exponent_bits > 0, fmt.total_bits > 8) if fmt else (False, True)
-    extremes = (1.0 / fmt.max, fmt.max, fmt.min_spacing) if fmt else (0.0, 0.0, 0.0)
+    extremes = (1.0 / fmt.max, fmt.max, least_stiffness(fmt)) if fmt else (0.0, 0.0, 0.0)
     clip = min(plan.rung_clip, MAX_RUNGS)
     return np.array(
         [

@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from altgrad.quantization.kernels.compiled import inlined
-from altgrad.quantization.kernels.loops import _bits, _float, _hash, _on_words, _plus, _right
+from altgrad.quantization.kernels.loops import _bits, _float, _hash, _on_words, _plus, _right, _xor
 from altgrad.training.kernels import FIXED
 
 _U32, _F32, _I32 = np.uint32, np.float32, np.int32
@@ -37,10 +37,10 @@ def absolute(number):
 @inlined
 def index_of(y, c, offset, max_index):
     """Signed code nearest to y, int32."""
-    shift, halfway, odd, min_normal, magic = c[0], c[2], c[3], c[4], c[5]
+    shift, halfway, flip, min_normal, magic = c[0], c[2], c[3], c[4], c[5]
     bits = _bits(y)
     magnitude = _U32(bits & _ABSOLUTE)
-    last = _U32(_right(magnitude, shift) & odd)
+    last = _U32(_xor(_right(magnitude, shift), flip) & _U32(1))
     normal = minus(_right(_plus(magnitude, _plus(halfway, last)), shift), offset)
     small = minus(_bits(_F32(_float(magnitude) + magic)), _bits(magic))
     index = minimum(normal if magnitude >= min_normal else small, max_index)

@@ -157,7 +157,7 @@ def stepper(
         offset, lowest, highest = grid_words[at.OFFSET], grid_words[at.LOWEST], grid_words[at.HIGHEST]
         max_index, first_normal = grid_words[at.MAX_INDEX], grid_words[at.FIRST_NORMAL]
         mantissa_step, to_fixed = _float(grid_words[at.MANTISSA_STEP]), _float(grid_words[at.TO_FIXED])
-        least, max_stiffness = _F32(numbers[at.MIN_SPACING]), _F32(numbers[at.MAX_STIFFNESS])
+        least, max_stiffness = _F32(numbers[at.LEAST_STIFFNESS]), _F32(numbers[at.MAX_STIFFNESS])
         has_exponent, end_index = numbers[at.HAS_EXPONENT] > 0, _I32(grid_words[at.MAX_INDEX])
         lr, beta1, beta2, eps = numbers[at.LR], _F32(numbers[at.BETA1]), _F32(numbers[at.BETA2]), _F32(numbers[at.EPS])
         rest1, rest2, step_length = _F32(1 - numbers[at.BETA1]), _F32(1 - numbers[at.BETA2]), _F32(lr)

@@ -28,6 +28,7 @@ from altgrad.training.kernels import (
     Moments,
     Placement,
     Plan,
+    least_stiffness,
 )
 from altgrad.training.kernels.gpu_parts import (
     APPLIED,
@@ -354,7 +355,7 @@ def step_tensors(jobs: list[Job], plan: Plan, call: int, counts: Tensor) -> None
         plan.eps,
         plan.lr * plan.max_stiffness if is_relative else float("inf"),
         plan.max_stiffness,
-        grid.spacing,
+        least_stiffness(fmt),
         clip,
         float(int(clip)),
         plan.weight_decay * (1.0 if plan.own_unit else plan.lr),

@@ -24,6 +24,7 @@ from altgrad.training.kernels import (
     Placement,
     Plan,
     corrections,
+    least_stiffness,
     measures_mean,
 )
 
@@ -134,9 +135,9 @@ def _power(bits: int) -> float:
 def literal_stiffness(weight: Tensor, fmt: FloatFormat, limit: float) -> Tensor:
     """S = 2^(floor(log2|w|) - M), 2^-M without an exponent; at zero the format's own smallest spacing."""
     if fmt.exponent_bits == 0:
-        return torch.full_like(weight, min(fmt.min_spacing, limit))
+        return torch.full_like(weight, min(least_stiffness(fmt), limit))
     binade = (weight.view(torch.int32) & _EXPONENT).view(torch.float32)
-    return torch.where(weight == 0, fmt.min_spacing, binade * 2.0**-fmt.mantissa_bits).clamp_(max=limit)
+    return torch.where(weight == 0, least_stiffness(fmt), binade * 2.0**-fmt.mantissa_bits).clamp_(max=limit)
 
 
 def root(x: Tensor) -> Tensor:
