@@ -22,15 +22,24 @@ from torch import Tensor, nn
 from altgrad.quantization.block_scaling import BlockFormat
 from altgrad.quantization.conversion import quantize_model, rounded_weights
 from altgrad.quantization.conversion_table import ConversionTable
+from altgrad.quantization.formats import get_format
 from altgrad.quantization.ops import decode, encode
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy
-from altgrad.quantization.products import FLOAT8_DTYPES
 from altgrad.quantization.weight_roles import WeightRoles
 
 Stored = Literal["values", "codes"]
 
 SCALE = "_scale"
 """Added to a weight's name for the scale of its codes."""
+
+NATIVE = {
+    get_format(dtype): dtype
+    for dtype in (
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.float16, torch.bfloat16),
+    )
+}
+"""Formats that are types of torch."""
 
 RECIPE = "altgrad_recipe"
 """Key of the recipe in the metadata of a safetensors file."""
@@ -107,7 +116,7 @@ def _encoded(roles: WeightRoles) -> tuple[Tensor, Tensor]:
     operand, fmt, rule = roles.weight_operand(), roles.weight_format, roles.weight_quantizer.role.scale
     values = operand.numbers.cpu()
     scale = torch.ones(()) if operand.scale is None else operand.scale.detach().cpu()
-    exact = FLOAT8_DTYPES.get(fmt)
+    exact = NATIVE.get(fmt)
     codes = encode(values, fmt, scale) if exact is None else (values / scale).to(exact)
     if scale.dim() and rule.kind == "block":
         scale = roles.as_rows(scale)[:, :: _block_size(roles)].contiguous()

@@ -165,4 +165,4 @@ def _wide(value: Any) -> Any:
 
 def _memory(x: Tensor) -> int:
     """The storage, not its address: a tensor that torch only traces with has none."""
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)

@@ -51,7 +51,7 @@ def converted(format: str, kind: str, *, embeddings: bool = True) -> Net:
 
 @pytest.mark.parametrize("store", ["values", "codes"])
 @pytest.mark.parametrize("kind", ["current", "delayed", "per_channel", "block"])
-@pytest.mark.parametrize("format", ["E4M3", "E3M4", "E2M1", "BF16"])
+@pytest.mark.parametrize("format", ["E4M3", "E3M4", "E2M1", "E5M2/fnuz", "INT8", "BF16"])
 def test_a_model_made_from_an_export_computes_the_same(format, kind, store, tmp_path):
     model = converted(format, kind)
     export_model(model, tmp_path / "model.safetensors", store=store)
@@ -72,7 +72,7 @@ def test_values_are_what_a_plain_model_loads():
     assert set(exported.recipe) == {"window", "attention.in_proj", "attention.out_proj", "head"}
 
 
-STORED = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "E3M4": torch.uint8}
+STORED = {"E4M3": torch.float8_e4m3fn, "E5M2/fnuz": torch.float8_e5m2fnuz, "E3M4": torch.uint8}
 
 
 @pytest.mark.parametrize("format", STORED)
