@@ -181,6 +181,7 @@ def own_format(name: str) -> str | None:
 def same_spacings(first: PrecisionPolicy, second: PrecisionPolicy) -> bool:
     """Whether two policies give every layer the same weight format, whatever the scales, and what other roles take."""
     one, other = (
-        [(rule.pattern, rule.weight and rule.weight.format) for rule in policy.rules] for policy in (first, second)
+        (policy.embeddings, [(rule.pattern, rule.weight and rule.weight.format) for rule in policy.rules])
+        for policy in (first, second)
     )
     return one == other

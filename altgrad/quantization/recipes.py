@@ -62,6 +62,7 @@ class Recipe(BaseModel):
     weight: RoleChange = RoleChange()
     activation: RoleChange = RoleChange()
     gradient: RoleChange = RoleChange()
+    embeddings: bool = Field(False, description="whether embeddings are quantized too; a tied one goes with its layer")
 
     @property
     def is_plain(self) -> bool:
@@ -70,8 +71,10 @@ class Recipe(BaseModel):
 
     def applied(self, policy: PrecisionPolicy) -> PrecisionPolicy:
         """The policy, or this recipe's rules, with the changes."""
-        rules = self.rules or policy.rules
-        return policy if self.is_plain else PrecisionPolicy(rules=tuple(self._changed(rule) for rule in rules))
+        if self.is_plain:
+            return policy
+        rules = tuple(self._changed(rule) for rule in self.rules or policy.rules)
+        return PrecisionPolicy(rules=rules, embeddings=self.embeddings or policy.embeddings)
 
     def _changed(self, rule: LayerRule) -> LayerRule:
         if rule.weight is None:
@@ -86,4 +89,5 @@ class Recipe(BaseModel):
     def __str__(self) -> str:
         words = [f"{len(self.rules)} own rules"] if self.rules else []
         words += [f"{name} {change}" for name in ROLES if not (change := getattr(self, name)).is_none]
+        words += ["embeddings"] if self.embeddings else []
         return ", ".join(words)

@@ -13,6 +13,7 @@ from altgrad.cli import main
 from altgrad.quantization import named_policy, own_format
 from altgrad.sweep.space.resolve import resolve
 from altgrad.sweep.space.spec import SweepSpec
+from altgrad.training import Trainer
 from altgrad.training.config import TrainConfig
 from tests.sweep.trained import SPEC, train
 
@@ -67,6 +68,19 @@ def test_scales_and_roundings_are_axes(tmp_path: Path) -> None:
 def test_block_sizes_are_an_axis(tmp_path: Path) -> None:
     names = [trial.recipe_name for trial in cells(of(tmp_path, BLOCKS))]
     assert names == [f"uniform, weight block {size}" for size in (16, 32, 64, 128)]
+
+
+def test_whether_embeddings_are_quantized_is_an_axis(tmp_path: Path) -> None:
+    text = "{formats: E4M3, optimizers: manifold, steps: 2, axes: {recipe.embeddings: [false, true]}}"
+    trials = cells(of(tmp_path, text))
+    assert [trial.recipe_name for trial in trials] == ["uniform", "uniform, embeddings"]
+    shares = []
+    for trial in trials:
+        trainer = Trainer(trial)
+        trainer.run()
+        shares.append(trainer.rows[-1]["quantized_share"])
+        assert ("transformer.wpe" in trainer.formats) == trial.recipe.embeddings
+    assert 0.9 < shares[0] < shares[1] < 1
 
 
 @pytest.mark.parametrize("name", ["MXFP8", "MXFP6", "MXFP4", "NVFP4"])
@@ -143,3 +157,4 @@ def test_recipes_are_told_apart_in_the_report(tmp_path: Path) -> None:
     assert set(own["recipe.gradient.rounding"].dropna()) == {"stochastic"}
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
     assert all(name in text for name in own["policy"])
+    assert table["quantized_share"].between(0.5, 1).all() and "of the parameters are quantized under hybrid" in text

@@ -63,8 +63,8 @@ class Combination(NamedTuple):
 @cache
 def precision_of(format: str, policy: str, recipe: Recipe) -> PrecisionPolicy:
     """The policy for the format, changed by the recipe, without scales that no tensor has: those of 16 bits."""
-    rules = recipe.applied(named_policy(policy, format)).rules
-    return PrecisionPolicy(rules=tuple(map(_without_idle_scales, rules)))
+    applied = recipe.applied(named_policy(policy, format))
+    return applied.model_copy(update={"rules": tuple(map(_without_idle_scales, applied.rules))})
 
 
 def _without_idle_scales(rule: LayerRule) -> LayerRule:
