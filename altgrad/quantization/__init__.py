@@ -14,6 +14,7 @@ from altgrad.quantization.block_scaling import (
     get_block_format,
 )
 from altgrad.quantization.conversion import (
+    check_policy,
     dequantize_model,
     embedded_weights,
     multiplied_parameters,
@@ -114,6 +115,7 @@ __all__ = [
     "block_encode",
     "block_quantize",
     "block_scale",
+    "check_policy",
     "codes_in_use",
     "compute_channel_scale",
     "compute_effective_rank",

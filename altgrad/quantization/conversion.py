@@ -60,6 +60,11 @@ def quantize_model(
     return table
 
 
+def check_policy(model: nn.Module, policy: PrecisionPolicy) -> None:
+    """ValueError where `quantize_model` would raise one; the model stays as it is."""
+    ConversionPlan(model, policy)
+
+
 def dequantize_model(model: nn.Module) -> None:
     """Puts the original layers back, in place, with the present Parameters."""
     converted = {module: module.original() for module in model.modules() if isinstance(module, CONVERTED)}

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from altgrad.quantization import check_policy
 from altgrad.sweep.engine.environment import check_environment, set_ray_environment
 from altgrad.sweep.options import RunOptions
 from altgrad.sweep.pace.growth import Growth
@@ -63,11 +65,22 @@ def preflight(spec: SweepSpec) -> Corpus | Documents:
     for trial in trials:
         if TrainConfig.model_validate_json(trial.model_dump_json()) != trial:
             raise ValueError(f"{type(trial.optimizer).__name__} of this program does not reach a sweep's workers whole")
-    tasks = [build_task(config) for config in {(trial.model, trial.data): trial for trial in trials}.values()]
-    for task in tasks:
+    settings: dict[Any, list[TrainConfig]] = {}
+    for trial in trials:
+        settings.setdefault((trial.model, trial.data), []).append(trial)
+    tasks = [build_task(own[0]) for own in settings.values()]
+    for task, own in zip(tasks, settings.values(), strict=True):
         task.check()
-        if any("/" in rule.signal for rule in spec.base.guards):
-            check_layers(spec.base.guards, task.build())
+        recipes = {trial.precision for trial in own if trial.recipe.rules}
+        names_layers = any("/" in rule.signal for rule in spec.base.guards)
+        if names_layers or recipes:
+            model = task.build()
+            check_layers(spec.base.guards, model)
+            for recipe in recipes:
+                try:
+                    check_policy(model, recipe)
+                except ValueError as error:
+                    raise ValueError(f"recipe.rules: {error}") from None
     return tasks[0].data
 
 

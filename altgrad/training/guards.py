@@ -36,6 +36,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import nn
 
+from altgrad.quantization import multiplied_parameters
 from altgrad.training.catalogue import AGGREGATES, SIGNALS, check_signal, read_signal
 from altgrad.training.outcome import OutcomeKind
 
@@ -147,6 +148,7 @@ def check_layers(rules: Iterable[GuardRule], model: nn.Module) -> None:
     """ValueError for a rule on a layer that the model does not have: it could never fire."""
     modules = ((name, module) for name, module in model.named_modules() if name)
     names = {name for name, module in modules if next(module.parameters(recurse=False), None) is not None}
+    names |= multiplied_parameters(model).keys()
     for rule in rules:
         part = rule.signal.partition("/")[2]
         if part and part not in AGGREGATES and part not in names:

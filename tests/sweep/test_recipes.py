@@ -132,6 +132,10 @@ def test_what_is_the_same_training_runs_once_and_is_counted() -> None:
         ("axes: {recipe.weight.format: [E9M9]}", ["recipe.weight.format", "E9M9"]),
         ("recipe: {weight: {scale: {block: 16}}}", ["recipe.weight.scale", "means nothing to a 'current' scale"]),
         ("recipe: {wight: {}}", ["recipe.wight"]),
+        (
+            "recipe: {rules: [{pattern: 'atn\\.c_attn', weight: E4M3}]}",
+            ["recipe.rules: rule 'atn", "matches no layer", "nearest: transformer.h.", "attn.c_attn"],
+        ),
         ("formats: MXFP9", ["'MXFP9' is no usable format", "MXFP8"]),
     ],
 )
