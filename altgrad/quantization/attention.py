@@ -70,7 +70,7 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, [length, batch, width] each."""
     bias = layer.in_proj_bias
-    if not layer._qkv_same_embed_dim:
+    if layer.in_proj_weight is None:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         named = zip(("q", "k", "v"), (query, key, value), biases, strict=True)
         q, k, v = (

@@ -9,6 +9,7 @@ converted was left, a warning says so.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
@@ -16,13 +17,13 @@ from torch import nn
 from altgrad.quantization.conversion_plan import BF16_WEIGHT, ConversionPlan, PlannedWeight, name_of, some
 from altgrad.quantization.conversion_table import ConversionTable
 from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.layer_kinds import kind_of, weights_of
+from altgrad.quantization.layer_kinds import KINDS, kind_of, weights_of
 from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear, obstacle
 from altgrad.quantization.ops import mix_seed
-from altgrad.quantization.policy import PrecisionPolicy, named_policy
+from altgrad.quantization.policy import LayerRule, PrecisionPolicy, named_policy
 from altgrad.quantization.products import Product
 from altgrad.quantization.weight_roles import WeightRoles
-from altgrad.quantization.wrapped_layers import QuantizedLayer
+from altgrad.quantization.wrapped_layers import QuantizedLayer, convert_layer
 
 CONVERTED = (QuantizedLinear, QuantizedEmbedding, QuantizedLayer)
 
@@ -53,9 +54,9 @@ def quantize_model(
     if any(isinstance(module, CONVERTED) for module in model.modules()):
         raise ValueError("this model is quantized already; call dequantize_model first")
     plan = ConversionPlan(model, rules)
-    table = plan.table()
-    _swap(model, _converted(model, plan, product, seed))
-    if rules.rules and (left := plan.left()):
+    table, left = plan.table(), plan.left()
+    _convert(model, plan, product, seed)
+    if rules.rules and left:
         warnings.warn(f"{table.summary()}; left: {some(left)}", stacklevel=2)
     return table
 
@@ -67,8 +68,7 @@ def check_policy(model: nn.Module, policy: PrecisionPolicy) -> None:
 
 def dequantize_model(model: nn.Module) -> None:
     """Puts the original layers back, in place, with the present Parameters."""
-    converted = {module: module.original() for module in model.modules() if isinstance(module, CONVERTED)}
-    _swap(model, cast(dict[nn.Module, nn.Module], converted))
+    _restore(model, [module for module in model.modules() if isinstance(module, CONVERTED)])
 
 
 def requantize_layer(model: nn.Module, name: str, format: str) -> None:
@@ -89,10 +89,8 @@ def requantize_layer(model: nn.Module, name: str, format: str) -> None:
     if isinstance(layer, QuantizedLayer) and len(layer.rounded_weights) > 1:
         layer.drop(roles)
         return
-    tied: dict[nn.Module, nn.Module] = {
-        m: m.original() for m in model.modules() if isinstance(m, QuantizedEmbedding) and m.weight is weight
-    }
-    _swap(model, {layer: layer.original(), **tied})
+    lookups = (m for m in model.modules() if isinstance(m, CONVERTED) and m.__dict__.get("_owner"))
+    _restore(model, [layer, *(m for m in lookups if m.weight is weight)])
 
 
 def rounded_weights(model: nn.Module) -> dict[str, WeightRoles]:
@@ -112,32 +110,64 @@ def quantized_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Floa
     return {name: (parameter, fmt) for parameter, (name, fmt) in found.items()}
 
 
-def _converted(model: nn.Module, plan: ConversionPlan, product: Product, seed: int) -> dict[nn.Module, nn.Module]:
-    """Each layer that is to be converted, and what takes its place."""
+def _convert(model: nn.Module, plan: ConversionPlan, product: Product, seed: int) -> None:
+    """Each layer as planned; the model is as before where one can't be."""
     planned: dict[nn.Module, list[PlannedWeight]] = {}
     for weight in plan.weights:
         if weight.rule is not None:
             planned.setdefault(weight.layer, []).append(weight)
     linear = (module for module in model.modules() if isinstance(module, nn.Linear))
     places = {layer: place for place, layer in enumerate(linear)}
+    done: dict[nn.Module, QuantizedLinear | QuantizedEmbedding | QuantizedLayer] = {}
+    try:
+        for number, (layer, weights) in enumerate(planned.items()):
+            rules = {weight.path: weight.rule for weight in weights if weight.rule is not None and weight.owner is None}
+            key = mix_seed(seed, places[layer]) if layer in places else mix_seed(seed, 1, number)
+            if rules:
+                done[layer] = _converted(layer, rules, product, key)
+        for layer, (first, *_) in planned.items():
+            if first.owner is not None:
+                owner = done[first.owner.layer]
+                assert isinstance(owner, QuantizedLinear | QuantizedLayer)
+                roles = owner.rounded_weights[first.owner.path]
+                is_plain = type(layer).forward is nn.Embedding.forward
+                done[layer] = QuantizedEmbedding(layer, roles) if is_plain else convert_layer(layer, {}, owner=roles)  # type: ignore[arg-type]
+    except ValueError:
+        for converted in done.values():
+            converted.restore() if isinstance(converted, QuantizedLayer) else converted.original()
+        raise
+    _swap(model, {layer: new for layer, new in done.items() if new is not layer})
+    for encoder in model.modules():
+        # Nested tensors, in which torch packs a padded batch at evaluation, have no products in roles.
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, CONVERTED) for m in encoder.modules()):
+            encoder.__dict__.setdefault("_nests_unconverted", encoder.use_nested_tensor)
+            encoder.use_nested_tensor = False
+
+
+def _converted(
+    layer: nn.Module, rules: dict[str, LayerRule], product: Product, key: int
+) -> QuantizedLinear | QuantizedLayer:
+    if kind_of(layer) is not KINDS[nn.Linear]:
+        return convert_layer(layer, rules, key)
+    rule = rules["weight"]
+    roles = {"activation": rule.activation, "gradient": rule.gradient}
+    weight = rule.weight or BF16_WEIGHT
+    return QuantizedLinear(cast(nn.Linear, layer), weight=weight, **roles, product=product, key=key)
+
+
+def _restore(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     swaps: dict[nn.Module, nn.Module] = {}
-    for number, (layer, weights) in enumerate(planned.items()):
-        rules = {weight.path: weight.rule for weight in weights if weight.rule is not None and weight.owner is None}
-        key = mix_seed(seed, places[layer]) if layer in places else mix_seed(seed, 1, number)
-        if type(layer).forward is nn.Linear.forward:
-            (rule,) = rules.values()
-            own = rule.weight or BF16_WEIGHT
-            roles = {"activation": rule.activation, "gradient": rule.gradient}
-            swaps[layer] = QuantizedLinear(cast(nn.Linear, layer), weight=own, **roles, product=product, key=key)
-        elif rules:
-            swaps[layer] = QuantizedLayer(layer, rules, key)
-    for layer, (first, *_) in planned.items():
-        if first.owner is not None:
-            owner = swaps[first.owner]
-            assert isinstance(owner, QuantizedLinear | QuantizedLayer)
-            (roles_of_owner,) = owner.rounded_weights.values()
-            swaps[layer] = QuantizedEmbedding(cast(nn.Embedding, layer), roles_of_owner)
-    return swaps
+    for layer in layers:
+        if isinstance(layer, QuantizedLayer):
+            layer.restore()
+        else:
+            assert isinstance(layer, QuantizedLinear | QuantizedEmbedding)
+            swaps[layer] = layer.original()
+    _swap(model, swaps)
+    for encoder in model.modules():
+        is_free = not any(isinstance(module, CONVERTED) for module in encoder.modules())
+        if isinstance(encoder, nn.TransformerEncoder) and "_nests_unconverted" in encoder.__dict__ and is_free:
+            encoder.use_nested_tensor = encoder.__dict__.pop("_nests_unconverted")
 
 
 def multiplied_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -152,12 +182,8 @@ def multiplied_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def embedded_weights(model: nn.Module) -> set[nn.Parameter]:
     """The weights whose rows are looked up, converted or not."""
-    return {
-        cast(nn.Parameter, module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | QuantizedEmbedding)
-        or (isinstance(module, QuantizedLayer) and module.is_lookup)
-    }
+    lookups = (m for m in model.modules() if isinstance(m, nn.Embedding | QuantizedEmbedding))
+    return {cast(nn.Parameter, module.weight) for module in lookups}
 
 
 def _converted_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedLayer]:

@@ -115,7 +115,7 @@ def _encoded(roles: WeightRoles) -> tuple[Tensor, Tensor]:
     """Codes of the weight's shape, and their scale: 0-d, one for each output, or [outputs, blocks]."""
     operand, fmt, rule = roles.weight_operand(), roles.weight_format, roles.weight_quantizer.role.scale
     values = operand.numbers.cpu()
-    scale = torch.ones(()) if operand.scale is None else operand.scale.detach().cpu()
+    scale = torch.ones((), dtype=torch.float32) if operand.scale is None else operand.scale.detach().cpu()
     exact = NATIVE.get(fmt)
     codes = encode(values, fmt, scale) if exact is None else (values / scale).to(exact)
     if scale.dim() and rule.kind == "block":

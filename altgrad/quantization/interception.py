@@ -12,6 +12,7 @@ weight in any other way is an activation.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,10 +24,13 @@ from torch.overrides import TorchFunctionMode
 COPIES = frozenset(
     {
         *("__getitem__", "index_select", "contiguous", "to", "type", "float", "bfloat16", "half", "clone", "reshape"),
-        *("flatten", "cat", "type_as"),
+        *("flatten", "type_as"),
     }
 )
 """Names of functions whose result is the weight, in other memory."""
+
+CASTS = frozenset({"to", "type", "float", "bfloat16", "half", "type_as"})
+"""Those that change no more than the dtype."""
 
 PRODUCTS: dict[Any, tuple[str, str]] = {
     functional.linear: ("input", "weight"),
@@ -56,71 +60,106 @@ ADDED_FIRST = (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
-@torch.compiler.disable(reason="AltGrad looks into this layer's own forward pass as it runs")
-def intercepted(layer: nn.Module, products: Any, *args: Any, **kwargs: Any) -> Any:
+def intercepted(layer: Any, products: Any, *args: Any, **kwargs: Any) -> Any:
     """The layer's own forward pass with its products quantized; `products`: of `wrapped_layers`.
 
-    RuntimeError where a weight was never multiplied by a function of PRODUCTS: it would train unquantized.
+    RuntimeError where no weight was multiplied by a function of PRODUCTS: the layer would train unquantized.
     """
     values = {path: products.weight(path, None) for path in products.roles}
-    with _in_place_of_parameters(layer, values), _Interception(products, values) as mode:
-        y = layer.forward(*args, **kwargs)
-    has_input = all(x.numel() for x in args if isinstance(x, Tensor))
-    if (missed := set(values) - mode.met) and has_input:
+    narrow = {path: value.to(products.roles[path].tensor().dtype) for path, value in values.items()}
+    with _in_place_of_parameters(layer, narrow), _Interception(products, values, narrow) as mode:
+        y = layer.wrapped_class.forward(layer, *args, **kwargs)
+    has_input = all(x.numel() for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    if not (mode.met or isinstance(layer, nn.Embedding)) and has_input:
         raise RuntimeError(
-            f"{type(layer).__name__} did not multiply by its {', '.join(sorted(missed))} in a function that can be "
+            f"{layer.wrapped_class.__name__} did not multiply by its {', '.join(values)} in a function that can be "
             "quantized (linear, matmul, mm, bmm, addmm, baddbmm, conv, grouped_mm); give register_layer a forward of "
-            "your own"
+            "your own, or leave the layer out by a rule with leave=True"
         )
     return y
 
 
+_STANDING_IN = threading.local()
+"""(id of a layer, name) to what its forward pass reads in place of the Parameter, in each thread by itself."""
+
+
 @contextlib.contextmanager
 def _in_place_of_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The layer reads `values`: an attribute of the instance comes before a Parameter of the same name."""
-    places = []
-    for path, value in values.items():
-        *way, name = path.split(".")
-        holder = layer.get_submodule(".".join(way)) if way else layer
-        places.append((holder.__dict__, name, holder.__dict__.get(name)))
-        holder.__dict__[name] = value
+    before = getattr(_STANDING_IN, "values", {})
+    _STANDING_IN.values = before | {(id(layer), name): value for name, value in values.items()}
     try:
         yield
     finally:
-        for attributes, name, before in places:
-            if before is None:
-                del attributes[name]
-            else:
-                attributes[name] = before
+        _STANDING_IN.values = before
+
+
+def property_of(name: str) -> property:
+    """The attribute of a layer's weight: what stands in its place within the forward pass, else the Parameter."""
+
+    def read(layer: Any) -> Any:
+        found = getattr(_STANDING_IN, "values", {}).get((id(layer), name))
+        if found is not None:
+            return found
+        if name in layer._parameters:
+            if torch._C._current_graph_task_id() != -1 and name in layer.rounded_weights:
+                raise RuntimeError(
+                    f"{layer.wrapped_class.__name__} reads its {name} in the backward pass, where a part of its "
+                    "forward pass is recomputed unquantized; checkpoint the whole layer, from outside of it"
+                )
+            return layer._parameters[name]
+        if name in layer.__dict__:
+            return layer.__dict__[name]
+        raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
+
+    def write(layer: Any, value: Any) -> None:
+        layer.__dict__[name] = value
+
+    def delete(layer: Any) -> None:
+        del layer.__dict__[name]
+
+    return property(read, write, delete)
 
 
 class _Interception(TorchFunctionMode):
     """Quantizes products of the given weights; `met`: those that were multiplied."""
 
-    def __init__(self, products: Any, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, products: Any, values: Mapping[str, Tensor], narrow: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.met: set[str] = set()
         self._products = products
-        # The tensors are kept, so that no other gets their memory while it stands for a weight.
-        self._known = {_memory(value): (path, value) for path, value in values.items()}
+        # What the layer sees has the Parameter's dtype; what is multiplied are the values, in float32. The tensors are
+        # kept, so that no other gets their memory while it stands for a weight.
+        self._known = {_memory(narrow[path]): (path, narrow[path], value) for path, value in values.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in PRODUCTS:
             return self._multiply(func, args, kwargs)
         result = func(*args, **kwargs)
-        if getattr(func, "__name__", "") in COPIES and args:
-            first = args[0][0] if isinstance(args[0], tuple | list) and args[0] else args[0]
+        name = getattr(func, "__name__", "")
+        if name in COPIES and args and isinstance(result, Tensor) and result.is_floating_point():
+            first = args[0]
             path = self._path_of(first)
-            if path is not None and isinstance(result, Tensor) and result.is_floating_point():
-                self._known.setdefault(_memory(result), (path, result))
+            if path is not None and _memory(result) not in self._known:
+                wide = self._wide_of(first)
+                wide = wide if name in CASTS else func(wide, *args[1:], **kwargs)
+                self._known[_memory(result)] = path, result, wide
         return result
 
     def _path_of(self, x: Any) -> str | None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return None
-        path, _ = self._known.get(_memory(x), (None, None))
+        path, _, _ = self._known.get(_memory(x), (None, None, None))
         return path
+
+    def _wide_of(self, view: Tensor) -> Tensor:
+        """The values in float32 that a view of a weight, or of a copy of it, stands for."""
+        _, known, wide = self._known[_memory(view)]
+        if known is wide:
+            return view
+        if view.shape == known.shape and view.stride() == known.stride():
+            return wide
+        return wide.contiguous().as_strided(view.shape, view.stride(), view.storage_offset())
 
     def _multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = 1 if func in ADDED_FIRST else 0
@@ -132,7 +171,7 @@ class _Interception(TorchFunctionMode):
         if (paths[0] is None) == (paths[1] is None):
             return func(*args, **kwargs)  # of two activations, or of two weights
         of_weight = 0 if paths[1] is None else 1
-        path, weight, x = paths[of_weight], factors[of_weight], factors[1 - of_weight]
+        path, weight, x = paths[of_weight], self._wide_of(factors[of_weight]), factors[1 - of_weight]
         assert path is not None
         self.met.add(path)
 

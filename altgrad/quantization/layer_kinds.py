@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,12 +66,13 @@ def register_layer(
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The kind of a layer, by its class or one that it inherits from; None for a layer that is not known."""
-    for base in type(layer).__mro__:
+    own = getattr(type(layer), "wrapped_class", type(layer))
+    for base in own.__mro__:
         if base in KINDS:
             kind = KINDS[base]
-            is_same = type(layer).forward is base.forward
-            return kind if is_same else LayerKind(kind.weights, attributes=kind.attributes, is_lookup=kind.is_lookup)
-    return next((kind for fits, kind in _BY_LOOK if fits(layer)), None)
+            # A forward pass of its own is looked into.
+            return kind if own.forward is base.forward else replace(kind, forward=intercepted)
+    return next((kind for fits, kind in _BY_LOOK if fits(layer, own.__name__)), None)
 
 
 def weights_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -106,28 +107,35 @@ def _embedding(layer: Any, products: Any, tokens: Tensor) -> Tensor:
 
 
 def _of_experts(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    axis = -2 if getattr(layer, "is_transposed", False) else -1
-    return {name: (axis,) for name, parameter in layer.named_parameters(recurse=False) if parameter.dim() == 3}
+    """Of classes that do not say how their weights lie, the summed axes are not known: ()."""
+    transposed = getattr(layer, "is_transposed", True if "Llama4" in type(layer).__name__ else None)
+    axes = () if transposed is None else ((-2,) if transposed else (-1,))
+    return {name: axes for name, parameter in _own_weights(layer).items() if parameter.dim() == 3}
+
+
+def _own_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    own = layer.named_parameters(recurse=False)
+    return {name: p for name, p in own if p.is_floating_point() and "bias" not in name}
 
 
 def _of_attention(layer: Any) -> dict[str, tuple[int, ...]]:
-    own = ("in_proj_weight",) if layer._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    is_fused = layer._parameters.get("in_proj_weight") is not None
+    own = ("in_proj_weight",) if is_fused else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     return dict.fromkeys((*own, "out_proj.weight"), (-1,))
 
 
-def _has(layer: nn.Module, *axes: int) -> bool:
-    """Whether the layer itself holds floating-point Parameters of these numbers of axes."""
-    own = [p for p in layer.parameters(recurse=False) if p.is_floating_point()]
-    return all(any(p.dim() == n for p in own) for n in axes)
+def _is_experts(layer: nn.Module, name: str) -> bool:
+    return name.endswith("Experts") and any(p.dim() == 3 for p in _own_weights(layer).values())
 
 
-def _is_transposed_linear(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D" and "nf" in vars(layer) and layer._parameters.keys() == {"weight", "bias"}
+def _is_transposed_linear(layer: nn.Module, name: str) -> bool:
+    return name == "Conv1D" and "nf" in vars(layer) and layer._parameters.keys() == {"weight", "bias"}
 
 
-def _is_router(layer: nn.Module) -> bool:
+def _is_router(layer: nn.Module, name: str) -> bool:
+    chooses = any("expert" in own or "top_k" in own for own in vars(layer))
     weight = layer._parameters.get("weight")
-    return type(layer).__name__.endswith(("Router", "Gate")) and weight is not None and weight.dim() == 2
+    return name.endswith(("Router", "Gate")) and chooses and weight is not None and weight.dim() == 2
 
 
 _WEIGHT = {"weight": (-1,)}
@@ -143,17 +151,12 @@ KINDS: dict[type[nn.Module], LayerKind] = {
 }
 """Kinds by class."""
 
-_BY_LOOK: list[tuple[Callable[[nn.Module], bool], LayerKind]] = [
-    (
-        lambda layer: (
-            type(layer).__name__ == "Conv1D" and {"nf", "weight", "bias"} <= {*vars(layer), *layer._parameters}
-        ),
-        LayerKind(lambda _: {"weight": (0,)}, _transposed_linear),
-    ),
-    (lambda layer: type(layer).__name__.endswith("Experts") and _has(layer, 3), LayerKind(_of_experts)),
+_BY_LOOK: list[tuple[Callable[[nn.Module, str], bool], LayerKind]] = [
+    (_is_transposed_linear, LayerKind(lambda _: {"weight": (0,)}, _transposed_linear)),
+    (_is_experts, LayerKind(_of_experts)),
     (_is_router, LayerKind(lambda _: _WEIGHT)),
 ]
-"""Kinds of classes that only a package that may not be there defines, by their looks."""
+"""Kinds of classes that only a package that may not be there defines, by their looks and their names."""
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:

@@ -89,7 +89,10 @@ class QuantizedLinear(WeightRoles, nn.Module):
             gradient.tracker.to(x.device)  # ahead of the backward pass, in which a compiled graph could not
         if self.product != "native" and "cpu" not in products.BF16_DEVICES:
             x_values = values_of(x, self.activation_quantizer, advance=advance)
-            weight_values = self.weight_quantizer.values(weight, advance=advance, own_scale=own_scale)
+            if self._settled is not None and self.is_settled():
+                weight_values: Tensor | None = weight.detach().to(torch.float32)
+            else:
+                weight_values = self.weight_quantizer.values(weight, advance=advance, own_scale=own_scale)
             if x_values is not None and weight_values is not None:
                 rounds = self.activation_quantizer is not None
                 tensors = x, weight, bias, x_values, weight_values
@@ -104,7 +107,7 @@ class QuantizedLinear(WeightRoles, nn.Module):
         """The wrapped layer, which has the present Parameters and hooks; ValueError if it was parametrized since."""
         (linear,) = self._original
         give_back(self, linear)
-        self.grid.release()
+        self.leave()
         return linear.train(self.training)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -42,6 +42,8 @@ class LayerRule(BaseModel):
         default=Role(format="BF16"), description="role of the output's gradient; none leaves it in float32"
     )
 
+    leave: bool = Field(False, description="whether the layer is left as it is, unquantized")
+
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:

@@ -29,6 +29,12 @@ def follow_steps(layer: Any) -> None:
         _STATEFUL.add(layer)
 
 
+def forget_steps(layer: Any) -> None:
+    """Leaves the layer as it is from now on."""
+    with _LOCK:
+        _STATEFUL.discard(layer)
+
+
 @cache
 def _install() -> None:
     register_optimizer_step_post_hook(_end_step)

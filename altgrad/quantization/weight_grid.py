@@ -79,11 +79,15 @@ class WeightGrid:
     def join(self, fmt: FloatFormat) -> WeightGrid:
         """This grid, once it is known to have that format; ValueError where the other side has another."""
         if self.fmt not in (None, fmt):
-            if not self._is_released:
+            if not self._is_released and self._is_in_use():
                 raise ValueError(self._conflict(fmt))
             self.scale = None
         self.fmt, self._is_released = fmt, False
         return self
+
+    def _is_in_use(self) -> bool:
+        with _LOCK:
+            return self.is_owned or any(layer.grid is self for layer in _LAYERS)
 
     def release(self) -> None:
         """The layer is gone. Its format may be chosen again; a layer of the same format finds the same scale."""
@@ -188,6 +192,12 @@ def register_layer(layer: LayerWithGrid) -> None:
     """A weight of this layer that has lost its grid finds it again."""
     with _LOCK:
         _LAYERS.add(layer)
+
+
+def forget_layer(layer: LayerWithGrid) -> None:
+    """The layer multiplies by its weight no longer."""
+    with _LOCK:
+        _LAYERS.discard(layer)
 
 
 def weight_grid(weight: Any) -> WeightGrid:

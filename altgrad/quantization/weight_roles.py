@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization.formats import FloatFormat, get_format
-from altgrad.quantization.ops import mix_seed
+from altgrad.quantization.layer_products import StraightThrough
+from altgrad.quantization.ops import mix_seed, refuse_transforms
 from altgrad.quantization.products import Operand
 from altgrad.quantization.roles import Role, RoleQuantizer, as_role
-from altgrad.quantization.training_steps import follow_steps
-from altgrad.quantization.weight_grid import WeightGrid, register_layer, weight_grid
+from altgrad.quantization.training_steps import follow_steps, forget_steps
+from altgrad.quantization.weight_grid import Memory, WeightGrid, forget_layer, memory_of, register_layer, weight_grid
+
+BY_LINES = ("per_channel", "block")
+"""Kinds of scale that a tensor has many of, each for a piece of a line along a summed axis."""
 
 
 class WeightRoles:
@@ -35,6 +39,7 @@ class WeightRoles:
     gradient_quantizer: RoleQuantizer | None
     grid: WeightGrid
     has_run: bool
+    _settled: Memory | None
 
     @property
     def holder(self) -> nn.Module:
@@ -53,6 +58,7 @@ class WeightRoles:
         self.activation_quantizer = _quantizer(activation, mix_seed(key, 1))
         self.gradient_quantizer = _quantizer(gradient, mix_seed(key, 2))
         self.has_run = False
+        self._settled = None
         self.grid = weight_grid(self.parameter()).join(self.weight_format)
         self.enter()
         self.own_scale()
@@ -69,6 +75,12 @@ class WeightRoles:
         if any(quantizer.has_state for quantizer in self.quantizers().values()):
             follow_steps(self)
 
+    def leave(self) -> None:
+        """The layer is converted no longer: its weight may have another format, and steps go on without it."""
+        self.grid.release()
+        forget_layer(self)
+        forget_steps(self)
+
     def parameter(self) -> Any:
         """The Parameter; None where it is made from other tensors since (pruning, a weight norm)."""
         return self.holder._parameters.get(self.weight_name)
@@ -80,7 +92,8 @@ class WeightRoles:
 
     def tensor(self) -> Tensor:
         """The weight as it is now: the Parameter, or what is made from others in its place."""
-        return cast(Tensor, getattr(self.holder, self.weight_name))
+        weight = self.parameter()
+        return cast(Tensor, getattr(self.holder, self.weight_name) if weight is None else weight)
 
     @property
     def weight_format(self) -> FloatFormat:
@@ -103,6 +116,28 @@ class WeightRoles:
             return self.grid.scale_for(weight)
         # Made from other tensors since: a mask leaves a weight on its grid, a norm or a parametrization does not.
         return self.grid.scale if f"{self.weight_name}_mask" in self.holder._buffers else None
+
+    def rounded(self, *, advance: bool) -> Tensor:
+        """The weight's values in float32, whose gradient passes straight through to the weight."""
+        weight, own_scale = self.tensor(), self.own_scale()
+        refuse_transforms("a quantized layer", weight)
+        if self.is_settled():
+            values = weight.detach().to(torch.float32)
+        elif own_scale is None and self.weight_quantizer.role.scale.kind in BY_LINES:
+            values = self.from_rows(
+                values_in_role(self.as_rows(weight.detach()), self.weight_quantizer, advance=advance)
+            )
+        else:
+            values = values_in_role(weight, self.weight_quantizer, advance=advance, own_scale=own_scale)
+        return cast(Tensor, StraightThrough.apply(weight, values))
+
+    def settle(self) -> None:
+        """The weight holds what is to be multiplied, and is not rounded again until somebody writes to it."""
+        self._settled = memory_of(self.tensor())
+
+    def is_settled(self) -> bool:
+        """Whether the weight is as `settle` found it."""
+        return self._settled is not None and self._settled == memory_of(self.tensor())
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight as it is multiplied, without gradient."""
@@ -179,6 +214,21 @@ class WeightRoles:
         self.enter()
         self.grid.expect_new_weights()
         self.own_scale()
+
+
+def values_in_role(
+    x: Tensor, quantizer: RoleQuantizer | None, *, advance: bool, axis: int = -1, own_scale: Tensor | None = None
+) -> Tensor:
+    """x in its role, float32 of x's shape, without gradient; lines lie along `axis`."""
+    x = x.detach()
+    if quantizer is None or not x.numel():  # of no elements there is no amax
+        return x.to(torch.float32)
+    moves = own_scale is None and quantizer.role.scale.kind in BY_LINES and axis % x.dim() != x.dim() - 1
+    lines = x.movedim(axis, -1).contiguous() if moves else x
+    values = quantizer.values(lines, advance=advance, own_scale=own_scale)
+    if values is None:
+        values = quantizer.operand(lines, advance=advance, own_scale=own_scale).numbers
+    return values.movedim(-1, axis).contiguous() if moves else values
 
 
 def _quantizer(value: str | FloatFormat | Role | None, key: int) -> RoleQuantizer | None:

@@ -6,6 +6,9 @@ one's own. The numbers follow the same law. Of each product the weight, the inpu
 output are rounded once, in their roles, and these numbers are used forward and backward; sums are float32, and the
 output is rounded to BF16 after the bias, unless the input is left in float32.
 
+Such a layer stays the object that it is: only its class changes, to one that is derived from its own. So whatever
+others read of it, set on it or ask of its type holds as before.
+
 Scales per channel or per block hold along the axes that are summed over. Of a weight these are the `contracted` axes of
 its kind, in order; of an input and of an output's gradient one axis: features, or the channels of an image, so that a
 block is 32 channels of one pixel, as the GEMM of a convolution over channels-last images sees it.
@@ -14,24 +17,24 @@ block is 32 channels of one pixel, as the GEMM of a convolution over channels-la
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.interception import intercepted, property_of
 from altgrad.quantization.layer_kinds import LayerKind, kind_of, weights_of
 from altgrad.quantization.layer_products import StraightThrough, refuse_second_derivative
-from altgrad.quantization.layers import give_back, obstacle, share
+from altgrad.quantization.layers import obstacle
 from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
 from altgrad.quantization.policy import LayerRule
 from altgrad.quantization.products import Operand
 from altgrad.quantization.roles import Role, RoleQuantizer
-from altgrad.quantization.weight_roles import WeightRoles
-
-BY_LINES = ("per_channel", "block")
-"""Kinds of scale that a tensor has many of, each for a piece of a line along a summed axis."""
+from altgrad.quantization.weight_roles import BY_LINES, WeightRoles, values_in_role
 
 Watch = Callable[[str, Tensor], None]
 """(role, tensor): told of a product's input and of its output's gradient before they are rounded."""
@@ -60,16 +63,6 @@ class ProductRoles(WeightRoles):
     @property
     def holder(self) -> nn.Module:
         return self._holder
-
-    def rounded(self, *, advance: bool) -> Tensor:
-        """The weight's values in float32, whose gradient passes straight through to the weight."""
-        weight, own_scale = self.tensor(), self.own_scale()
-        refuse_transforms("a quantized layer", weight)
-        if own_scale is None and self.weight_quantizer.role.scale.kind in BY_LINES:
-            values = self.from_rows(_values(self.as_rows(weight.detach()), self.weight_quantizer, advance))
-        else:
-            values = _values(weight, self.weight_quantizer, advance, own_scale=own_scale)
-        return cast(Tensor, StraightThrough.apply(weight, values))
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight as it is multiplied, without gradient; `scale` broadcasts to it."""
@@ -108,7 +101,7 @@ class ProductRoles(WeightRoles):
         """
         if self.watch is not None:
             self.watch("activation", x.detach())
-        values = _values(x, self.activation_quantizer, advance, axis=axis)
+        values = values_in_role(x, self.activation_quantizer, advance=advance, axis=axis)
         with _without_autocast(x.device.type):
             y = function(cast(Tensor, StraightThrough.apply(x, values)), weight)
             rounds = self.activation_quantizer is not None
@@ -117,77 +110,66 @@ class ProductRoles(WeightRoles):
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weights are in the given roles, sharing its Parameters; `rules`: by weight, see `weights_of`.
+    """What the class of a converted layer has beside its own; `convert_layer` makes a layer one.
 
-    It answers for every attribute of the layer that it wraps. ValueError for a layer whose kind is not registered.
+    `rounded_weights`: the roles of its weights, by path.
     """
 
-    def __init__(self, layer: nn.Module, rules: dict[str, LayerRule], key: int = 0) -> None:
-        if (reason := obstacle(layer, rules)) is not None:
-            raise ValueError(f"this {type(layer).__name__} cannot be converted: {reason}")
-        super().__init__()
-        share(layer, self)
-        self.__dict__["_modules"] = layer._modules
-        self._original = (layer,)
-        kind = kind_of(layer)
-        if kind is None:
-            raise ValueError(f"{type(layer).__name__} is no layer that is known; see register_layer")
-        self.rounded_weights: dict[str, ProductRoles] = {}
-        for place, (path, contracted) in enumerate(weights_of(layer).items()):
-            if path in rules:
-                *way, name = path.split(".")
-                holder = self.get_submodule(".".join(way)) if way else self
-                rule = rules[path]
-                roles = rule.weight or Role(format="BF16"), rule.activation, rule.gradient
-                own = ProductRoles(holder, name, contracted, *roles, mix_seed(key, place))
-                self.rounded_weights[path] = self.__dict__[_attribute(path)] = own
-        self.__dict__ |= kind.attributes
+    wrapped_class: type[nn.Module]
+    """The layer's own class."""
+    shadowed: tuple[str, ...]
+    """Names of Parameters in whose place the layer's own forward pass reads rounded values."""
+    rounded_weights: dict[str, ProductRoles]
+    look_into: Callable[..., Any]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for roles in self.rounded_weights.values():
             roles.enter()
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_original" not in self.__dict__:
-                raise
-            return getattr(self._original[0], name)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made anew from the layer's own, for it stands in no module."""
+        return _blank, (self.wrapped_class, self.shadowed), self.__getstate__()
 
     @property
     def _kind(self) -> LayerKind:
-        """Found anew, for it cannot be pickled."""
-        kind = kind_of(self._original[0])
-        assert kind is not None
+        kind = kind_of(self)
+        if kind is None:
+            raise RuntimeError(f"{self.wrapped_class.__name__} is not known here; call register_layer before it runs")
         return kind
 
-    @property
-    def is_lookup(self) -> bool:
-        """Whether rows of the weight are looked up."""
-        return self._kind.is_lookup
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer that it wraps."""
+        """As the layer's own."""
         if not torch.compiler.is_compiling():
             refuse_transforms("a quantized layer", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
             refuse_script_tracing("a quantized layer")
-        products = Products(self.rounded_weights, advance=self.training and torch.is_grad_enabled())
-        return self._kind.forward(self._original[0], products, *args, **kwargs)
+        owned: tuple[WeightRoles, ...] = self.__dict__.get("_owner", ())
+        roles: Mapping[str, WeightRoles] = {"weight": owned[0]} if owned else self.rounded_weights
+        advance = not owned and self.training and torch.is_grad_enabled()
+        run = type(self).look_into if self.shadowed else self._kind.forward
+        return run(self, Products(roles, advance=advance), *args, **kwargs)
+
+    def restore(self) -> None:
+        """Makes it a layer of its own class again; ValueError if it was parametrized since."""
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                "a converted layer was parametrized since (torch.nn.utils.parametrize); call remove_parametrizations "
+                "first"
+            )
+        for roles in self.rounded_weights.values():
+            roles.leave()
+        for path in [*self.rounded_weights]:
+            del self.__dict__[_attribute(path)]
+        self.__dict__ |= self.__dict__.pop("_replaced")
+        self._load_state_dict_post_hooks.pop(self.__dict__.pop("_hook_id"), None)
+        self.__dict__.pop("_owner", None)
+        del self.__dict__["rounded_weights"]
+        self.__class__ = self.wrapped_class  # type: ignore[assignment]
 
     def drop(self, roles: WeightRoles) -> None:
         """Leaves one of several weights unquantized from now on."""
-        roles.grid.release()
+        roles.leave()
         self.rounded_weights = {path: own for path, own in self.rounded_weights.items() if own is not roles}
-
-    def original(self) -> nn.Module:
-        """The wrapped layer, which has the present Parameters and hooks; ValueError if it was parametrized since."""
-        (layer,) = self._original
-        give_back(self, layer)
-        for roles in self.rounded_weights.values():
-            roles.grid.release()
-        return layer.train(self.training)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -198,17 +180,52 @@ class QuantizedLayer(nn.Module):
         for path, roles in self.rounded_weights.items():
             roles.load(state_dict, f"{prefix}{_attribute(path)}.")
         super()._load_from_state_dict(state_dict, prefix, *others)
-        for roles in self.rounded_weights.values():
-            roles.meet_loaded_weights()
 
-    def _get_name(self) -> str:
-        return f"Quantized{type(self._original[0]).__name__}"
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
         """The layer's own, then each weight's roles."""
         roles = self.rounded_weights
         texts = [r.numerics() if len(roles) == 1 else f"{path}: {r.numerics()}" for path, r in roles.items()]
-        return ", ".join([text for text in (self._original[0].extra_repr(),) if text] + texts)
+        texts += [f"{owner.weight_quantizer.role} weight" for owner in self.__dict__.get("_owner", ())]
+        return ", ".join([text for text in (super().extra_repr(),) if text] + texts)
+
+
+def convert_layer(
+    layer: nn.Module, rules: Mapping[str, LayerRule], key: int = 0, *, owner: WeightRoles | None = None
+) -> QuantizedLayer:
+    """Converts a layer in place, with its weights (paths of `weights_of`) in the roles of `rules`.
+
+    `owner`: the roles of the layer whose weight it looks up, in place of rules. ValueError for a layer of no known kind
+    and one that conversion would break.
+    """
+    kind, weights = kind_of(layer), weights_of(layer)
+    if kind is None:
+        raise ValueError(f"{type(layer).__name__} is no layer that is known; see register_layer")
+    if (reason := obstacle(layer, weights)) is not None:
+        raise ValueError(f"this {type(layer).__name__} cannot be converted: {reason}")
+    own: Any = type(layer)
+    layer.__class__ = _class_of(own, _direct(weights) if kind.forward is intercepted else ())
+    converted = cast(QuantizedLayer, layer)
+    handle = converted.register_load_state_dict_post_hook(_meet_loaded)
+    replaced = {name: layer.__dict__[name] for name in kind.attributes}
+    converted.__dict__ |= {"rounded_weights": {}, "_replaced": replaced, "_hook_id": handle.id} | kind.attributes
+    if owner is not None:
+        converted.__dict__["_owner"] = (owner,)
+        return converted
+    try:
+        for place, (path, contracted) in enumerate(weights.items()):
+            if path in rules:
+                *way, name = path.split(".")
+                rule = rules[path]
+                roles = rule.weight or Role(format="BF16"), rule.activation, rule.gradient
+                mine = ProductRoles(layer.get_submodule(".".join(way)), name, contracted, *roles, mix_seed(key, place))
+                converted.rounded_weights[path] = converted.__dict__[_attribute(path)] = mine
+    except ValueError:
+        converted.restore()
+        raise
+    return converted
 
 
 class Products:
@@ -217,17 +234,12 @@ class Products:
     A weight that no rule quantizes is multiplied as it is.
     """
 
-    def __init__(self, roles: dict[str, ProductRoles], *, advance: bool) -> None:
+    def __init__(self, roles: Mapping[str, WeightRoles], *, advance: bool) -> None:
         self.roles, self._advance = roles, advance
 
     def weight(self, path: str, plain: Tensor) -> Tensor:
         """The weight at `path` rounded, float32, gradient straight through; `plain` where it has no roles."""
-        if path not in self.roles:
-            return plain
-        roles = self.roles[path]
-        if self._advance and not roles.has_run:
-            roles.has_run = True
-        return roles.rounded(advance=self._advance)
+        return self.roles[path].rounded(advance=self._advance) if path in self.roles else plain
 
     def multiply(
         self, path: str, x: Tensor, weight: Tensor, function: Callable[[Tensor, Tensor], Tensor], *, axis: int = -1
@@ -236,9 +248,12 @@ class Products:
 
         `axis`: of x that is summed over, and of the output's features.
         """
-        if path not in self.roles:
+        roles = self.roles.get(path)
+        if not isinstance(roles, ProductRoles):
             return function(x, weight)
-        return self.roles[path].product(x, weight, function, axis=axis, advance=self._advance)
+        if self._advance and not roles.has_run:
+            roles.has_run = True
+        return roles.product(x, weight, function, axis=axis, advance=self._advance)
 
 
 class _Written(torch.autograd.Function):
@@ -258,24 +273,36 @@ class _Written(torch.autograd.Function):
         quantizer, axis, advance, watch = ctx.role
         if watch is not None:
             watch("gradient", g.detach())
-        return _values(g, quantizer, advance, axis=axis).to(g.dtype), None, None, None, None, None
+        values = values_in_role(g, quantizer, advance=advance, axis=axis)
+        return values.to(g.dtype), None, None, None, None, None
 
 
-def _values(
-    x: Tensor, quantizer: RoleQuantizer | None, advance: bool, *, axis: int = -1, own_scale: Tensor | None = None
-) -> Tensor:
-    """x in its role, float32 of x's shape; lines lie along `axis`."""
-    if quantizer is None:
-        return x.detach().to(torch.float32)
-    if not x.numel():
-        return x.detach().to(torch.float32)  # of no elements there is no amax
-    x = x.detach()
-    moves = own_scale is None and quantizer.role.scale.kind in BY_LINES and axis % x.dim() != x.dim() - 1
-    lines = x.movedim(axis, -1).contiguous() if moves else x
-    values = quantizer.values(lines, advance=advance, own_scale=own_scale)
-    if values is None:
-        values = quantizer.operand(lines, advance=advance, own_scale=own_scale).numbers
-    return values.movedim(-1, axis).contiguous() if moves else values
+@cache
+def _class_of(own: Any, shadowed: tuple[str, ...]) -> Any:
+    """The class of converted layers of the class `own`."""
+    attributes = {"wrapped_class": own, "shadowed": shadowed} | {name: property_of(name) for name in shadowed}
+    if shadowed:
+        # Not where it is defined, for it loads torch's compiler.
+        reason = "AltGrad looks into this layer's own forward pass as it runs"
+        attributes["look_into"] = staticmethod(torch.compiler.disable(intercepted, reason=reason))
+    return type(f"Quantized{own.__name__}", (QuantizedLayer, own), attributes)
+
+
+def _blank(own: Any, shadowed: tuple[str, ...]) -> Any:
+    """A converted layer without its state, for copying and unpickling."""
+    layer = own.__new__(own)
+    layer.__class__ = _class_of(own, shadowed)
+    return layer
+
+
+def _direct(weights: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(path for path in weights if "." not in path)
+
+
+def _meet_loaded(layer: QuantizedLayer, _: Any) -> None:
+    """After it and its parts were loaded."""
+    for roles in layer.rounded_weights.values():
+        roles.meet_loaded_weights()
 
 
 @contextlib.contextmanager

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from altgrad.quantization import LayerRule, PrecisionPolicy, quantize_model, rounded_weights
 from altgrad.training import build_arm
 
-transformers = pytest.importorskip("transformers")
-
 WIDTH, VOCABULARY, STEPS = 64, 64, 30
 SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -71,7 +69,13 @@ LAYERS = {
 """The weights that are to be converted, by the names that rules match."""
 
 
+def library() -> Any:
+    """Not while tests are collected: it loads triton, which the tests of GPU kernels want to set up first."""
+    return pytest.importorskip("transformers")
+
+
 def build(name: str) -> nn.Module:
+    transformers = library()
     model, config, options = MODELS[name]
     torch.manual_seed(0)
     built = getattr(transformers, model)(getattr(transformers, config)(**options))
@@ -143,6 +147,8 @@ def train_in_own_loop(name: str, arm: str) -> list[float]:
 
 
 def train_in_trainer(name: str, arm: str, folder: Any) -> Iterator[float]:
+    transformers = library()
+
     class InOrder(transformers.Trainer):  # type: ignore[misc, name-defined]
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)

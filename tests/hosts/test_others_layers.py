@@ -1,0 +1,350 @@
+"""Converted layers in code that others wrote: modes, attributes, ties, subclasses, surgery, threads, half precision."""
+
+import copy
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from altgrad.quantization import (
+    LayerRule,
+    PrecisionPolicy,
+    QuantizedLayer,
+    dequantize_model,
+    quantize_model,
+    quantized_parameters,
+    register_layer,
+    requantize_layer,
+    rounded_weights,
+)
+from altgrad.training import GridOptim, build_arm
+
+FULL = PrecisionPolicy(rules=(LayerRule(pattern="", weight="E4M3", activation=None, gradient=None),))
+
+
+def on_rounded_weights(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """The plain model, given the values of the converted one's weights."""
+    own, others = dict(model.named_parameters()), dict(plain.named_parameters())
+    with torch.no_grad():
+        for roles in rounded_weights(model).values():
+            others[next(n for n, p in own.items() if p is roles.parameter())].copy_(roles.quantized_weight())
+    return plain
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x)[0]
+        return y
+
+
+class Own(nn.Module):
+    """Multiplies in the weight's dtype, drops in training, and counts its calls."""
+
+    def __init__(self, inner: bool = False) -> None:
+        super().__init__()
+        self.weight, self.inner, self.calls = nn.Parameter(torch.randn(6, 8)), inner, 0
+
+    def product(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self.weight.dtype), self.weight).square()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = checkpoint(self.product, x, use_reentrant=False) if self.inner else self.product(x)
+        return functional.dropout(y, 0.5, self.training)
+
+
+register_layer(Own, "weight")
+
+
+def test_training_and_evaluation_reach_the_layer():
+    x = torch.randn(2, 5, 16)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    model = nn.ModuleDict({"encoder": encoder, "own": Own()})
+    quantize_model(model, format="E4M3")
+    for run in (lambda: encoder(x), lambda: model["own"](torch.ones(50, 8))):
+        model.eval()
+        assert torch.equal(run(), run())
+        model.train()
+        assert not torch.equal(run(), run())
+    assert model["own"].calls == 4
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1]]).bool()])
+def test_an_encoder_evaluates_as_it_trains_and_nests_again_once_it_is_plain(mask):
+    model = nn.ModuleDict(
+        {"encoder": nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True), 2)}
+    )
+    assert model["encoder"].use_nested_tensor
+    quantize_model(model, format="E4M3")
+    x = torch.randn(2, 5, 16)
+    trained = model["encoder"](x, src_key_padding_mask=mask)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model["encoder"](x, src_key_padding_mask=mask), trained)
+    dequantize_model(model)
+    assert model["encoder"].use_nested_tensor and model["encoder"].layers[0].self_attn._qkv_same_embed_dim
+
+
+def test_what_is_set_on_a_layer_or_asked_of_it_is_its_own():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2))
+    layer = model[0]
+    quantize_model(model, format="E4M3")
+    assert model[0] is layer and isinstance(layer, nn.Conv2d) and isinstance(layer, QuantizedLayer)
+    layer.stride = (1, 1)
+    assert layer(torch.randn(1, 3, 7, 7)).shape == (1, 4, 5, 5) and layer.kernel_size == (3, 3)
+    dequantize_model(model)
+    assert (
+        type(layer) is nn.Conv2d
+        and layer.stride == (1, 1)
+        and not {"rounded_weights", "weight_roles"} & vars(layer).keys()
+    )
+    assert not layer._load_state_dict_post_hooks
+
+
+class Scaled(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * 10.0
+
+
+class Tied(nn.Module):
+    def __init__(self, kind: type[nn.Embedding] = Scaled) -> None:
+        super().__init__()
+        self.tokens, self.places, self.head = kind(20, 8), Scaled(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.tokens(tokens) + self.places(tokens))
+        return y
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+def test_an_embedding_with_a_forward_pass_of_its_own_keeps_it(kind, embeddings):
+    model = Tied(kind)
+    plain = copy.deepcopy(model)
+    quantize_model(model, policy=FULL.model_copy(update={"embeddings": embeddings}))
+    assert list(quantized_parameters(model)) == (["places", "head"] if embeddings else ["head"])
+    tokens = torch.arange(20)
+    y, expected = model(tokens), on_rounded_weights(model, plain)(tokens)
+    assert torch.equal(y, expected)
+    y.sum().backward(), expected.sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    requantize_layer(model, "head", "FP32")
+    assert torch.equal(model.tokens(tokens), (10 if kind is Scaled else 1) * model.tokens.weight)
+
+
+def test_weights_on_a_grid_arrive_in_every_part_of_a_layer():
+    def attention() -> nn.Module:
+        return SelfAttention()
+
+    model, x = attention(), torch.randn(5, 2, 16)
+    optimizer = build_arm(model, "grid", format="E4M3", lr=1e-2)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+    other = attention()
+    quantize_model(other, format="E4M3")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+def test_a_part_that_is_recomputed_says_so():
+    model = nn.Sequential(Own(inner=True))
+    quantize_model(model, format="E4M3")
+    y = model(torch.randn(4, 8))
+    with pytest.raises(RuntimeError, match="checkpoint the whole layer"):
+        y.sum().backward()
+
+
+def test_a_layer_that_is_plain_again_is_nobodys_grid(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+    quantize_model(model, format="E5M2")
+    dequantize_model(model)
+    optimizer = GridOptim(model.parameters(), format="E4M3")
+    assert [(g["format"], len(g["params"])) for g in optimizer.param_groups] == [("E4M3", 4)] and caplog.messages
+    for format in ("E4M3", "E5M2"):
+        build_arm(model, "manifold_fp32", format)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    rules = tuple(LayerRule(pattern=pattern, weight=weight) for pattern, weight in (("0", "E4M3"), ("1", "E5M2")))
+    with pytest.raises(ValueError, match="must agree"):
+        quantize_model(tied, policy=PrecisionPolicy(rules=rules))
+    assert type(tied[0]) is nn.Linear
+    quantize_model(tied, format="E3M4")
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(8, 4, 1), lambda: SelfAttention().attention, Own])
+@pytest.mark.parametrize("surgery", ["pruned", "weight normed"])
+def test_surgery_on_a_converted_layer(make, surgery):
+    model = nn.ModuleDict({"layer": make()})
+    quantize_model(model, format="E4M3")
+    layer = model["layer"].eval()
+    name = "in_proj_weight" if hasattr(layer, "in_proj_weight") else "weight"
+    if surgery == "pruned":
+        prune.l1_unstructured(layer, name, 0.5)
+        assert float((getattr(layer, name) == 0).float().mean()) == 0.5
+    elif isinstance(layer, Own):
+        pytest.skip("a class whose forward pass is looked into has no place for a parametrization")
+    else:
+        parametrizations.weight_norm(layer, name)
+    x = {"weight": torch.randn(5, 8, 3, 3) if isinstance(layer, nn.Conv2d) else torch.randn(5, 8)}.get(name)
+    y = layer(*[torch.randn(5, 2, 16)] * 3)[0] if x is None else layer(x)
+    y.sum().backward()
+    if surgery == "pruned":
+        assert getattr(layer, f"{name}_orig").grad is not None
+        prune.remove(layer, name)
+    else:
+        with pytest.raises(ValueError, match="parametrized since"):
+            dequantize_model(model)
+        nn.utils.parametrize.remove_parametrizations(layer, name)
+    dequantize_model(model)
+    assert isinstance(getattr(layer, name), nn.Parameter) and not isinstance(layer, QuantizedLayer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_in_half_precision_multiplies_the_values_themselves(dtype):
+    model = nn.Sequential(Own(), nn.LayerNorm(6)).to(dtype).eval()
+    plain = copy.deepcopy(model).float()
+    quantize_model(model, policy=FULL)
+    x = torch.randn(16, 8).to(dtype)
+    y = model(x)
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.float(), on_rounded_weights(model, plain)(x.float()), rtol=0.03, atol=0.03)
+
+
+def test_threads_do_not_meet_in_a_layer():
+    model = nn.Sequential(Own()).eval()
+    quantize_model(model, format="E4M3")
+    x = torch.randn(64, 8)
+    expected, found = model(x), []
+    threads = [threading.Thread(target=lambda: found.extend(model(x) for _ in range(50))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 200 and all(torch.equal(y, expected) for y in found)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+class FeatureGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.sigmoid()
+
+
+class MyExperts(nn.Module):
+    """Experts that do not say how their weights lie, with a 3-d bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(2, 8, 6)), nn.Parameter(torch.randn(2, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.up_bias, x.expand(2, -1, -1), self.up)
+
+
+class PositionwiseFeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(8, 8))
+
+
+LEFT: dict[str, tuple[nn.Module, str]] = {
+    "transposed convolution": (nn.ConvTranspose2d(4, 3, 3), "no product with its parameters is known"),
+    "own attention": (OwnAttention(16, 4), "a subclass of MultiheadAttention"),
+    "matrices": (PositionwiseFeedForward(), "no product"),
+    "lazy": (nn.LazyConv2d(4, 3), "no shape before the first forward pass"),
+    "weight normed": (parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "call remove_parametrizations first"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_could_be_converted_and_is_left_is_named(name):
+    layer, reason = LEFT[name]
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(4, 4, bias=False)})
+    with pytest.warns(UserWarning, match=rf"left: layer.*{reason}"):
+        table = quantize_model(model, format="E4M3")
+    assert table.product_share < 1 or name in ("transposed convolution", "matrices", "lazy")
+
+
+def test_guesses_by_name_do_not_break_a_model():
+    model = nn.Sequential(FeatureGate(), MyExperts())
+    table = quantize_model(model, format="E4M3")
+    assert [row.name for row in table if row.converted] == ["1.up"]
+    model(torch.randn(3, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="not known of its class"):
+        quantize_model(nn.Sequential(MyExperts(), nn.Linear(4, 4)), format="E4M3", policy="mxfp8")
+
+
+def test_a_rule_may_leave_a_layer_and_match_by_any_of_its_names():
+    model = nn.ModuleDict({"enc": nn.Linear(4, 4), "hard": nn.Conv1d(4, 4, 1)})
+    model["dec"] = model["enc"]
+    rules = (LayerRule(pattern="^hard", leave=True), LayerRule(pattern="^dec$", weight="E4M3"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = quantize_model(model, policy=PrecisionPolicy(rules=rules))
+    assert [(row.name, row.converted) for row in table] == [("enc", True), ("hard", False)] and model["enc"] is model[
+        "dec"
+    ]
+    rules = (LayerRule(pattern="^0$", weight="E4M3"), LayerRule(pattern="", weight="E4M3"))
+    with pytest.raises(ValueError, match="needs embeddings=True"):
+        quantize_model(nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4)), policy=PrecisionPolicy(rules=rules))
+    with pytest.raises(ValueError, match="none that are known"):
+        quantize_model(nn.Sequential(nn.LayerNorm(4)), format="E4M3")
+
+
+class Registered(nn.Linear):
+    pass
+
+
+class Pair(nn.Module):
+    """Two weights, of which a call uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor, first: bool = True) -> Tensor:
+        return x @ (self.weight if first else self.other).T
+
+
+def test_registered_layers_run_as_they_were_registered():
+    register_layer(
+        Registered,
+        "weight",
+        forward=lambda layer, products, x: (
+            3 * products.multiply("weight", x, products.weight("weight", layer.weight), lambda x, w: x @ w.T)
+        ),
+    )
+    register_layer(Pair, "weight", "other")
+    model = nn.ModuleDict({"linear": Registered(8, 8), "pair": Pair(), "tokens": nn.Embedding(8, 8)})
+    model["tokens"].weight = model["pair"].weight
+    frozen = nn.BatchNorm1d(8).eval()
+    model["pair"].norm = frozen
+    plain = copy.deepcopy(model)
+    quantize_model(model, policy=FULL)
+    on_rounded_weights(model, plain)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model["linear"](x), 3 * x @ plain["linear"].weight.T)
+    assert all(torch.equal(model["pair"](x, first=own), plain["pair"](x, first=own)) for own in (True, False))
+    assert torch.equal(model["tokens"](torch.arange(8)), plain["pair"].weight)
+    assert model["pair"](x=x[:0]).shape == (0, 8) and not frozen.training
+    dequantize_model(model)
+    assert not frozen.training
