@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from altgrad.quantization.conversion_plan import BF16_WEIGHT, ConversionPlan, PlannedWeight, name_of, some
 from altgrad.quantization.conversion_table import ConversionTable
@@ -100,6 +100,12 @@ def rounded_weights(model: nn.Module) -> dict[str, WeightRoles]:
         for name, layer in _converted_layers(model).items()
         for path, roles in layer.rounded_weights.items()
     }
+
+
+def role_state(model: nn.Module) -> dict[str, Tensor]:
+    """What of a converted model's state a plain one does not have: histories and draws of its roles."""
+    layers = _converted_layers(model).items()
+    return {key: value for name, layer in layers for key, value in layer.role_state(f"{name}." if name else "").items()}
 
 
 def quantized_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, FloatFormat]]:

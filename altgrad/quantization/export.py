@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from altgrad.quantization.block_scaling import BlockFormat
-from altgrad.quantization.conversion import quantize_model, rounded_weights
+from altgrad.quantization.conversion import quantize_model, role_state, rounded_weights
 from altgrad.quantization.conversion_table import ConversionTable
-from altgrad.quantization.formats import get_format
+from altgrad.quantization.formats import get_format, unknown_message
 from altgrad.quantization.ops import decode, encode
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy
+from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.weight_roles import WeightRoles
 
 Stored = Literal["values", "codes"]
@@ -45,12 +45,18 @@ RECIPE = "altgrad_recipe"
 """Key of the recipe in the metadata of a safetensors file."""
 
 
+STATE = "altgrad_state."
+"""Before the names of what roles keep from step to step, in a safetensors file."""
+
+
 @dataclass(frozen=True)
 class ExportedModel:
-    """`tensors`: a plain model's state, by name; `recipe`: name of a weight to its roles, as plain data."""
+    """`tensors`: a plain model's state, by name; `recipe`: name of a weight to its roles, as plain data; `state`: what
+    the roles keep from step to step, such as amax histories."""
 
     tensors: dict[str, Tensor]
     recipe: dict[str, dict[str, Any]]
+    state: dict[str, Tensor]
 
 
 def export_model(model: nn.Module, path: str | Path | None = None, *, store: Stored = "values") -> ExportedModel:
@@ -59,23 +65,30 @@ def export_model(model: nn.Module, path: str | Path | None = None, *, store: Sto
     `store`: "values", float32; "codes", a tensor of codes and `NAME_scale` for each weight (torch.float8_e4m3fn and
     the like where torch has the type). Tied weights are stored once under each of their names.
 
-    ValueError: a model that is not converted.
+    ValueError: a model that is not converted, a weight that is made from others (pruning, norms), an unknown `store`.
+    FileNotFoundError: no such folder.
     """
     weights = rounded_weights(model)
+    if store not in get_args(Stored):
+        raise ValueError(unknown_message("store", store, get_args(Stored)))
     if not weights:
         raise ValueError("this model is not converted (quantize_model); its own state_dict() is all there is to export")
-    tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    state = role_state(model)
+    tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items() if name not in state}
     recipe = {}
     for name, roles in weights.items():
         aliases = _aliases(model, roles.parameter())
+        if not aliases:
+            raise ValueError(f"the weight of {name} is made from other tensors; remove its pruning or norm first")
         tensors |= dict.fromkeys(aliases, roles.quantized_weight().detach().cpu())
         if store == "codes":
             codes, scale = _encoded(roles)
             tensors |= dict.fromkeys(aliases, codes) | {f"{alias}{SCALE}": scale for alias in aliases}
         recipe[name] = {"parameter": aliases[0], "store": store} | {
-            role: quantizer.role.model_dump(mode="json") for role, quantizer in roles.quantizers().items()
+            role: {"role": quantizer.role.model_dump(mode="json"), "key": quantizer.key}
+            for role, quantizer in roles.quantizers().items()
         }
-    exported = ExportedModel(tensors, recipe)
+    exported = ExportedModel(tensors, recipe, {name: value.cpu() for name, value in state.items()})
     if path is not None:
         _save(exported, Path(path))
     return exported
@@ -84,28 +97,35 @@ def export_model(model: nn.Module, path: str | Path | None = None, *, store: Sto
 def load_exported(model: nn.Module, source: ExportedModel | str | Path) -> ConversionTable:
     """Converts an unconverted model by an export's recipe, in place, and gives it the exported weights.
 
+    They are multiplied as they are, and rounded again only once somebody has written to them.
+
     ValueError: a file that is no export; a recipe whose layers the model lacks; tensors that do not fit (as
     `load_state_dict` says it).
     """
     exported = source if isinstance(source, ExportedModel) else _load(Path(source))
     policy = PrecisionPolicy(
-        rules=tuple(
-            LayerRule.model_validate({"pattern": f"^{re.escape(name)}$"} | {role: own.get(role) for role in _ROLES})
-            for name, own in exported.recipe.items()
-        ),
+        rules=tuple(_rule(name, own) for name, own in exported.recipe.items()),
         embeddings=any(isinstance(m, nn.Embedding) and n in exported.recipe for n, m in model.named_modules()),
     )
     table = quantize_model(model, policy=policy)
-    tensors = dict(exported.tensors)
+    tensors = {name: value for name, value in exported.tensors.items() if not name.endswith(SCALE)} | exported.state
     weights = rounded_weights(model)
     for name, own in exported.recipe.items():
+        roles = weights[name]
+        for role, quantizer in roles.quantizers().items():
+            setattr(roles, f"{role}_quantizer", RoleQuantizer(quantizer.role, own[role]["key"]))
         if own["store"] == "codes":
-            values = _decoded(weights[name], tensors[own["parameter"]], tensors[own["parameter"] + SCALE])
-            for alias in _aliases(model, weights[name].parameter()):
-                tensors[alias] = values
-                tensors.pop(alias + SCALE)
+            codes, scale = (exported.tensors[own["parameter"] + more] for more in ("", SCALE))
+            tensors |= dict.fromkeys(_aliases(model, roles.parameter()), _decoded(roles, codes, scale))
     model.load_state_dict(tensors)
+    for name in exported.recipe:
+        weights[name].settle()
     return table
+
+
+def _rule(name: str, own: dict[str, Any]) -> LayerRule:
+    roles = {role: own[role]["role"] if role in own else None for role in _ROLES}
+    return LayerRule.model_validate({"pattern": f"^{re.escape(name)}$"} | roles)
 
 
 _ROLES = ("weight", "activation", "gradient")
@@ -146,8 +166,11 @@ def _aliases(model: nn.Module, parameter: Any) -> list[str]:
 def _save(exported: ExportedModel, path: Path) -> None:
     from safetensors.torch import save_file
 
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    state = {f"{STATE}{name}": value for name, value in exported.state.items()}
     # A file of safetensors holds no two names of one memory.
-    tensors = {name: value.contiguous().clone() for name, value in exported.tensors.items()}
+    tensors = {name: value.contiguous().clone() for name, value in (exported.tensors | state).items()}
     save_file(tensors, path, metadata={RECIPE: json.dumps(exported.recipe)})
 
 
@@ -156,7 +179,9 @@ def _load(path: Path) -> ExportedModel:
 
     with safe_open(path, framework="pt") as file:
         recipe = (file.metadata() or {}).get(RECIPE)
-        tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if recipe is None:
         raise ValueError(f"{path} holds no recipe: it was not written by export_model")
-    return ExportedModel(dict(tensors), json.loads(recipe))
+    state = {name.removeprefix(STATE): value for name, value in found.items() if name.startswith(STATE)}
+    tensors = {name: value for name, value in found.items() if not name.startswith(STATE)}
+    return ExportedModel(tensors, json.loads(recipe), state)

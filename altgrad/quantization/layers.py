@@ -28,7 +28,7 @@ from altgrad.quantization.layer_products import EmulatedProduct, ProductRoles, Q
 from altgrad.quantization.ops import refuse_script_tracing, refuse_transforms
 from altgrad.quantization.products import Product, check_product
 from altgrad.quantization.roles import Role, operand_of, values_of
-from altgrad.quantization.weight_roles import WeightRoles
+from altgrad.quantization.weight_roles import WeightRoles, values_in_role
 
 
 class QuantizedLinear(WeightRoles, nn.Module):
@@ -97,7 +97,10 @@ class QuantizedLinear(WeightRoles, nn.Module):
                 rounds = self.activation_quantizer is not None
                 tensors = x, weight, bias, x_values, weight_values
                 return cast(Tensor, EmulatedProduct.apply(*tensors, gradient, rounds, advance))
-        matrix = self.weight_quantizer.operand(weight, advance=advance, own_scale=own_scale)
+        if self._settled is None:
+            matrix = self.weight_quantizer.operand(weight, advance=advance, own_scale=own_scale)
+        else:
+            matrix = self.multiplied(advance=advance)
         activation = operand_of(x, self.activation_quantizer, advance=advance)
         # Without values: what the graph keeps are saved tensors, which checkpointing can let go.
         roles = ProductRoles(self.product, activation.without_values, matrix.without_values, gradient, advance)
@@ -113,7 +116,11 @@ class QuantizedLinear(WeightRoles, nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A plain Linear's state, and that of roles which have some: tensors, under the names of their attributes."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= self.saved(prefix)
+        destination |= self.role_state(prefix)
+
+    def role_state(self, prefix: str) -> dict[str, Tensor]:
+        """What its roles keep from step to step, under their names in its state."""
+        return self.saved(prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         self.load(state_dict, prefix)
@@ -145,12 +152,11 @@ class QuantizedEmbedding(nn.Module):
         if not torch.compiler.is_compiling():
             refuse_transforms("a quantized embedding", self.weight)
             refuse_script_tracing("a quantized embedding")
-        own_scale = owner.own_scale() if self.weight is owner.parameter() else None
-        quantizer = owner.weight_quantizer
-        values = quantizer.values(self.weight, advance=False, own_scale=own_scale)
-        if values is None:
-            values = quantizer.operand(self.weight, advance=False, own_scale=own_scale).numbers
-        weight = cast(Tensor, StraightThrough.apply(self.weight, values))
+        if self.weight is owner.parameter():
+            weight = owner.rounded(advance=False)
+        else:  # it was given another since
+            values = values_in_role(self.weight, owner.weight_quantizer, advance=False)
+            weight = cast(Tensor, StraightThrough.apply(self.weight, values))
         return functional.embedding(
             tokens, weight.to(self.weight.dtype), embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
         )

@@ -47,8 +47,13 @@ class LayerWithGrid(Protocol):
 
     grid: WeightGrid
 
+    has_run: bool
+
     @property
     def weight_format(self) -> FloatFormat: ...
+
+    @property
+    def holder(self) -> Any: ...
 
     def parameter(self) -> Any: ...
 
@@ -215,6 +220,14 @@ def converted_weights() -> dict[int, FloatFormat]:
     """The ids of the tensors that living converted layers multiply by, and the formats these have there."""
     with _LOCK:
         return {id(layer.parameter()): layer.weight_format for layer in _LAYERS}
+
+
+def bypassed_weights() -> set[int]:
+    """The ids of weights whose converted layers, all in training, have not run yet."""
+    with _LOCK:
+        layers = list(_LAYERS)
+    idle = {id(layer.parameter()) for layer in layers if layer.holder.training and not layer.has_run}
+    return idle - {id(layer.parameter()) for layer in layers if layer.has_run or not layer.holder.training}
 
 
 def memory_of(weight: Tensor) -> Memory:

@@ -39,7 +39,7 @@ class WeightRoles:
     gradient_quantizer: RoleQuantizer | None
     grid: WeightGrid
     has_run: bool
-    _settled: Memory | None
+    _settled: Memory | None = None
 
     @property
     def holder(self) -> nn.Module:
@@ -139,8 +139,14 @@ class WeightRoles:
         """Whether the weight is as `settle` found it."""
         return self._settled is not None and self._settled == memory_of(self.tensor())
 
-    def weight_operand(self, *, advance: bool = False) -> Operand:
+    def multiplied(self, *, advance: bool = False) -> Operand:
         """The weight as it is multiplied, without gradient."""
+        if self._settled is not None and self.is_settled():
+            return Operand(self.tensor().detach().to(torch.float32), None, None)
+        return self.weight_operand(advance=advance)
+
+    def weight_operand(self, *, advance: bool = False) -> Operand:
+        """The weight in its role, without gradient."""
         return self.weight_quantizer.operand(self.tensor(), advance=advance, own_scale=self.own_scale())
 
     def as_rows(self, x: Tensor) -> Tensor:
@@ -152,8 +158,8 @@ class WeightRoles:
         return rows
 
     def quantized_weight(self) -> Tensor:
-        """The values of `weight_operand`, float32."""
-        return self.weight_operand().numbers
+        """The values of `multiplied`, float32."""
+        return self.multiplied().numbers
 
     def end_step(self) -> None:
         """A training step is over: histories take it in, stochastic roles go on to another draw."""

@@ -65,7 +65,7 @@ class ProductRoles(WeightRoles):
         return self._holder
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
-        """The weight as it is multiplied, without gradient; `scale` broadcasts to it."""
+        """The weight in its role, without gradient; `scale` broadcasts to it."""
         own_scale = self.own_scale()
         if own_scale is not None or self.weight_quantizer.role.scale.kind not in BY_LINES:
             return self.weight_quantizer.operand(self.tensor(), advance=advance, own_scale=own_scale)
@@ -146,8 +146,9 @@ class QuantizedLayer(nn.Module):
         owned: tuple[WeightRoles, ...] = self.__dict__.get("_owner", ())
         roles: Mapping[str, WeightRoles] = {"weight": owned[0]} if owned else self.rounded_weights
         advance = not owned and self.training and torch.is_grad_enabled()
-        run = type(self).look_into if self.shadowed else self._kind.forward
-        return run(self, Products(roles, advance=advance), *args, **kwargs)
+        kind = self._kind
+        run = type(self).look_into if self.shadowed else kind.forward
+        return run(self, Products(roles, advance=advance, is_lookup=kind.is_lookup), *args, **kwargs)
 
     def restore(self) -> None:
         """Makes it a layer of its own class again; ValueError if it was parametrized since."""
@@ -173,8 +174,12 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for path, roles in self.rounded_weights.items():
-            destination |= roles.saved(f"{prefix}{_attribute(path)}.")
+        destination |= self.role_state(prefix)
+
+    def role_state(self, prefix: str) -> dict[str, Tensor]:
+        """What its roles keep from step to step, under their names in its state."""
+        saved = (roles.saved(f"{prefix}{_attribute(path)}.") for path, roles in self.rounded_weights.items())
+        return {name: value for own in saved for name, value in own.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         for path, roles in self.rounded_weights.items():
@@ -234,12 +239,16 @@ class Products:
     A weight that no rule quantizes is multiplied as it is.
     """
 
-    def __init__(self, roles: Mapping[str, WeightRoles], *, advance: bool) -> None:
-        self.roles, self._advance = roles, advance
+    def __init__(self, roles: Mapping[str, WeightRoles], *, advance: bool, is_lookup: bool) -> None:
+        self.roles, self._advance, self._is_lookup = roles, advance, is_lookup
 
     def weight(self, path: str, plain: Tensor) -> Tensor:
         """The weight at `path` rounded, float32, gradient straight through; `plain` where it has no roles."""
-        return self.roles[path].rounded(advance=self._advance) if path in self.roles else plain
+        if path not in self.roles:
+            return plain
+        if self._is_lookup:
+            self._has_run(self.roles[path])
+        return self.roles[path].rounded(advance=self._advance)
 
     def multiply(
         self, path: str, x: Tensor, weight: Tensor, function: Callable[[Tensor, Tensor], Tensor], *, axis: int = -1
@@ -251,9 +260,12 @@ class Products:
         roles = self.roles.get(path)
         if not isinstance(roles, ProductRoles):
             return function(x, weight)
+        self._has_run(roles)
+        return roles.product(x, weight, function, axis=axis, advance=self._advance)
+
+    def _has_run(self, roles: WeightRoles) -> None:
         if self._advance and not roles.has_run:
             roles.has_run = True
-        return roles.product(x, weight, function, axis=axis, advance=self._advance)
 
 
 class _Written(torch.autograd.Function):

@@ -31,7 +31,14 @@ from torch import Tensor, nn
 
 from altgrad.quantization import FloatFormat, get_format, mix_seed, quantize, weight_grid
 from altgrad.quantization.conversion_plan import some
-from altgrad.quantization.weight_grid import Memory, converted_weights, initial_scale, is_on_grid, memory_of
+from altgrad.quantization.weight_grid import (
+    Memory,
+    bypassed_weights,
+    converted_weights,
+    initial_scale,
+    is_on_grid,
+    memory_of,
+)
 from altgrad.training.kernels import Count, Counting, Job, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
 from altgrad.training.optimizer_groups import (
@@ -208,6 +215,8 @@ class GridAwareOptimizer(TravellingOptimizer):
     def _step(self, grads: Mapping[Tensor, Tensor] | None) -> None:
         """One step; with gradients that are given in place of the parameters' own."""
         number = 1 + max(group["calls"] for group in self.param_groups)
+        if number == 1:
+            self._tell_of_bypassed(grads)
         self._is_counting = self.telemetry and (number - 1) % self.count_every == 0
         self.counted = []
         index, is_whole = 0, False
@@ -240,6 +249,23 @@ class GridAwareOptimizer(TravellingOptimizer):
                 is_whole = is_whole or own.counting == Counting.ALL
         if is_whole:
             self._whole = self.counted
+
+    def _tell_of_bypassed(self, grads: Mapping[Tensor, Tensor] | None) -> None:
+        """A model that reads a converted layer's weight past the layer multiplies by it unquantized."""
+        idle = bypassed_weights()
+        found = [
+            name_of(group, position, p)
+            for group in self.param_groups
+            for position, p in enumerate(group["params"])
+            if id(p) in idle and (p.grad if grads is None else grads.get(p)) is not None
+        ]
+        if found:
+            logger.warning(
+                "%d converted weights have a gradient and their layers never ran: the model reads them past the layers "
+                "and multiplies by them unquantized: %s",
+                len(found),
+                some(found),
+            )
 
     def _step_batch(self, kernel: Kernel, plan: Plan, members: list[tuple[Tensor, Job]], call: int) -> None:
         device = members[0][0].device

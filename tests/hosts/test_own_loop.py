@@ -107,6 +107,29 @@ def test_over_a_model_that_is_not_converted_it_says_what_it_puts_there(caplog):
     assert "13 tensors take the format E4M3" in said and "blocks.0.0.weight (16,)" in said and "9 more" in said
 
 
+def test_weights_that_a_model_reads_past_their_layers_are_named(caplog):
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.through, self.past = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.through(x) @ self.past.weight
+
+    model = Past()
+    optimizer = build_arm(model, "manifold", format="E4M3")
+    for _ in range(2):
+        model(batch(0)).square().mean().backward()
+        optimizer.step()
+    lookup = nn.Sequential(nn.Embedding(4, 8), nn.Conv1d(3, 3, 1))
+    quantize_model(lookup, policy=PrecisionPolicy(rules=(LayerRule(pattern="", weight="E4M3"),), embeddings=True))
+    optimizer = GridOptim(lookup.parameters(), lr=1e-3)
+    lookup(torch.ones(2, 3, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    (said,) = (message for message in caplog.messages if "never ran" in message)
+    assert said.startswith("1 converted weights have a gradient") and "(16, 16)" in said
+
+
 @pytest.mark.parametrize("arm", ["manifold", "grid"])
 def test_accelerate_trains_as_a_plain_loop_does(arm):
     accelerate = pytest.importorskip("accelerate")

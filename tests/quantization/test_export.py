@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from altgrad.quantization import (
     LayerRule,
@@ -60,6 +61,51 @@ def test_a_model_made_from_an_export_computes_the_same(format, kind, store, tmp_
     load_exported(loaded, tmp_path / "model.safetensors")
     assert torch.equal(loaded.eval()(TOKENS), model(TOKENS))
     assert loaded.head.weight is loaded.tokens.weight
+
+
+STOCHASTIC = Role(format="E2M1", scale=ScaleRule(kind="block", block_scale_format="E4M3"), rounding="stochastic")
+NVFP4_LIKE = Role(format="E4M3", scale=ScaleRule(kind="block", block_scale_format="E4M3"))
+
+
+@pytest.mark.parametrize("store", ["values", "codes"])
+@pytest.mark.parametrize("role", [STOCHASTIC, NVFP4_LIKE], ids=["stochastic", "nvfp4-like"])
+def test_exported_weights_are_not_rounded_again_until_they_are_written(role, store):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Net()
+        rule = LayerRule(pattern="", weight=role, activation=role)
+        quantize_model(model, policy=PrecisionPolicy(rules=(rule,), embeddings=True), seed=7)
+        exported = export_model(model, store=store)
+        assert set(exported.tensors) - {key + "_scale" for key in exported.tensors} == set(Net().state_dict())
+        loaded = Net()
+        load_exported(loaded, exported)
+        assert torch.equal(loaded.eval()(TOKENS), model.eval()(TOKENS))
+    weight = loaded.head.weight
+    assert loaded.head.is_settled()
+    with torch.no_grad():
+        weight.mul_(1.1)
+    assert not loaded.head.is_settled() and not torch.equal(loaded.head.quantized_weight(), weight)
+
+
+def test_tied_layers_are_stored_under_each_name(tmp_path):
+    def twins() -> nn.Module:
+        model = nn.ModuleDict({"a": nn.Conv1d(4, 4, 3, padding=1), "b": nn.Conv1d(4, 4, 3, padding=1)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    model, loaded = twins(), twins()
+    quantize_model(model, format="E4M3")
+    load_exported(loaded, export_model(model, tmp_path / "x.safetensors", store="codes"))
+    x = torch.randn(2, 4, 5)
+    loaded["b"].load_state_dict({"bias": model["b"].bias}, strict=False)
+    assert all(torch.equal(model[name](x), loaded[name](x)) for name in "ab")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        export_model(model, tmp_path / "none" / "x.safetensors")
+    with pytest.raises(ValueError, match=r"unknown store 'code'.*nearest: codes"):
+        export_model(model, store="code")
+    prune.l1_unstructured(model["b"], "weight", 0.5)
+    with pytest.raises(ValueError, match="made from other tensors"):
+        export_model(model)
 
 
 def test_values_are_what_a_plain_model_loads():
