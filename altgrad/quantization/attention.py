@@ -112,6 +112,9 @@ def _joined(
     layer: Any, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
 ) -> Tensor | None:
     """Both masks as one that is added to the logits, broadcast to [batch, heads, queries, keys]; True is -inf."""
+    (queries, batch, _), keys = q.shape, k.shape[0]
+    _check_mask("attn_mask", attn_mask, (queries, keys), (batch * layer.num_heads, queries, keys))
+    _check_mask("key_padding_mask", key_padding_mask, (batch, keys))
     mask = None
     if attn_mask is not None:
         mask = _additive(attn_mask, q.dtype)
@@ -121,6 +124,16 @@ def _joined(
         padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
         mask = padding if mask is None else mask + padding
     return mask
+
+
+def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if tuple(mask.shape) not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        allowed = " or ".join(map(str, shapes))
+        raise RuntimeError(
+            f"{name} of shape {tuple(mask.shape)} and {mask.dtype}: bool or floating point of {allowed} is expected"
+        )
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -67,9 +67,12 @@ OTHERS_NAMES = {
     "float6_e3m2fn": "E3M2",
     "float4_e2m1fn": "E2M1",
     "float4_e2m1fn_x2": "E2M1",
+    "half": "FP16",
     "F16": "FP16",
     "F8_E4M3": "E4M3",
     "F8_E5M2": "E5M2",
+    "FP8_E4M3": "E4M3",
+    "FP8_E5M2": "E5M2",
     "I8": "INT8",
     "E4M3FN": "E4M3",
 }
@@ -336,7 +339,7 @@ _BY_UPPER_CASE = _ALIASES | {name.upper(): ours for name, ours in OTHERS_NAMES.i
 
 @cache
 def _parse(name: str) -> FloatFormat:
-    known = name.strip().upper()
+    known = name.strip().upper().removeprefix("TORCH.")
     while known in _BY_UPPER_CASE:
         known = _BY_UPPER_CASE[known].upper()
     if match := _INTEGER.fullmatch(known):

@@ -121,6 +121,22 @@ def test_a_layer_computes_as_the_plain_one_on_its_rounded_weights(name):
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attn_mask": torch.zeros(1, 5)}, r"attn_mask of shape \(1, 5\).*\(5, 5\) or \(8, 5, 5\)"),
+        ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.uint8)}, r"key_padding_mask .*uint8: bool or floating"),
+        ({"is_causal": True}, "Need attn_mask"),
+    ],
+)
+def test_masks_that_torch_refuses_are_refused(options, said):
+    model = SelfAttention()
+    quantize_model(model, format="E4M3")
+    x = rand(5, 2, 16)
+    with pytest.raises(RuntimeError, match=said):
+        model.attention(x, x, x, **options)
+
+
 KINDS = {
     "current": ScaleRule(),
     "delayed": ScaleRule(kind="delayed"),
