@@ -230,7 +230,8 @@ def values_in_role(
     if quantizer is None or not x.numel():  # of no elements there is no amax
         return x.to(torch.float32)
     moves = own_scale is None and quantizer.role.scale.kind in BY_LINES and axis % x.dim() != x.dim() - 1
-    lines = x.movedim(axis, -1).contiguous() if moves else x
+    # The kernels that round at once take contiguous tensors only; a copy costs less than the way without them.
+    lines = (x.movedim(axis, -1) if moves else x).contiguous()
     values = quantizer.values(lines, advance=advance, own_scale=own_scale)
     if values is None:
         values = quantizer.operand(lines, advance=advance, own_scale=own_scale).numbers
