@@ -23,7 +23,7 @@ from altgrad.quantization.ops import mix_seed
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy, named_policy
 from altgrad.quantization.products import Product
 from altgrad.quantization.weight_roles import WeightRoles
-from altgrad.quantization.wrapped_layers import QuantizedLayer, convert_layer
+from altgrad.quantization.wrapped_layers import QuantizedLayer, convert_layer, restore_layer, state_of_roles, weights_in
 
 CONVERTED = (QuantizedLinear, QuantizedEmbedding, QuantizedLayer)
 
@@ -84,13 +84,14 @@ def requantize_layer(model: nn.Module, name: str, format: str) -> None:
     if format.upper() != "FP32":
         roles.reformat(format)
         return
-    layer = next(m for m in _converted_layers(model).values() if roles in m.rounded_weights.values())
+    layer = next(m for m in _converted_layers(model).values() if roles in weights_in(m).values())
     weight = roles.parameter()
-    if isinstance(layer, QuantizedLayer) and len(layer.rounded_weights) > 1:
-        layer.drop(roles)
+    if isinstance(layer, QuantizedLayer) and layer.altgrad is not None and len(layer.altgrad.weights) > 1:
+        roles.leave()
+        layer.altgrad.weights = {path: own for path, own in layer.altgrad.weights.items() if own is not roles}
         return
-    lookups = (m for m in model.modules() if isinstance(m, CONVERTED) and m.__dict__.get("_owner"))
-    _restore(model, [layer, *(m for m in lookups if m.weight is weight)])
+    lookups = (m for m in model.modules() if isinstance(m, QuantizedEmbedding | QuantizedLayer))
+    _restore(model, [layer, *(m for m in lookups if m is not layer and m.weight is weight)])
 
 
 def rounded_weights(model: nn.Module) -> dict[str, WeightRoles]:
@@ -98,14 +99,16 @@ def rounded_weights(model: nn.Module) -> dict[str, WeightRoles]:
     return {
         name_of(name, path): roles
         for name, layer in _converted_layers(model).items()
-        for path, roles in layer.rounded_weights.items()
+        for path, roles in weights_in(layer).items()
     }
 
 
 def role_state(model: nn.Module) -> dict[str, Tensor]:
     """What of a converted model's state a plain one does not have: histories and draws of its roles."""
     layers = _converted_layers(model).items()
-    return {key: value for name, layer in layers for key, value in layer.role_state(f"{name}." if name else "").items()}
+    return {
+        key: value for name, layer in layers for key, value in state_of_roles(layer, f"{name}." if name else "").items()
+    }
 
 
 def quantized_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, FloatFormat]]:
@@ -135,12 +138,12 @@ def _convert(model: nn.Module, plan: ConversionPlan, product: Product, seed: int
             if first.owner is not None:
                 owner = done[first.owner.layer]
                 assert isinstance(owner, QuantizedLinear | QuantizedLayer)
-                roles = owner.rounded_weights[first.owner.path]
+                roles = weights_in(owner)[first.owner.path]
                 is_plain = type(layer).forward is nn.Embedding.forward
                 done[layer] = QuantizedEmbedding(layer, roles) if is_plain else convert_layer(layer, {}, owner=roles)  # type: ignore[arg-type]
-    except ValueError:
+    except BaseException:
         for converted in done.values():
-            converted.restore() if isinstance(converted, QuantizedLayer) else converted.original()
+            restore_layer(converted) if isinstance(converted, QuantizedLayer) else converted.original()
         raise
     _swap(model, {layer: new for layer, new in done.items() if new is not layer})
     for encoder in model.modules():
@@ -165,7 +168,7 @@ def _restore(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     swaps: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         if isinstance(layer, QuantizedLayer):
-            layer.restore()
+            restore_layer(layer)
         else:
             assert isinstance(layer, QuantizedLinear | QuantizedEmbedding)
             swaps[layer] = layer.original()

@@ -75,16 +75,26 @@ def export_model(model: nn.Module, path: str | Path | None = None, *, store: Sto
         raise ValueError("this model is not converted (quantize_model); its own state_dict() is all there is to export")
     state = role_state(model)
     tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items() if name not in state}
-    recipe = {}
+    recipe, plain, written = {}, set(tensors), dict[str, Tensor]()
     for name, roles in weights.items():
         aliases = _aliases(model, roles.parameter())
         if not aliases:
             raise ValueError(f"the weight of {name} is made from other tensors; remove its pruning or norm first")
-        tensors |= dict.fromkeys(aliases, roles.quantized_weight().detach().cpu())
+        values = roles.quantized_weight().detach().cpu()
+        if aliases[0] in written and not torch.equal(written[aliases[0]], values):
+            raise ValueError(
+                f"{name} shares its weight with a layer that rounds it otherwise; an export holds one of them"
+            )
+        written |= dict.fromkeys(aliases, values)
+        tensors |= dict.fromkeys(aliases, values)
         if store == "codes":
             codes, scale = _encoded(roles)
+            if taken := [f"{alias}{SCALE}" for alias in aliases if f"{alias}{SCALE}" in plain]:
+                raise ValueError(
+                    f"the model has a {taken[0]} of its own, where the scale of codes belongs; store values"
+                )
             tensors |= dict.fromkeys(aliases, codes) | {f"{alias}{SCALE}": scale for alias in aliases}
-        recipe[name] = {"parameter": aliases[0], "store": store} | {
+        recipe[name] = {"parameters": aliases, "store": store} | {
             role: {"role": quantizer.role.model_dump(mode="json"), "key": quantizer.key}
             for role, quantizer in roles.quantizers().items()
         }
@@ -108,14 +118,16 @@ def load_exported(model: nn.Module, source: ExportedModel | str | Path) -> Conve
         embeddings=any(isinstance(m, nn.Embedding) and n in exported.recipe for n, m in model.named_modules()),
     )
     table = quantize_model(model, policy=policy)
-    tensors = {name: value for name, value in exported.tensors.items() if not name.endswith(SCALE)} | exported.state
+    coded = (own["parameters"] for own in exported.recipe.values() if own["store"] == "codes")
+    scales = {f"{name}{SCALE}" for names in coded for name in names}
+    tensors = {name: value for name, value in exported.tensors.items() if name not in scales} | exported.state
     weights = rounded_weights(model)
     for name, own in exported.recipe.items():
         roles = weights[name]
         for role, quantizer in roles.quantizers().items():
             setattr(roles, f"{role}_quantizer", RoleQuantizer(quantizer.role, own[role]["key"]))
         if own["store"] == "codes":
-            codes, scale = (exported.tensors[own["parameter"] + more] for more in ("", SCALE))
+            codes, scale = (exported.tensors[own["parameters"][0] + more] for more in ("", SCALE))
             tensors |= dict.fromkeys(_aliases(model, roles.parameter()), _decoded(roles, codes, scale))
     model.load_state_dict(tensors)
     for name in exported.recipe:

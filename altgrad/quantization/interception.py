@@ -65,18 +65,24 @@ def intercepted(layer: Any, products: Any, *args: Any, **kwargs: Any) -> Any:
 
     RuntimeError where no weight was multiplied by a function of PRODUCTS: the layer would train unquantized.
     """
-    values = {path: products.weight(path, None) for path in products.roles}
-    narrow = {path: value.to(products.roles[path].tensor().dtype) for path, value in values.items()}
+    values = {path: products.weight(path, _plain(layer, path)) for path in products.roles}
+    narrow = {path: value.to(_plain(layer, path).dtype) for path, value in values.items()}
     with _in_place_of_parameters(layer, narrow), _Interception(products, values, narrow) as mode:
-        y = layer.wrapped_class.forward(layer, *args, **kwargs)
+        y = layer.altgrad_class.forward(layer, *args, **kwargs)
     has_input = all(x.numel() for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     if not (mode.met or isinstance(layer, nn.Embedding)) and has_input:
         raise RuntimeError(
-            f"{layer.wrapped_class.__name__} did not multiply by its {', '.join(values)} in a function that can be "
+            f"{layer.altgrad_class.__name__} did not multiply by its {', '.join(values)} in a function that can be "
             "quantized (linear, matmul, mm, bmm, addmm, baddbmm, conv, grouped_mm); give register_layer a forward of "
             "your own, or leave the layer out by a rule with leave=True"
         )
     return y
+
+
+def _plain(layer: Any, path: str) -> Tensor:
+    found = layer._parameters.get(path)
+    weight: Tensor = layer.__dict__[path] if found is None else found
+    return weight
 
 
 _STANDING_IN = threading.local()
@@ -101,11 +107,6 @@ def property_of(name: str) -> property:
         if found is not None:
             return found
         if name in layer._parameters:
-            if torch._C._current_graph_task_id() != -1 and name in layer.rounded_weights:
-                raise RuntimeError(
-                    f"{layer.wrapped_class.__name__} reads its {name} in the backward pass, where a part of its "
-                    "forward pass is recomputed unquantized; checkpoint the whole layer, from outside of it"
-                )
             return layer._parameters[name]
         if name in layer.__dict__:
             return layer.__dict__[name]
@@ -126,7 +127,7 @@ class _Interception(TorchFunctionMode):
     def __init__(self, products: Any, values: Mapping[str, Tensor], narrow: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.met: set[str] = set()
-        self._products = products
+        self._products, self._around = products, _saving()
         # What the layer sees has the Parameter's dtype; what is multiplied are the values, in float32. The tensors are
         # kept, so that no other gets their memory while it stands for a weight.
         self._known = {_memory(narrow[path]): (path, narrow[path], value) for path, value in values.items()}
@@ -174,6 +175,11 @@ class _Interception(TorchFunctionMode):
         path, weight, x = paths[of_weight], self._wide_of(factors[of_weight]), factors[1 - of_weight]
         assert path is not None
         self.met.add(path)
+        if _saving() != self._around:
+            raise RuntimeError(
+                "a part of this layer's forward pass is checkpointed, or its tensors are saved elsewhere: recomputed "
+                "by itself it would multiply unquantized; checkpoint the whole layer, from outside of it"
+            )
 
         def function(x: Tensor, weight: Tensor) -> Tensor:
             both = [weight, x] if of_weight == 0 else [x, weight]
@@ -188,6 +194,11 @@ class _Interception(TorchFunctionMode):
 
         axis = _feature_axis(func, x, weight, is_left=(of_weight == 0) != (func is Tensor.__rmatmul__))
         return self._products.multiply(path, x, weight, function, axis=axis)
+
+
+def _saving() -> Any:
+    """Changes within torch.utils.checkpoint: its hooks on saved tensors, or the gradient mode that it runs in."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _feature_axis(func: Any, x: Tensor, weight: Tensor, *, is_left: bool) -> int:

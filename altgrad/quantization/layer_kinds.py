@@ -66,13 +66,32 @@ def register_layer(
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The kind of a layer, by its class or one that it inherits from; None for a layer that is not known."""
-    own = getattr(type(layer), "wrapped_class", type(layer))
+    own = own_class(layer)
     for base in own.__mro__:
         if base in KINDS:
             kind = KINDS[base]
             # A forward pass of its own is looked into.
             return kind if own.forward is base.forward else replace(kind, forward=intercepted)
-    return next((kind for fits, kind in _BY_LOOK if fits(layer, own.__name__)), None)
+    look = look_of(layer)
+    return None if look is None else kind_at(look)
+
+
+def own_class(layer: nn.Module) -> Any:
+    """The class that a layer had before it was converted."""
+    return getattr(type(layer), "altgrad_class", type(layer))
+
+
+def look_of(layer: nn.Module) -> int | None:
+    """The place of a layer's kind among those that are known by their looks; None for one that its class tells."""
+    own = own_class(layer)
+    if any(base in KINDS for base in own.__mro__):
+        return None
+    return next((place for place, (fits, _) in enumerate(_BY_LOOK) if fits(layer, own.__name__)), None)
+
+
+def kind_at(look: int) -> LayerKind:
+    """The kind at a place of `look_of`."""
+    return _BY_LOOK[look][1]
 
 
 def weights_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:

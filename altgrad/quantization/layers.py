@@ -70,11 +70,6 @@ class QuantizedLinear(WeightRoles, nn.Module):
     def holder(self) -> nn.Module:
         return self
 
-    @property
-    def rounded_weights(self) -> dict[str, WeightRoles]:
-        """The one weight, which is the layer's own."""
-        return {"weight": self}
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype; on a GPU in BF16, which its values have anyway."""
         weight, bias = self.weight, self.bias
@@ -116,11 +111,7 @@ class QuantizedLinear(WeightRoles, nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A plain Linear's state, and that of roles which have some: tensors, under the names of their attributes."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= self.role_state(prefix)
-
-    def role_state(self, prefix: str) -> dict[str, Tensor]:
-        """What its roles keep from step to step, under their names in its state."""
-        return self.saved(prefix)
+        destination |= self.saved(prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         self.load(state_dict, prefix)
@@ -153,7 +144,7 @@ class QuantizedEmbedding(nn.Module):
             refuse_transforms("a quantized embedding", self.weight)
             refuse_script_tracing("a quantized embedding")
         if self.weight is owner.parameter():
-            weight = owner.rounded(advance=False)
+            weight = owner.rounded(self.weight, advance=False)
         else:  # it was given another since
             values = values_in_role(self.weight, owner.weight_quantizer, advance=False)
             weight = cast(Tensor, StraightThrough.apply(self.weight, values))

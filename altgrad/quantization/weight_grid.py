@@ -222,12 +222,13 @@ def converted_weights() -> dict[int, FloatFormat]:
         return {id(layer.parameter()): layer.weight_format for layer in _LAYERS}
 
 
-def bypassed_weights() -> set[int]:
-    """The ids of weights whose converted layers, all in training, have not run yet."""
+def bypassed_weights() -> tuple[set[int], set[int]]:
+    """The ids of weights whose converted layers, all in training, have not run yet, and of those that have."""
     with _LOCK:
         layers = list(_LAYERS)
     idle = {id(layer.parameter()) for layer in layers if layer.holder.training and not layer.has_run}
-    return idle - {id(layer.parameter()) for layer in layers if layer.has_run or not layer.holder.training}
+    ran = {id(layer.parameter()) for layer in layers if layer.has_run}
+    return idle - ran - {id(layer.parameter()) for layer in layers if not layer.holder.training}, ran
 
 
 def memory_of(weight: Tensor) -> Memory:

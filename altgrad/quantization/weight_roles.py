@@ -117,11 +117,15 @@ class WeightRoles:
         # Made from other tensors since: a mask leaves a weight on its grid, a norm or a parametrization does not.
         return self.grid.scale if f"{self.weight_name}_mask" in self.holder._buffers else None
 
-    def rounded(self, *, advance: bool) -> Tensor:
-        """The weight's values in float32, whose gradient passes straight through to the weight."""
-        weight, own_scale = self.tensor(), self.own_scale()
+    def rounded(self, weight: Tensor, *, advance: bool) -> Tensor:
+        """The values of a weight in float32, whose gradient passes straight through to it.
+
+        `weight`: `tensor()`, or what stands in its place in a replica or after an exchange, which has no grid.
+        """
         refuse_transforms("a quantized layer", weight)
-        if self.is_settled():
+        is_own = weight is self.tensor()
+        own_scale = self.own_scale() if is_own else None
+        if is_own and self.is_settled():
             values = weight.detach().to(torch.float32)
         elif own_scale is None and self.weight_quantizer.role.scale.kind in BY_LINES:
             values = self.from_rows(

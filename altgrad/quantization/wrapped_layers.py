@@ -27,9 +27,9 @@ from torch.nn.utils import parametrize
 
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.interception import intercepted, property_of
-from altgrad.quantization.layer_kinds import LayerKind, kind_of, weights_of
+from altgrad.quantization.layer_kinds import LayerKind, kind_at, kind_of, look_of, weights_of
 from altgrad.quantization.layer_products import StraightThrough, refuse_second_derivative
-from altgrad.quantization.layers import obstacle
+from altgrad.quantization.layers import QuantizedLinear, obstacle
 from altgrad.quantization.ops import mix_seed, refuse_script_tracing, refuse_transforms
 from altgrad.quantization.policy import LayerRule
 from altgrad.quantization.products import Operand
@@ -109,81 +109,69 @@ class ProductRoles(WeightRoles):
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-class QuantizedLayer(nn.Module):
-    """What the class of a converted layer has beside its own; `convert_layer` makes a layer one.
+class Conversion:
+    """What a converted layer keeps of its conversion, under one name, so that the layer's own names stay its own.
 
-    `rounded_weights`: the roles of its weights, by path.
+    `weights`: the roles of its weights, by path; `owner`: those of the layer whose weight it looks up; `look`: place of
+    its kind among those known by their looks, which surgery may change.
     """
 
-    wrapped_class: type[nn.Module]
+    def __init__(self, look: int | None, owner: WeightRoles | None, replaced: dict[str, Any], hook: int) -> None:
+        self.weights: dict[str, ProductRoles] = {}
+        self.look, self.owner, self.replaced, self.hook = look, owner, replaced, hook
+
+    def __getattr__(self, name: str) -> Any:
+        """The roles of a weight, its path without dots: torch's distributed checkpoints walk by attributes."""
+        if name.startswith("__") or "weights" not in self.__dict__:
+            raise AttributeError(name)
+        found = {path.replace(".", "_"): roles for path, roles in self.weights.items()}
+        if name not in found:
+            raise AttributeError(name)
+        return found[name]
+
+
+class QuantizedLayer(nn.Module):
+    """What the class of a converted layer has beside its own; see `convert_layer` and `restore_layer`."""
+
+    altgrad: Conversion | None = None
+    """None for a layer that the class itself was asked for."""
+    altgrad_class: type[nn.Module]
     """The layer's own class."""
-    shadowed: tuple[str, ...]
+    altgrad_shadowed: tuple[str, ...]
     """Names of Parameters in whose place the layer's own forward pass reads rounded values."""
-    rounded_weights: dict[str, ProductRoles]
-    look_into: Callable[..., Any]
+    altgrad_look_into: Callable[..., Any]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for roles in self.rounded_weights.values():
+        for roles in weights_in(self).values():
             roles.enter()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made anew from the layer's own, for it stands in no module."""
-        return _blank, (self.wrapped_class, self.shadowed), self.__getstate__()
-
-    @property
-    def _kind(self) -> LayerKind:
-        kind = kind_of(self)
-        if kind is None:
-            raise RuntimeError(f"{self.wrapped_class.__name__} is not known here; call register_layer before it runs")
-        return kind
+        return _blank, (self.altgrad_class, self.altgrad_shadowed), self.__getstate__()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
+        conversion = self.altgrad
+        if conversion is None:
+            return self.altgrad_class.forward(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
             refuse_transforms("a quantized layer", *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
             refuse_script_tracing("a quantized layer")
-        owned: tuple[WeightRoles, ...] = self.__dict__.get("_owner", ())
-        roles: Mapping[str, WeightRoles] = {"weight": owned[0]} if owned else self.rounded_weights
-        advance = not owned and self.training and torch.is_grad_enabled()
-        kind = self._kind
-        run = type(self).look_into if self.shadowed else kind.forward
+        owner = conversion.owner
+        roles: Mapping[str, WeightRoles] = conversion.weights if owner is None else {"weight": owner}
+        advance = owner is None and self.training and torch.is_grad_enabled()
+        kind = _kind_of(self, conversion.look)
+        run = type(self).altgrad_look_into if self.altgrad_shadowed else kind.forward
         return run(self, Products(roles, advance=advance, is_lookup=kind.is_lookup), *args, **kwargs)
-
-    def restore(self) -> None:
-        """Makes it a layer of its own class again; ValueError if it was parametrized since."""
-        if parametrize.is_parametrized(self):
-            raise ValueError(
-                "a converted layer was parametrized since (torch.nn.utils.parametrize); call remove_parametrizations "
-                "first"
-            )
-        for roles in self.rounded_weights.values():
-            roles.leave()
-        for path in [*self.rounded_weights]:
-            del self.__dict__[_attribute(path)]
-        self.__dict__ |= self.__dict__.pop("_replaced")
-        self._load_state_dict_post_hooks.pop(self.__dict__.pop("_hook_id"), None)
-        self.__dict__.pop("_owner", None)
-        del self.__dict__["rounded_weights"]
-        self.__class__ = self.wrapped_class  # type: ignore[assignment]
-
-    def drop(self, roles: WeightRoles) -> None:
-        """Leaves one of several weights unquantized from now on."""
-        roles.leave()
-        self.rounded_weights = {path: own for path, own in self.rounded_weights.items() if own is not roles}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= self.role_state(prefix)
-
-    def role_state(self, prefix: str) -> dict[str, Tensor]:
-        """What its roles keep from step to step, under their names in its state."""
-        saved = (roles.saved(f"{prefix}{_attribute(path)}.") for path, roles in self.rounded_weights.items())
-        return {name: value for own in saved for name, value in own.items()}
+        destination |= state_of_roles(self, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        for path, roles in self.rounded_weights.items():
-            roles.load(state_dict, f"{prefix}{_attribute(path)}.")
+        for path, roles in weights_in(self).items():
+            roles.load(state_dict, _prefix(prefix, path))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __repr__(self) -> str:
@@ -191,10 +179,26 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The layer's own, then each weight's roles."""
-        roles = self.rounded_weights
+        roles = weights_in(self)
         texts = [r.numerics() if len(roles) == 1 else f"{path}: {r.numerics()}" for path, r in roles.items()]
-        texts += [f"{owner.weight_quantizer.role} weight" for owner in self.__dict__.get("_owner", ())]
+        if self.altgrad is not None and self.altgrad.owner is not None:
+            texts.append(f"{self.altgrad.owner.weight_quantizer.role} weight")
         return ", ".join([text for text in (super().extra_repr(),) if text] + texts)
+
+
+def weights_in(layer: QuantizedLinear | QuantizedLayer) -> Mapping[str, WeightRoles]:
+    """The roles of a converted layer's weights, by path."""
+    if isinstance(layer, QuantizedLinear):
+        return {"weight": layer}
+    return {} if layer.altgrad is None else layer.altgrad.weights
+
+
+def state_of_roles(layer: QuantizedLinear | QuantizedLayer, prefix: str) -> dict[str, Tensor]:
+    """What the roles of a layer keep from step to step, under their names in its state."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.saved(prefix)
+    saved = (roles.saved(_prefix(prefix, path)) for path, roles in weights_in(layer).items())
+    return {name: value for own in saved for name, value in own.items()}
 
 
 def convert_layer(
@@ -211,26 +215,47 @@ def convert_layer(
     if (reason := obstacle(layer, weights)) is not None:
         raise ValueError(f"this {type(layer).__name__} cannot be converted: {reason}")
     own: Any = type(layer)
-    layer.__class__ = _class_of(own, _direct(weights) if kind.forward is intercepted else ())
+    try:
+        derived = _class_of(own, _direct(weights) if kind.forward is intercepted else ())
+    except Exception as error:
+        raise ValueError(
+            f"this {own.__name__} cannot be converted: no class derives from it ({error}); leave it out by a rule with "
+            "leave=True"
+        ) from error
+    look = look_of(layer)
+    layer.__class__ = derived
     converted = cast(QuantizedLayer, layer)
     handle = converted.register_load_state_dict_post_hook(_meet_loaded)
     replaced = {name: layer.__dict__[name] for name in kind.attributes}
-    converted.__dict__ |= {"rounded_weights": {}, "_replaced": replaced, "_hook_id": handle.id} | kind.attributes
-    if owner is not None:
-        converted.__dict__["_owner"] = (owner,)
-        return converted
+    conversion = Conversion(look, owner, replaced, handle.id)
+    converted.__dict__ |= {"altgrad": conversion} | kind.attributes
     try:
         for place, (path, contracted) in enumerate(weights.items()):
             if path in rules:
                 *way, name = path.split(".")
                 rule = rules[path]
                 roles = rule.weight or Role(format="BF16"), rule.activation, rule.gradient
-                mine = ProductRoles(layer.get_submodule(".".join(way)), name, contracted, *roles, mix_seed(key, place))
-                converted.rounded_weights[path] = converted.__dict__[_attribute(path)] = mine
-    except ValueError:
-        converted.restore()
+                holder = layer.get_submodule(".".join(way))
+                conversion.weights[path] = ProductRoles(holder, name, contracted, *roles, mix_seed(key, place))
+    except BaseException:
+        restore_layer(converted)
         raise
     return converted
+
+
+def restore_layer(layer: QuantizedLayer) -> None:
+    """Makes it a layer of its own class again; ValueError if it was parametrized since."""
+    if parametrize.is_parametrized(layer):
+        raise ValueError(
+            "a converted layer was parametrized since (torch.nn.utils.parametrize); call remove_parametrizations first"
+        )
+    conversion = layer.__dict__.pop("altgrad", None)
+    if conversion is not None:
+        for roles in conversion.weights.values():
+            roles.leave()
+        layer.__dict__ |= conversion.replaced
+        layer._load_state_dict_post_hooks.pop(conversion.hook, None)
+    layer.__class__ = layer.altgrad_class  # type: ignore[assignment]
 
 
 class Products:
@@ -248,7 +273,7 @@ class Products:
             return plain
         if self._is_lookup:
             self._has_run(self.roles[path])
-        return self.roles[path].rounded(advance=self._advance)
+        return self.roles[path].rounded(plain, advance=self._advance)
 
     def multiply(
         self, path: str, x: Tensor, weight: Tensor, function: Callable[[Tensor, Tensor], Tensor], *, axis: int = -1
@@ -292,12 +317,13 @@ class _Written(torch.autograd.Function):
 @cache
 def _class_of(own: Any, shadowed: tuple[str, ...]) -> Any:
     """The class of converted layers of the class `own`."""
-    attributes = {"wrapped_class": own, "shadowed": shadowed} | {name: property_of(name) for name in shadowed}
+    attributes: dict[str, Any] = {"altgrad_class": own, "altgrad_shadowed": shadowed}
+    attributes |= {name: property_of(name) for name in shadowed}
     if shadowed:
         # Not where it is defined, for it loads torch's compiler.
         reason = "AltGrad looks into this layer's own forward pass as it runs"
-        attributes["look_into"] = staticmethod(torch.compiler.disable(intercepted, reason=reason))
-    return type(f"Quantized{own.__name__}", (QuantizedLayer, own), attributes)
+        attributes["altgrad_look_into"] = staticmethod(torch.compiler.disable(intercepted, reason=reason))
+    return type(own)(f"Quantized{own.__name__}", (QuantizedLayer, own), attributes)
 
 
 def _blank(own: Any, shadowed: tuple[str, ...]) -> Any:
@@ -307,13 +333,20 @@ def _blank(own: Any, shadowed: tuple[str, ...]) -> Any:
     return layer
 
 
+def _kind_of(layer: QuantizedLayer, look: int | None) -> LayerKind:
+    kind = kind_of(layer) if look is None else kind_at(look)
+    if kind is None:
+        raise RuntimeError(f"{layer.altgrad_class.__name__} is not known here; call register_layer before it runs")
+    return kind
+
+
 def _direct(weights: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(path for path in weights if "." not in path)
 
 
 def _meet_loaded(layer: QuantizedLayer, _: Any) -> None:
     """After it and its parts were loaded."""
-    for roles in layer.rounded_weights.values():
+    for roles in weights_in(layer).values():
         roles.meet_loaded_weights()
 
 
@@ -327,6 +360,6 @@ def _without_autocast(device: str) -> Iterator[None]:
         yield
 
 
-def _attribute(path: str) -> str:
-    """Where a layer has the roles of a weight: torch's distributed checkpoints walk from attribute to attribute."""
-    return f"{path.replace('.', '_')}_roles"
+def _prefix(prefix: str, path: str) -> str:
+    """Of the state of a weight's roles."""
+    return f"{prefix}altgrad.{path.replace('.', '_')}."

@@ -252,7 +252,9 @@ class GridAwareOptimizer(TravellingOptimizer):
 
     def _tell_of_bypassed(self, grads: Mapping[Tensor, Tensor] | None) -> None:
         """A model that reads a converted layer's weight past the layer multiplies by it unquantized."""
-        idle = bypassed_weights()
+        idle, ran = bypassed_weights()
+        if not any(id(p) in ran for group in self.param_groups for p in group["params"]):
+            return  # a step without a forward pass, as torch's distributed checkpoints make one
         found = [
             name_of(group, position, p)
             for group in self.param_groups

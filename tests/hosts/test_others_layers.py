@@ -103,11 +103,7 @@ def test_what_is_set_on_a_layer_or_asked_of_it_is_its_own():
     layer.stride = (1, 1)
     assert layer(torch.randn(1, 3, 7, 7)).shape == (1, 4, 5, 5) and layer.kernel_size == (3, 3)
     dequantize_model(model)
-    assert (
-        type(layer) is nn.Conv2d
-        and layer.stride == (1, 1)
-        and not {"rounded_weights", "weight_roles"} & vars(layer).keys()
-    )
+    assert type(layer) is nn.Conv2d and layer.stride == (1, 1) and "altgrad" not in vars(layer)
     assert not layer._load_state_dict_post_hooks
 
 
@@ -161,9 +157,80 @@ def test_weights_on_a_grid_arrive_in_every_part_of_a_layer():
 def test_a_part_that_is_recomputed_says_so():
     model = nn.Sequential(Own(inner=True))
     quantize_model(model, format="E4M3")
-    y = model(torch.randn(4, 8))
     with pytest.raises(RuntimeError, match="checkpoint the whole layer"):
+        model(torch.randn(4, 8))
+
+
+def test_others_may_read_a_weight_in_the_backward_pass():
+    model = nn.Sequential(Own())
+    quantize_model(model, format="E4M3")
+    seen = []
+    model[0].register_full_backward_hook(lambda layer, *_: seen.append(layer.weight.norm()))
+    x = torch.randn(4, 8, requires_grad=True)
+    checkpoint(lambda x: model[0](x.to(model[0].weight.dtype)), x, use_reentrant=False).sum().backward()
+    assert seen and model[0].weight.grad is not None
+
+
+class Busy(nn.Conv2d):
+    """Names of its own that a conversion might take."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.drop, self.weight_roles, self._owner, self._kind = nn.Dropout(0.0), "mine", "mine", "mine"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(super().forward(x))
+        return y
+
+    def restore(self) -> str:
+        return "mine"
+
+
+def test_a_layer_keeps_its_own_names():
+    model = nn.Sequential(Busy())
+    quantize_model(model, format="E4M3")
+    model(torch.randn(1, 3, 5, 5)).sum().backward()
+    dequantize_model(model)
+    assert {model[0].restore(), model[0].weight_roles, model[0]._owner, model[0]._kind} == {"mine"}
+
+
+def test_a_replica_or_an_exchanged_part_is_multiplied_by_its_own_weight():
+    model = nn.ModuleDict({"conv": nn.Conv1d(8, 8, 1), "attention": nn.MultiheadAttention(8, 2), "tied": Tied()})
+    quantize_model(model, format="E4M3")
+    for replica in (model["conv"]._replicate_for_data_parallel(), copy.copy(model["conv"])):
+        weight = torch.zeros(8, 8, 1, requires_grad=True)
+        replica.__dict__["_parameters"] = {}
+        replica.weight, replica.bias = weight * 1.0, torch.zeros(8)
+        y = replica(torch.ones(1, 8, 3))
         y.sum().backward()
+        assert not y.any() and weight.grad is not None
+    model["attention"].out_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8)
+    nn.init.zeros_(model["attention"].out_proj.weight), nn.init.zeros_(model["attention"].out_proj.bias)
+    x = torch.randn(3, 1, 8)
+    assert not model["attention"](x, x, x)[0].any()
+    tied = model["tied"]
+    tied.head.weight = nn.Parameter(torch.zeros(20, 8))
+    assert tied.tokens(torch.arange(20)).any()
+
+
+class Tagged(nn.Conv2d):
+    def __init_subclass__(cls, *, tag: str, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+
+
+class OfTag(Tagged, tag="x"):
+    pass
+
+
+def test_a_conversion_that_fails_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), OfTag(3, 4, 3))
+    with pytest.raises(ValueError, match="OfTag cannot be converted: no class derives from it"):
+        quantize_model(model, format="E4M3")
+    assert type(model[0]) is nn.Conv2d
+    own = nn.Sequential(Own())
+    quantize_model(own, format="E4M3")
+    another = type(own[0])()
+    assert another.eval()(torch.ones(2, 8)).shape == (2, 6) and another.state_dict().keys() == {"weight"}
 
 
 def test_a_layer_that_is_plain_again_is_nobodys_grid(caplog):

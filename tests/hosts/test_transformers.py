@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from altgrad.quantization import LayerRule, PrecisionPolicy, quantize_model, rounded_weights
+from altgrad.quantization import (
+    LayerRule,
+    PrecisionPolicy,
+    export_model,
+    load_exported,
+    quantize_model,
+    rounded_weights,
+)
 from altgrad.training import build_arm
 
 WIDTH, VOCABULARY, STEPS = 64, 64, 30
@@ -116,6 +124,32 @@ def test_a_model_is_converted_whole_and_computes_as_on_its_rounded_weights(name:
     torch.testing.assert_close(*losses)
     for n, p in own.items():
         torch.testing.assert_close(p.grad, others[n].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("gpt2", "transformer.h.0.mlp.c_fc"), ("mixtral", "model.layers.0.mlp.gate")]
+)
+def test_layers_known_by_their_looks_take_surgery(name: str, path: str) -> None:
+    model = build(name)
+    quantize_model(model, format="E4M3")
+    layer = model.get_submodule(path)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    layer.adapter = nn.Parameter(torch.zeros(1))
+    model(**batch(name, 0)).loss.backward()
+    assert layer.get_parameter("weight_orig").grad is not None
+
+
+@pytest.mark.parametrize("store", ["values", "codes"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "vit"])
+def test_a_model_made_from_an_export_has_the_same_outputs(name: str, store: Any) -> None:
+    model, plain = build(name), build(name)
+    model.logit_scale = nn.Parameter(torch.ones(()))
+    plain.logit_scale = nn.Parameter(torch.zeros(()))
+    quantize_model(model, format="E4M3", policy="uniform_full")
+    load_exported(plain, export_model(model, store=store))
+    assert plain.logit_scale == 1
+    own = {key: value for key, value in batch(name, 0).items() if key != "labels"}
+    assert torch.equal(model.eval()(**own).logits, plain.eval()(**own).logits)
 
 
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
