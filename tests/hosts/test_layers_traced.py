@@ -5,21 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from host_models import STATEFUL
+from layer_models import SelfAttention
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from altgrad.quantization import PrecisionPolicy, named_policy, quantize_model, register_layer
-
-
-class SelfAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return y
 
 
 class Own(nn.Module):
@@ -36,7 +27,7 @@ class Own(nn.Module):
 register_layer(Own, "between", contracted=0)
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: nn.Conv1d(7, 7, 3),
-    "attention": SelfAttention,
+    "attention": lambda: SelfAttention(batch_first=True),
     "embedding": lambda: nn.Embedding(4, 16),
     "own": Own,
 }

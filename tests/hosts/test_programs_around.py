@@ -210,7 +210,7 @@ def test_gradients_that_the_graph_sets_are_the_ones_it_steps_with(drop):
 
 def test_a_model_made_half_under_its_optimizer_is_refused_as_at_the_start():
     model = net("E5M2")
-    optimizer = RoundedAdamW.from_model(model, rounding="stochastic")
+    optimizer = RoundedAdamW(model.parameters(), rounding="stochastic")
     train(model, optimizer, range(2))
     model.half()
     loss_of(model, batch(0).half()).backward()
@@ -245,7 +245,7 @@ def test_a_step_without_converted_weights_is_plain():
     model = net(None)
     table = quantize_model(model, format="FP32")
     assert not any(row.converted for row in table)
-    optimizer = RoundedAdamW.from_model(model, lr=1e-2)
+    optimizer = RoundedAdamW(model.parameters(), lr=1e-2, format=None)
     theirs = net(None)
     reference = train(theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0), range(4))
     assert train(model, optimizer, range(4)) == pytest.approx(reference, rel=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_models import SelfAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,17 +29,6 @@ from altgrad.quantization import (
 from altgrad.quantization.scaling import compute_scale
 
 FULL = PrecisionPolicy(rules=(LayerRule(pattern="", weight="E4M3", activation=None, gradient=None),))
-
-
-class SelfAttention(nn.Module):
-    """One tensor for queries, keys and values, as most models call it."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 4, **options)
-
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        return self.attention(x, x, x, **options)[0]
 
 
 class Own(nn.Module):

@@ -57,7 +57,8 @@ def test_what_could_be_converted_and_is_left_is_named(name):
     model = nn.ModuleDict({"layer": layer, "head": nn.Linear(4, 4, bias=False)})
     with pytest.warns(UserWarning, match=rf"left: layer.*{reason}"):
         table = quantize_model(model, format="E4M3")
-    assert table.product_share < 1 or name in ("transposed convolution", "matrices", "lazy")
+    # Of layers that are not known, and of shapes that are not, nothing can be counted.
+    assert (table.product_share < 1) == (name in ("own attention", "weight normed"))
 
 
 def test_guesses_by_name_do_not_break_a_model():

@@ -8,7 +8,7 @@ from torch import nn
 from altgrad.quantization import (
     LayerRule,
     PrecisionPolicy,
-    QuantizedEmbedding,
+    QuantizedLayer,
     QuantizedLinear,
     compute_scale,
     dequantize_model,
@@ -95,7 +95,7 @@ def test_the_models_parameters_are_the_same_objects_under_the_same_names():
     table = quantize_model(model, format="E4M3")
     after = dict(model.named_parameters(remove_duplicate=False))
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
-    assert model.lm_head.weight is model.wte.weight and isinstance(model.wte, QuantizedEmbedding)
+    assert model.lm_head.weight is model.wte.weight and isinstance(model.wte, QuantizedLayer)
     assert {row.name: row.converted for row in table} == {
         "wte": True,
         "wpe": False,
