@@ -38,7 +38,7 @@ from altgrad.quantization.export import ExportedModel, export_model, load_export
 from altgrad.quantization.flip_metrics import WeightFlipTracker, compute_flip_rate, compute_stall_ratio, flip_yield
 from altgrad.quantization.formats import FORMATS, FloatFormat, get_format
 from altgrad.quantization.layer_kinds import register_layer
-from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from altgrad.quantization.layers import QuantizedLinear
 from altgrad.quantization.ops import decode, encode, hash_uniform, mix_seed, quantize, ulp
 from altgrad.quantization.policy import (
     POLICIES,
@@ -95,7 +95,6 @@ __all__ = [
     "LayerRule",
     "PartitionRelativeClipper",
     "PrecisionPolicy",
-    "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",
     "RankGauge",

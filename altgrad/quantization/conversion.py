@@ -18,14 +18,14 @@ from altgrad.quantization.conversion_plan import BF16_WEIGHT, ConversionPlan, Pl
 from altgrad.quantization.conversion_table import ConversionTable
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.layer_kinds import KINDS, kind_of, weights_of
-from altgrad.quantization.layers import QuantizedEmbedding, QuantizedLinear, obstacle
+from altgrad.quantization.layers import QuantizedLinear, obstacle
 from altgrad.quantization.ops import mix_seed
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy, named_policy
 from altgrad.quantization.products import Product
 from altgrad.quantization.weight_roles import WeightRoles
 from altgrad.quantization.wrapped_layers import QuantizedLayer, convert_layer, restore_layer, state_of_roles, weights_in
 
-CONVERTED = (QuantizedLinear, QuantizedEmbedding, QuantizedLayer)
+CONVERTED = (QuantizedLinear, QuantizedLayer)
 
 
 def quantize_model(
@@ -85,13 +85,12 @@ def requantize_layer(model: nn.Module, name: str, format: str) -> None:
         roles.reformat(format)
         return
     layer = next(m for m in _converted_layers(model).values() if roles in weights_in(m).values())
-    weight = roles.parameter()
     if isinstance(layer, QuantizedLayer) and layer.altgrad is not None and len(layer.altgrad.weights) > 1:
         roles.leave()
         layer.altgrad.weights = {path: own for path, own in layer.altgrad.weights.items() if own is not roles}
         return
-    lookups = (m for m in model.modules() if isinstance(m, QuantizedEmbedding | QuantizedLayer))
-    _restore(model, [layer, *(m for m in lookups if m is not layer and m.weight is weight)])
+    lookups = (m for m in model.modules() if isinstance(m, QuantizedLayer) and m is not layer)
+    _restore(model, [layer, *(m for m in lookups if m.altgrad is not None and m.altgrad.owner is roles)])
 
 
 def rounded_weights(model: nn.Module) -> dict[str, WeightRoles]:
@@ -127,7 +126,7 @@ def _convert(model: nn.Module, plan: ConversionPlan, product: Product, seed: int
             planned.setdefault(weight.layer, []).append(weight)
     linear = (module for module in model.modules() if isinstance(module, nn.Linear))
     places = {layer: place for place, layer in enumerate(linear)}
-    done: dict[nn.Module, QuantizedLinear | QuantizedEmbedding | QuantizedLayer] = {}
+    done: dict[nn.Module, QuantizedLinear | QuantizedLayer] = {}
     try:
         for number, (layer, weights) in enumerate(planned.items()):
             rules = {weight.path: weight.rule for weight in weights if weight.rule is not None and weight.owner is None}
@@ -136,11 +135,8 @@ def _convert(model: nn.Module, plan: ConversionPlan, product: Product, seed: int
                 done[layer] = _converted(layer, rules, product, key)
         for layer, (first, *_) in planned.items():
             if first.owner is not None:
-                owner = done[first.owner.layer]
-                assert isinstance(owner, QuantizedLinear | QuantizedLayer)
-                roles = weights_in(owner)[first.owner.path]
-                is_plain = type(layer).forward is nn.Embedding.forward
-                done[layer] = QuantizedEmbedding(layer, roles) if is_plain else convert_layer(layer, {}, owner=roles)  # type: ignore[arg-type]
+                owner = weights_in(done[first.owner.layer])[first.owner.path]
+                done[layer] = convert_layer(layer, {}, owner=owner)
     except BaseException:
         for converted in done.values():
             restore_layer(converted) if isinstance(converted, QuantizedLayer) else converted.original()
@@ -170,7 +166,7 @@ def _restore(model: nn.Module, layers: Sequence[nn.Module]) -> None:
         if isinstance(layer, QuantizedLayer):
             restore_layer(layer)
         else:
-            assert isinstance(layer, QuantizedLinear | QuantizedEmbedding)
+            assert isinstance(layer, QuantizedLinear)
             swaps[layer] = layer.original()
     _swap(model, swaps)
     for encoder in model.modules():
@@ -191,7 +187,7 @@ def multiplied_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def embedded_weights(model: nn.Module) -> set[nn.Parameter]:
     """The weights whose rows are looked up, converted or not."""
-    lookups = (m for m in model.modules() if isinstance(m, nn.Embedding | QuantizedEmbedding))
+    lookups = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return {cast(nn.Parameter, module.weight) for module in lookups}
 
 

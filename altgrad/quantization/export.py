@@ -24,7 +24,7 @@ from altgrad.quantization.conversion_table import ConversionTable
 from altgrad.quantization.formats import get_format, unknown_message
 from altgrad.quantization.ops import decode, encode
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy
-from altgrad.quantization.roles import RoleQuantizer
+from altgrad.quantization.roles import ROLES, RoleQuantizer
 from altgrad.quantization.weight_roles import WeightRoles
 
 Stored = Literal["values", "codes"]
@@ -43,7 +43,6 @@ NATIVE = {
 
 RECIPE = "altgrad_recipe"
 """Key of the recipe in the metadata of a safetensors file."""
-
 
 STATE = "altgrad_state."
 """Before the names of what roles keep from step to step, in a safetensors file."""
@@ -136,11 +135,8 @@ def load_exported(model: nn.Module, source: ExportedModel | str | Path) -> Conve
 
 
 def _rule(name: str, own: dict[str, Any]) -> LayerRule:
-    roles = {role: own[role]["role"] if role in own else None for role in _ROLES}
+    roles = {role: own[role]["role"] if role in own else None for role in ROLES}
     return LayerRule.model_validate({"pattern": f"^{re.escape(name)}$"} | roles)
-
-
-_ROLES = ("weight", "activation", "gradient")
 
 
 def _encoded(roles: WeightRoles) -> tuple[Tensor, Tensor]:

@@ -113,12 +113,6 @@ def _transposed_linear(layer: Any, products: Any, x: Tensor) -> Any:
     return products.multiply("weight", x, weight, lambda x, w: x @ w + bias)
 
 
-def _linear(layer: Any, products: Any, x: Tensor) -> Any:
-    bias = _wide(layer.bias)
-    weight = products.weight("weight", layer.weight)
-    return products.multiply("weight", x, weight, lambda x, w: functional.linear(x, w, bias))
-
-
 def _embedding(layer: Any, products: Any, tokens: Tensor) -> Tensor:
     weight = products.weight("weight", layer.weight).to(layer.weight.dtype)
     scaled = layer.scale_grad_by_freq
@@ -160,7 +154,7 @@ def _is_router(layer: nn.Module, name: str) -> bool:
 _WEIGHT = {"weight": (-1,)}
 
 KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(lambda _: _WEIGHT, _linear),
+    nn.Linear: LayerKind(lambda _: _WEIGHT),  # of its subclasses with a forward pass of their own
     nn.Conv1d: LayerKind(lambda _: {"weight": (2, 1)}, _convolution),
     nn.Conv2d: LayerKind(lambda _: {"weight": (2, 3, 1)}, _convolution),
     nn.Conv3d: LayerKind(lambda _: {"weight": (2, 3, 4, 1)}, _convolution),

@@ -18,17 +18,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from altgrad.quantization import products
 from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.layer_products import EmulatedProduct, ProductRoles, QuantizedProduct, StraightThrough
+from altgrad.quantization.layer_products import EmulatedProduct, ProductRoles, QuantizedProduct
 from altgrad.quantization.ops import refuse_script_tracing, refuse_transforms
-from altgrad.quantization.products import Product, check_product
+from altgrad.quantization.products import Operand, Product, check_product
 from altgrad.quantization.roles import Role, operand_of, values_of
-from altgrad.quantization.weight_roles import WeightRoles, values_in_role
+from altgrad.quantization.weight_roles import WeightRoles
 
 
 class QuantizedLinear(WeightRoles, nn.Module):
@@ -66,10 +65,6 @@ class QuantizedLinear(WeightRoles, nn.Module):
         super().__setstate__(state)
         self.enter()
 
-    @property
-    def holder(self) -> nn.Module:
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype; on a GPU in BF16, which its values have anyway."""
         weight, bias = self.weight, self.bias
@@ -79,23 +74,22 @@ class QuantizedLinear(WeightRoles, nn.Module):
         advance = self.training and torch.is_grad_enabled()
         if advance and not self.has_run:
             self.has_run = True
-        gradient, own_scale = self.gradient_quantizer, self.own_scale()
+        gradient, own_scale, stored = self.gradient_quantizer, self.own_scale(), self.stored()
         if gradient is not None and gradient.tracker is not None:
             gradient.tracker.to(x.device)  # ahead of the backward pass, in which a compiled graph could not
         if self.product != "native" and "cpu" not in products.BF16_DEVICES:
             x_values = values_of(x, self.activation_quantizer, advance=advance)
-            if self._settled is not None and self.is_settled():
-                weight_values: Tensor | None = weight.detach().to(torch.float32)
-            else:
+            weight_values = stored
+            if stored is None:
                 weight_values = self.weight_quantizer.values(weight, advance=advance, own_scale=own_scale)
             if x_values is not None and weight_values is not None:
                 rounds = self.activation_quantizer is not None
                 tensors = x, weight, bias, x_values, weight_values
                 return cast(Tensor, EmulatedProduct.apply(*tensors, gradient, rounds, advance))
-        if self._settled is None:
+        if stored is None:
             matrix = self.weight_quantizer.operand(weight, advance=advance, own_scale=own_scale)
         else:
-            matrix = self.multiplied(advance=advance)
+            matrix = Operand(stored, None, None)
         activation = operand_of(x, self.activation_quantizer, advance=advance)
         # Without values: what the graph keeps are saved tensors, which checkpointing can let go.
         roles = ProductRoles(self.product, activation.without_values, matrix.without_values, gradient, advance)
@@ -121,47 +115,6 @@ class QuantizedLinear(WeightRoles, nn.Module):
     def extra_repr(self) -> str:
         """Shapes, then each role."""
         return f"{self.in_features} -> {self.out_features}, {self.numerics()}"
-
-
-class QuantizedEmbedding(nn.Module):
-    """An nn.Embedding tied to a converted linear layer: looks up the very weight that layer multiplies by."""
-
-    weight: nn.Parameter
-
-    def __init__(self, embedding: nn.Embedding, owner: WeightRoles) -> None:
-        if embedding.max_norm is not None:
-            raise ValueError(f"max_norm={embedding.max_norm} rewrites the weights on look-up; not with a quantized one")
-        if embedding.sparse:
-            raise ValueError("sparse=True: a quantized embedding has a dense gradient; use sparse=False")
-        super().__init__()
-        share(embedding, self)
-        self._owner, self._original = (owner,), (embedding,)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [...] -> [..., width]; gradient straight through."""
-        (embedding,), (owner,) = self._original, self._owner
-        if not torch.compiler.is_compiling():
-            refuse_transforms("a quantized embedding", self.weight)
-            refuse_script_tracing("a quantized embedding")
-        if self.weight is owner.parameter():
-            weight = owner.rounded(self.weight, advance=False)
-        else:  # it was given another since
-            values = values_in_role(self.weight, owner.weight_quantizer, advance=False)
-            weight = cast(Tensor, StraightThrough.apply(self.weight, values))
-        return functional.embedding(
-            tokens, weight.to(self.weight.dtype), embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
-        )
-
-    def original(self) -> nn.Embedding:
-        """The wrapped layer, which has the present Parameter and hooks; ValueError if it was parametrized since."""
-        (embedding,) = self._original
-        give_back(self, embedding)
-        return embedding.train(self.training)
-
-    def extra_repr(self) -> str:
-        """Shape and role."""
-        rows, width = self.weight.shape
-        return f"{rows}, {width}, {self._owner[0].weight_quantizer.role} weight"
 
 
 _SHARED = (

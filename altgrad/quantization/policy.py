@@ -41,7 +41,6 @@ class LayerRule(BaseModel):
     gradient: Role | None = Field(
         default=Role(format="BF16"), description="role of the output's gradient; none leaves it in float32"
     )
-
     leave: bool = Field(False, description="whether the layer is left as it is, unquantized")
 
     @field_validator("pattern")

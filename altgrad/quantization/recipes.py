@@ -13,10 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from altgrad.quantization.formats import get_format
 from altgrad.quantization.kernels import Rounding
 from altgrad.quantization.policy import LayerRule, PrecisionPolicy
-from altgrad.quantization.roles import Role
+from altgrad.quantization.roles import ROLES, Role
 from altgrad.quantization.scaling import ScaleRule
-
-ROLES = ("weight", "activation", "gradient")
 
 
 class RoleChange(BaseModel):

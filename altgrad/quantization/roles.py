@@ -27,6 +27,9 @@ from altgrad.quantization.scaling import ScaleRule
 
 BF16 = FORMATS["BF16"]
 
+ROLES = ("weight", "activation", "gradient")
+"""What a product has a role for: its weight, its input, the gradient of its output."""
+
 
 class Role(BaseModel):
     """Format, scale rule and rounding of a tensor role; a format's name alone means current amax and nearest."""

@@ -19,7 +19,7 @@ from altgrad.quantization.formats import FloatFormat, get_format
 from altgrad.quantization.layer_products import StraightThrough
 from altgrad.quantization.ops import mix_seed, refuse_transforms
 from altgrad.quantization.products import Operand
-from altgrad.quantization.roles import Role, RoleQuantizer, as_role
+from altgrad.quantization.roles import ROLES, Role, RoleQuantizer, as_role
 from altgrad.quantization.training_steps import follow_steps, forget_steps
 from altgrad.quantization.weight_grid import Memory, WeightGrid, forget_layer, memory_of, register_layer, weight_grid
 
@@ -43,8 +43,8 @@ class WeightRoles:
 
     @property
     def holder(self) -> nn.Module:
-        """The module that has the weight as a Parameter."""
-        raise NotImplementedError
+        """The module that has the weight as a Parameter: the layer itself, where it is its own weight's roles."""
+        return cast(nn.Module, self)
 
     def take_roles(
         self,
@@ -58,7 +58,6 @@ class WeightRoles:
         self.activation_quantizer = _quantizer(activation, mix_seed(key, 1))
         self.gradient_quantizer = _quantizer(gradient, mix_seed(key, 2))
         self.has_run = False
-        self._settled = None
         self.grid = weight_grid(self.parameter()).join(self.weight_format)
         self.enter()
         self.own_scale()
@@ -102,12 +101,8 @@ class WeightRoles:
 
     def quantizers(self) -> dict[str, RoleQuantizer]:
         """The roles at work, by name; a role in float32 has none."""
-        named = {
-            "weight": self.weight_quantizer,
-            "activation": self.activation_quantizer,
-            "gradient": self.gradient_quantizer,
-        }
-        return {name: quantizer for name, quantizer in named.items() if quantizer is not None}
+        named = zip(ROLES, (self.weight_quantizer, self.activation_quantizer, self.gradient_quantizer), strict=True)
+        return {name: quantizer for name, quantizer in named if quantizer is not None}
 
     def own_scale(self) -> Tensor | None:
         """The scale of the weight's grid, 0-d float32; None where the role's rule decides."""
@@ -125,8 +120,9 @@ class WeightRoles:
         refuse_transforms("a quantized layer", weight)
         is_own = weight is self.tensor()
         own_scale = self.own_scale() if is_own else None
-        if is_own and self.is_settled():
-            values = weight.detach().to(torch.float32)
+        stored = self.stored() if is_own else None
+        if stored is not None:
+            values = stored
         elif own_scale is None and self.weight_quantizer.role.scale.kind in BY_LINES:
             values = self.from_rows(
                 values_in_role(self.as_rows(weight.detach()), self.weight_quantizer, advance=advance)
@@ -139,15 +135,11 @@ class WeightRoles:
         """The weight holds what is to be multiplied, and is not rounded again until somebody writes to it."""
         self._settled = memory_of(self.tensor())
 
-    def is_settled(self) -> bool:
-        """Whether the weight is as `settle` found it."""
-        return self._settled is not None and self._settled == memory_of(self.tensor())
-
-    def multiplied(self, *, advance: bool = False) -> Operand:
-        """The weight as it is multiplied, without gradient."""
-        if self._settled is not None and self.is_settled():
-            return Operand(self.tensor().detach().to(torch.float32), None, None)
-        return self.weight_operand(advance=advance)
+    def stored(self) -> Tensor | None:
+        """The weight as `settle` found it, float32; None where it was written since, and is to be rounded."""
+        if self._settled is None or self._settled != memory_of(weight := self.tensor()):
+            return None
+        return weight.detach().to(torch.float32)
 
     def weight_operand(self, *, advance: bool = False) -> Operand:
         """The weight in its role, without gradient."""
@@ -162,8 +154,9 @@ class WeightRoles:
         return rows
 
     def quantized_weight(self) -> Tensor:
-        """The values of `multiplied`, float32."""
-        return self.multiplied().numbers
+        """The values that are multiplied, float32."""
+        stored = self.stored()
+        return self.weight_operand().numbers if stored is None else stored
 
     def end_step(self) -> None:
         """A training step is over: histories take it in, stochastic roles go on to another draw."""
@@ -183,8 +176,7 @@ class WeightRoles:
     def numerics(self) -> str:
         """Each role, as in "E5M2 weight · BF16 activation · BF16 gradient"."""
         found = self.quantizers()
-        names = ("weight", "activation", "gradient")
-        return " · ".join(f"{found[name].role if name in found else 'FP32'} {name}" for name in names)
+        return " · ".join(f"{found[name].role if name in found else 'FP32'} {name}" for name in ROLES)
 
     @property
     def recipe(self) -> Tensor:

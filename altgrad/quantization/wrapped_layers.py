@@ -40,7 +40,7 @@ Watch = Callable[[str, Tensor], None]
 """(role, tensor): told of a product's input and of its output's gradient before they are rounded."""
 
 
-class ProductRoles(WeightRoles):
+class LayerWeight(WeightRoles):
     """The roles of one of a layer's weights; `contracted`: its axes that the product sums over, in order."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Conversion:
     """
 
     def __init__(self, look: int | None, owner: WeightRoles | None, replaced: dict[str, Any], hook: int) -> None:
-        self.weights: dict[str, ProductRoles] = {}
+        self.weights: dict[str, LayerWeight] = {}
         self.look, self.owner, self.replaced, self.hook = look, owner, replaced, hook
 
     def __getattr__(self, name: str) -> Any:
@@ -236,7 +236,7 @@ def convert_layer(
                 rule = rules[path]
                 roles = rule.weight or Role(format="BF16"), rule.activation, rule.gradient
                 holder = layer.get_submodule(".".join(way))
-                conversion.weights[path] = ProductRoles(holder, name, contracted, *roles, mix_seed(key, place))
+                conversion.weights[path] = LayerWeight(holder, name, contracted, *roles, mix_seed(key, place))
     except BaseException:
         restore_layer(converted)
         raise
@@ -283,7 +283,7 @@ class Products:
         `axis`: of x that is summed over, and of the output's features.
         """
         roles = self.roles.get(path)
-        if not isinstance(roles, ProductRoles):
+        if not isinstance(roles, LayerWeight):
             return function(x, weight)
         self._has_run(roles)
         return roles.product(x, weight, function, axis=axis, advance=self._advance)

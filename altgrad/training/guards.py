@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import nn
 
 from altgrad.quantization import multiplied_parameters
+from altgrad.quantization.roles import ROLES
 from altgrad.training.catalogue import AGGREGATES, SIGNALS, check_signal, read_signal
 from altgrad.training.outcome import OutcomeKind
 
@@ -180,8 +181,6 @@ def parse_rule(text: str) -> dict[str, Any]:
     fields |= {"checks": given["checks"]} if given["checks"] else {}
     return fields | ({"after_step": given["after"]} if given["after"] else {})
 
-
-ROLES = ("weight", "activation", "gradient")
 
 NAMED_RULES: dict[str, GuardRule] = {
     "literal_stall": when("stall_ratio").above(0.5),

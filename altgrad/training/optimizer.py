@@ -24,10 +24,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from altgrad.quantization import FloatFormat, get_format, mix_seed, quantize, weight_grid
 from altgrad.quantization.conversion_plan import some
@@ -41,14 +41,7 @@ from altgrad.quantization.weight_grid import (
 )
 from altgrad.training.kernels import Count, Counting, Job, Placement, Plan
 from altgrad.training.kernels.dispatch import Kernel, kernel_for
-from altgrad.training.optimizer_groups import (
-    check_arguments,
-    has_converted,
-    name_of,
-    parameter_groups,
-    parts_of,
-    tensor_of,
-)
+from altgrad.training.optimizer_groups import check_arguments, has_converted, name_of, parts_of, tensor_of
 from altgrad.training.optimizer_state import check_gradient, check_parameter, is_plain, is_usual, put_back, whole
 from altgrad.training.optimizer_travel import TravellingOptimizer
 from altgrad.training.step_counts import StepCounts
@@ -90,11 +83,6 @@ class GridAwareOptimizer(TravellingOptimizer):
         params = params if isinstance(params, Tensor) else list(params)
         self._is_converted = not isinstance(params, Tensor) and has_converted(params, converted_weights())
         super().__init__(params, {"calls": 0} | defaults)
-
-    @classmethod
-    def from_model(cls, model: nn.Module, **options: Any) -> Self:
-        """Over a converted model: each layer's weight on the format of that layer, everything else in plain float32."""
-        return cls(parameter_groups(model), **options)
 
     def _start(self) -> None:
         self.telemetry = self.__dict__.get("telemetry", True)

@@ -95,13 +95,13 @@ class Trainer:
         self.task = build_task(config, text_sha256)
         self.model = self.task.build().to(self.device.torch_device)
         check_layers(config.guards, self.model)
-        self._quantized_share = 0.0
+        share = 0.0
         if config.format != UNQUANTIZED:
-            self._quantized_share = quantize_model(self.model, policy=config.precision, seed=config.seed).share
+            share = quantize_model(self.model, policy=config.precision, seed=config.seed).share
         self.formats = quantized_parameters(self.model)
         if not config.optimizer.rounds_operands:
             dequantize_model(self.model)
-            self._quantized_share = 0.0
+        self._quantized_share = share if config.optimizer.rounds_operands else 0.0
         self.reference = reference
         self.optimizer = build_optimizer(config, self.model, dict(self.formats.values()))
         # Beside a backward pass, counting every step costs little.

@@ -22,10 +22,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
+from altgrad.quantization.roles import ROLES
 from altgrad.training.arm_configs import ARMS, Frozen
 from altgrad.training.config import MODELS, TrainConfig
 
-ROLES = ("weight", "activation", "gradient")
 CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "schedule.decay_fraction": ("schedule.kind", ("wsd",)),
     **{

@@ -24,6 +24,7 @@ from altgrad.quantization import (
     own_format,
     same_spacings,
 )
+from altgrad.quantization.roles import ROLES
 from altgrad.training.arm_configs import ARMS, scale_obstacle
 from altgrad.training.config import BASELINE, UNQUANTIZED
 
@@ -33,7 +34,6 @@ def _weights(policy: str) -> list[Role]:
 
 
 MAIN, PLAIN = "uniform", Recipe()
-ROLES = ("weight", "activation", "gradient")
 
 
 BLOCK_FORMATS = {

@@ -32,7 +32,7 @@ from altgrad.quantization import (
 from altgrad.quantization.kernels.dispatch import scalar
 from altgrad.quantization.roles import RoleQuantizer
 from altgrad.quantization.scaling import amax
-from altgrad.quantization.wrapped_layers import ProductRoles
+from altgrad.quantization.wrapped_layers import LayerWeight
 from altgrad.training.model import Attention
 from altgrad.training.observers.base import Moment, Observer, Readings, Subject
 
@@ -54,7 +54,7 @@ class TensorObserver(Observer):
                     roles.register_forward_pre_hook(partial(self._came_in, name)),
                     roles.register_forward_hook(partial(self._went_out, name)),
                 ]
-            elif isinstance(roles, ProductRoles):
+            elif isinstance(roles, LayerWeight):
                 roles.watch = partial(self._met, name, roles)
         for owner, module in subject.model.named_modules():
             if isinstance(module, Attention):
@@ -88,7 +88,7 @@ class TensorObserver(Observer):
         for hook in self._hooks:
             hook.remove()
         for roles in self._weights.values():
-            if isinstance(roles, ProductRoles):
+            if isinstance(roles, LayerWeight):
                 roles.watch = None
 
     def _came_in(self, name: str, layer: QuantizedLinear, inputs: tuple[Tensor, ...]) -> None:
