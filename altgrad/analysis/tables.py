@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
@@ -133,32 +134,22 @@ def geometry_table(study: Study) -> Table:
     return slim(table, ("policy", "p, distribution-free", "beyond FP32 control"))
 
 
+OF_TRIAL = ("trial", "format", "arm", "policy", "lr", "seed")
+
+
+def _of_trial(row: Mapping[Any, Any]) -> tuple[str, ...]:
+    """The cells of OF_TRIAL."""
+    names = (row[name] for name in ("trial_id", "format", "optimizer", "policy"))
+    return (*names, number(row["lr"], "g"), str(row["seed"]))
+
+
 def stops_table(trials: pd.DataFrame) -> Table:
     """Every failed trial with the evidence of its guard, or the message of what ended without one."""
-    columns = (
-        "trial",
-        "format",
-        "arm",
-        "policy",
-        "lr",
-        "seed",
-        "outcome",
-        "signal",
-        "layer",
-        "step",
-        "value",
-        "limit",
-        "message",
-    )
+    columns = (*OF_TRIAL, "outcome", "signal", "layer", "step", "value", "limit", "message")
     failed = trials[trials["state"] == FAILED]
     lines = [
         (
-            row["trial_id"],
-            row["format"],
-            row["optimizer"],
-            row["policy"],
-            number(row["lr"], "g"),
-            str(row["seed"]),
+            *_of_trial(row.to_dict()),
             row["outcome"],
             row["signal"] or "val_loss",
             row["layer"] or DASH,
@@ -176,15 +167,10 @@ def stops_table(trials: pd.DataFrame) -> Table:
 
 def shifts_table(trials: pd.DataFrame) -> Table:
     """Every trial of which a layer moved to another format."""
-    columns = ("trial", "format", "arm", "policy", "lr", "seed", "outcome", "step", "loss", "layers moved")
+    columns = (*OF_TRIAL, "outcome", "step", "loss", "layers moved")
     lines = [
         (
-            row["trial_id"],
-            row["format"],
-            row["optimizer"],
-            row["policy"],
-            number(row["lr"], "g"),
-            str(row["seed"]),
+            *_of_trial(row.to_dict()),
             row["outcome"] + (f" by {row['signal']}" if row["signal"] else ""),
             number(row["step"], ".0f"),
             number(row["val_loss"], ".3f", missing=DASH),

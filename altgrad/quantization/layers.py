@@ -114,7 +114,7 @@ class QuantizedLinear(WeightRoles, nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, then each role."""
-        return f"{self.in_features} -> {self.out_features}, {self.numerics()}"
+        return f"{self.in_features} -> {self.out_features}, {self.in_full()}"
 
 
 _SHARED = (

@@ -54,6 +54,12 @@ class Role(BaseModel):
             words.append(self.rounding.replace("_", "-"))
         return " ".join(words)
 
+    @property
+    def in_full(self) -> str:
+        """As `str`, with what of the scale is not usual, as in "E2M1 block 16 E4M3 stochastic"."""
+        words = [self.format, *([] if self.scale == ScaleRule() else [str(self.scale)])]
+        return " ".join(words + ([] if self.rounding == "nearest" else [self.rounding.replace("_", "-")]))
+
 
 def as_role(value: Role | FloatFormat | str) -> Role:
     """The role that a format or its name stands for."""

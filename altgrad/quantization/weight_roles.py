@@ -10,6 +10,7 @@ came from a checkpoint of such a run, and the layer then changes none of them. O
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -175,8 +176,15 @@ class WeightRoles:
 
     def numerics(self) -> str:
         """Each role, as in "E5M2 weight · BF16 activation · BF16 gradient"."""
+        return self._told(str)
+
+    def in_full(self) -> str:
+        """`numerics` with what of the scales is not usual: what `print(model)` says."""
+        return self._told(lambda role: role.in_full)
+
+    def _told(self, text: Callable[[Role], str]) -> str:
         found = self.quantizers()
-        return " · ".join(f"{found[name].role if name in found else 'FP32'} {name}" for name in ROLES)
+        return " · ".join(f"{text(found[name].role) if name in found else 'FP32'} {name}" for name in ROLES)
 
     @property
     def recipe(self) -> Tensor:

@@ -180,9 +180,9 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """The layer's own, then each weight's roles."""
         roles = weights_in(self)
-        texts = [r.numerics() if len(roles) == 1 else f"{path}: {r.numerics()}" for path, r in roles.items()]
+        texts = [r.in_full() if len(roles) == 1 else f"{path}: {r.in_full()}" for path, r in roles.items()]
         if self.altgrad is not None and self.altgrad.owner is not None:
-            texts.append(f"{self.altgrad.owner.weight_quantizer.role} weight")
+            texts.append(f"{self.altgrad.owner.weight_quantizer.role.in_full} weight")
         return ", ".join([text for text in (super().extra_repr(),) if text] + texts)
 
 

@@ -246,3 +246,12 @@ def test_autocast_does_not_change_the_product():
     plain = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), plain)
+
+
+def test_a_printed_model_tells_its_recipe():
+    model = nn.Sequential(nn.Linear(64, 4), nn.Conv1d(64, 4, 1))
+    quantize_model(model, "E4M3", policy="nvfp4")
+    assert (
+        repr(model).count("E2M1 block 16 E4M3 weight · E2M1 block 16 E4M3 activation · E2M1 block 16 E4M3 stochastic")
+        == 2
+    )

@@ -140,5 +140,5 @@ def test_the_numerics_are_shown_and_the_policy_carries_roles():
     model = nn.Sequential(nn.Linear(64, 32))
     table = quantize_model(model, policy=PrecisionPolicy(rules=(rule,)))
     assert (table[0].weight, table[0].activation, table[0].gradient) == ("E4M3", "E4M3 delayed", "E3M4 stochastic")
-    assert "E4M3 weight · E4M3 delayed activation · E3M4 stochastic gradient" in repr(model)
+    assert "E4M3 weight · E4M3 delayed, history 4 activation · E3M4 stochastic gradient" in repr(model)
     assert PrecisionPolicy.model_validate_json(PrecisionPolicy(rules=(rule,)).model_dump_json()).rules == (rule,)

@@ -24,7 +24,7 @@ from altgrad.training.data import tokenizers
 from altgrad.training.data.cache import BUFFER, Entry, cached, file_sha256
 from altgrad.training.data.records import Piece
 from altgrad.training.data.sources import Source, open_source
-from altgrad.training.data.tokenizers import Tokenizer
+from altgrad.training.data.tokenizers import Tokenizer, batched
 
 SEPARATOR = b"\x00"
 SPLITS = ("train", "val")
@@ -186,7 +186,7 @@ def _encode(text: Path, tokens: Path, tokenizer: Tokenizer, dtype: np.dtype[Any]
     """Writes the ids of a file's documents, 0 behind each; returns how many."""
     count = 0
     with tokens.open("wb") as file:
-        for batch in _batched(_pieces(text), PIECES_AT_A_TIME):
+        for batch in batched(_pieces(text), PIECES_AT_A_TIME):
             for ids, ends in zip(tokenizer.encode([piece for piece, _ in batch]), [e for _, e in batch], strict=True):
                 file.write(ids.astype(dtype).tobytes() + (np.zeros(1, dtype).tobytes() if ends else b""))
                 count += len(ids) + ends
@@ -223,14 +223,3 @@ def _short(document: bytes, *, ends: bool) -> Iterator[tuple[bytes, bool]]:
         yield document[start:cut], False
         start = cut
     yield document[start:], ends
-
-
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -29,7 +29,7 @@ from altgrad.training.data import tokenizers
 from altgrad.training.data.cache import Entry, cached, file_sha256
 from altgrad.training.data.records import Label, Piece
 from altgrad.training.data.sources import Source, open_source
-from altgrad.training.data.tokenizers import Tokenizer
+from altgrad.training.data.tokenizers import Tokenizer, batched
 
 SPLITS = ("train", "val", "test")
 TITLES = {"train": "training", "val": "validation", "test": "test"}
@@ -271,7 +271,7 @@ def _encode(texts: Path, folder: Path, split: str, tokenizer: Tokenizer, dtype: 
     ends = array("q")
     count = 0
     with (folder / f"{split}.bin").open("wb") as file:
-        for batch in _batches(_read(texts, split)):
+        for batch in batched(_read(texts, split), ENCODED_AT_A_TIME):
             for ids in tokenizer.encode(batch):
                 # A text of which nothing is in the vocabulary is one token long: 0.
                 kept = ids if len(ids) else np.zeros(1)
@@ -287,14 +287,3 @@ def _read(folder: Path, split: str) -> Iterator[bytes]:
         for end in np.load(folder / f"{split}.text_ends.npy").tolist():
             yield file.read(end - start)
             start = end
-
-
-def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == ENCODED_AT_A_TIME:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -16,12 +16,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from altgrad.training.config import tokenizer_parts
+
+Item = TypeVar("Item")
 
 END = "<|end|>"
 UNKNOWN = "<|unknown|>"
@@ -189,3 +192,10 @@ def _learn_words(name: str, size: int, texts: Iterable[bytes]) -> Tokenizer:
     vocabulary = {UNKNOWN: 0} | {word: index for index, (word, _) in enumerate(kept[: size - 1], 1)}
     library.model = WordLevel(vocabulary, unk_token=UNKNOWN)
     return LearnedTokenizer(name, json.dumps(json.loads(library.to_str())), _dropped("words"))
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`, the last one shorter: what is handed to a tokenizer at a time."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
